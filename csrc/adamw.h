@@ -1,0 +1,93 @@
+// THE rule, for host and device: AdamW (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101) with the order of
+// operations of torch.optim.AdamW's for-loop implementation. No torch, no CUDA include. Loads, stores, casts and
+// indexing live with the kernels.
+#pragma once
+
+#include <math.h>
+
+#include "tables.h"
+
+#if defined(__CUDACC__)
+#define ADAMW_FN static __host__ __device__ __forceinline__
+#else
+// Forced inline: the CPU kernels are compiled once per instruction set, and a copy that the linker shared between
+// them could run instructions that the machine lacks.
+#define ADAMW_FN static inline __attribute__((always_inline))
+#endif
+
+namespace fused_adamw {
+
+// What the scalars of a step come to. grad_scale folds the clip coefficient and 1/loss-scale: gradients are
+// multiplied by it in registers and never rewritten.
+struct StepScalars {
+  double grad_norm;
+  double grad_scale;
+  bool skip;
+};
+
+// Clipping as torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1; NaN stays NaN.
+ADAMW_FN StepScalars step_scalars(const StepInputs& inputs) {
+  const double loss_scale = inputs.grad_scale ? static_cast<double>(*inputs.grad_scale) : 1.0;
+  StepScalars s{0.0, 1.0 / loss_scale, inputs.found_inf && *inputs.found_inf != 0.0f};
+  if (inputs.sums) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < inputs.n_sums; ++i) sum += inputs.sums[i];
+    s.grad_norm = sqrt(sum) / loss_scale;
+    const double clip_coef = inputs.max_grad_norm / (s.grad_norm + 1e-6);
+    s.grad_scale *= clip_coef > 1.0 ? 1.0 : clip_coef;
+    s.skip |= inputs.skip_nonfinite && !(s.grad_norm <= 1.7976931348623157e308);
+  }
+  return s;
+}
+
+// The numbers that one parameter's update needs, worked out in double as Python does, then rounded to T.
+template <typename T>
+struct Coefficients {
+  T grad_scale;
+  T decay;           // 1 - lr * weight_decay
+  T lerp_weight;     // exp_avg moves by this times (g - exp_avg) ...
+  bool lerp_from_g;  // ... from g, where 1 - beta1 >= 0.5, as torch.lerp does for accuracy
+  T beta2;
+  T one_minus_beta2;
+  T step_size;  // lr / bias_correction1
+  T bias_correction2_sqrt;
+  T eps;
+};
+
+// `step` counts this update: 1 for the first.
+template <typename T>
+ADAMW_FN Coefficients<T> coefficients(const Hyper& hyper, double step, double grad_scale) {
+  const double lr = hyper.lr_address ? *reinterpret_cast<const float*>(hyper.lr_address) : hyper.lr;
+  const double bias_correction1 = 1.0 - pow(hyper.beta1, step);
+  const double bias_correction2 = 1.0 - pow(hyper.beta2, step);
+  const double weight = 1.0 - hyper.beta1;
+  const bool from_g = weight >= 0.5;
+  return {
+      static_cast<T>(hyper.grad_sign * grad_scale),
+      static_cast<T>(1.0 - lr * hyper.weight_decay),
+      static_cast<T>(from_g ? weight - 1.0 : weight),
+      from_g,
+      static_cast<T>(hyper.beta2),
+      static_cast<T>(1.0 - hyper.beta2),
+      static_cast<T>(lr / bias_correction1),
+      static_cast<T>(sqrt(bias_correction2)),
+      static_cast<T>(hyper.eps),
+  };
+}
+
+ADAMW_FN float square_root(float x) { return sqrtf(x); }
+ADAMW_FN double square_root(double x) { return sqrt(x); }
+
+// One element. v_max is max_exp_avg_sq under amsgrad; otherwise the caller passes a zero and drops it, so that the
+// maximum is v. NaN wins a maximum, as in torch.
+template <typename T>
+ADAMW_FN void adamw_update(T& p, T grad, T& m, T& v, T& v_max, const Coefficients<T>& c) {
+  const T g = grad * c.grad_scale;
+  p = p * c.decay;
+  m = (c.lerp_from_g ? g : m) + c.lerp_weight * (g - m);
+  v = v * c.beta2 + c.one_minus_beta2 * g * g;
+  v_max = (v_max > v || v_max != v_max) ? v_max : v;
+  p = p - c.step_size * m / (square_root(v_max) / c.bias_correction2_sqrt + c.eps);
+}
+
+}  // namespace fused_adamw

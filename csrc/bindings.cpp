@@ -1,0 +1,247 @@
+// The only file that sees torch, through its stable ABI: one build serves torch >= 2.10 and every Python >= 3.10.
+// Schemas, checks, the current stream, the thread pool. No arithmetic.
+#include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <string>
+
+#include "adamw.h"
+#include "adamw_cpu.h"
+#ifdef FUSED_ADAMW_CUDA
+#include "adamw_cuda.h"
+// Absent from a CPU-only torch, where the extension must still load.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+#endif
+
+namespace fused_adamw {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kRowWords = sizeof(Row) / sizeof(int64_t);
+constexpr int64_t kChunkWords = sizeof(Chunk) / sizeof(int32_t);
+constexpr int64_t kHyperWords = sizeof(Hyper) / sizeof(double);
+// Below this many elements a step is over before a second thread has woken up.
+constexpr int64_t kSerialElements = 1 << 15;
+
+void check_table(const Tensor& t, const char* name, ScalarType dtype, int64_t words) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous() && t.dim() == 2 && t.size(1) == words,
+                  "fused_adamw: ", name, " must be a contiguous table of ", words, " columns of its type");
+}
+
+template <typename T>
+T* check_vector(const Tensor& t, const char* name, ScalarType dtype, int64_t numel, const Tensor& rows) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous() && t.numel() >= numel, "fused_adamw: ", name,
+                  " must be contiguous, of its type, with at least ", numel, " elements");
+  STD_TORCH_CHECK(t.device() == rows.device(), "fused_adamw: ", name, " must be on the device of rows");
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+Table check_tables(const Tensor& rows, const Tensor& chunks, int64_t chunk_size) {
+  check_table(rows, "rows", ScalarType::Long, kRowWords);
+  check_table(chunks, "chunks", ScalarType::Int, kChunkWords);
+  STD_TORCH_CHECK(chunks.device() == rows.device(), "fused_adamw: chunks must be on the device of rows");
+  STD_TORCH_CHECK(chunk_size > 0, "fused_adamw: chunk_size must be positive, got ", chunk_size);
+  return {static_cast<const Row*>(rows.const_data_ptr()), rows.size(0),
+          static_cast<const Chunk*>(chunks.const_data_ptr()), chunks.size(0), chunk_size};
+}
+
+// workspace: float64 (1 + n_chunks): a ticket, then a partial sum per chunk.
+NormArgs norm_args(const Tensor& rows, const Tensor& chunks, int64_t chunk_size, int64_t grad_dtype,
+                   const Tensor& workspace, const Tensor& sum) {
+  NormArgs args{};
+  args.table = check_tables(rows, chunks, chunk_size);
+  args.grad_dtype = static_cast<DType>(grad_dtype);
+  double* work =
+      check_vector<double>(workspace, "workspace", ScalarType::Double, 1 + args.table.n_chunks, rows);
+  args.ticket = reinterpret_cast<uint32_t*>(work);
+  args.partials = work + 1;
+  args.sum = check_vector<double>(sum, "sum", ScalarType::Double, 1, rows);
+  return args;
+}
+
+UpdateArgs update_args(const Tensor& rows, const Tensor& chunks, int64_t chunk_size, const Tensor& hypers,
+                       int64_t param_dtype, int64_t grad_dtype, int64_t state_dtype,
+                       const std::optional<Tensor>& sums, double max_grad_norm, bool skip_nonfinite,
+                       const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                       const Tensor& status, const Tensor& workspace) {
+  UpdateArgs args{};
+  args.table = check_tables(rows, chunks, chunk_size);
+  check_table(hypers, "hypers", ScalarType::Double, kHyperWords);
+  args.hypers = static_cast<const Hyper*>(hypers.const_data_ptr());
+  args.n_hypers = hypers.size(0);
+  args.param_dtype = static_cast<DType>(param_dtype);
+  args.grad_dtype = static_cast<DType>(grad_dtype);
+  args.state_dtype = static_cast<DType>(state_dtype);
+  StepInputs& in = args.inputs;
+  if (sums) {
+    in.sums = check_vector<double>(*sums, "sums", ScalarType::Double, 1, rows);
+    in.n_sums = sums->numel();
+  }
+  in.max_grad_norm = max_grad_norm;
+  in.skip_nonfinite = skip_nonfinite;
+  if (grad_scale) in.grad_scale = check_vector<float>(*grad_scale, "grad_scale", ScalarType::Float, 1, rows);
+  if (found_inf) in.found_inf = check_vector<float>(*found_inf, "found_inf", ScalarType::Float, 1, rows);
+  in.status = check_vector<double>(status, "status", ScalarType::Double, 2, rows);
+  args.ticket = reinterpret_cast<uint32_t*>(check_vector<double>(workspace, "workspace", ScalarType::Double, 1, rows));
+  return args;
+}
+
+const CpuKernels& cpu_kernels() {
+#ifdef FUSED_ADAMW_X86
+  static const CpuKernels& kernels =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+          ? kCpuKernelsAvx512
+      : __builtin_cpu_supports("avx2") ? kCpuKernelsAvx2
+                                       : kCpuKernelsBaseline;
+  return kernels;
+#else
+  return kCpuKernelsBaseline;
+#endif
+}
+
+// Runs body(begin, end) over the chunks on torch's thread pool. Threads draw batches of chunks from a counter, so
+// that tensors of any sizes, and a busy core, leave none of them idle.
+template <typename F>
+void for_chunks(const Table& table, const F& body) {
+  int64_t elements = 0;
+  for (int64_t i = 0; i < table.n_rows && elements < kSerialElements; ++i) elements += table.rows[i].numel;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || table.n_chunks == 1 || elements < kSerialElements) return body(0, table.n_chunks);
+  const int64_t batch = std::clamp<int64_t>(table.n_chunks / (threads * 16), 1, 16);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      for (int64_t i; (i = next.fetch_add(batch)) < table.n_chunks;) body(i, std::min(i + batch, table.n_chunks));
+    }
+  });
+}
+
+void sum_of_squares_cpu(Tensor rows, Tensor chunks, int64_t chunk_size, int64_t grad_dtype, Tensor workspace,
+                        Tensor sum) {
+  const NormArgs args = norm_args(rows, chunks, chunk_size, grad_dtype, workspace, sum);
+  std::atomic<bool> built{true};
+  for_chunks(args.table, [&](int64_t begin, int64_t end) {
+    if (!cpu_kernels().norm_chunks(args, begin, end)) built = false;
+  });
+  STD_TORCH_CHECK(built, "fused_adamw: no norm kernel for gradient dtype ", grad_dtype);
+  // In the order of the chunks: the same sum for any number of threads.
+  double total = 0.0;
+  for (int64_t i = 0; i < args.table.n_chunks; ++i) total += args.partials[i];
+  *args.sum = total;
+}
+
+void update_cpu(Tensor rows, Tensor chunks, int64_t chunk_size, Tensor hypers, int64_t param_dtype,
+                int64_t grad_dtype, int64_t state_dtype, std::optional<Tensor> sums, double max_grad_norm,
+                bool skip_nonfinite, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                Tensor status, Tensor workspace) {
+  const UpdateArgs args =
+      update_args(rows, chunks, chunk_size, hypers, param_dtype, grad_dtype, state_dtype, sums, max_grad_norm,
+                  skip_nonfinite, grad_scale, found_inf, status, workspace);
+  const StepScalars scalars = step_scalars(args.inputs);
+  args.inputs.status[0] = scalars.grad_norm;
+  if (scalars.skip) {
+    args.inputs.status[1] += 1.0;
+    return;
+  }
+  std::atomic<bool> built{true};
+  for_chunks(args.table, [&](int64_t begin, int64_t end) {
+    if (!cpu_kernels().update_chunks(args, scalars.grad_scale, begin, end)) built = false;
+  });
+  STD_TORCH_CHECK(built, "fused_adamw: no update kernel for dtypes ", param_dtype, ", ", grad_dtype, ", ",
+                  state_dtype);
+  for (int64_t i = 0; i < args.table.n_rows; ++i) {
+    const Row& row = args.table.rows[i];
+    if (row.grad) *reinterpret_cast<float*>(row.step) += 1.0f;
+  }
+}
+
+#ifdef FUSED_ADAMW_CUDA
+void* current_stream(int32_t device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "fused_adamw: this torch has no CUDA support");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+void sum_of_squares_cuda(Tensor rows, Tensor chunks, int64_t chunk_size, int64_t grad_dtype, Tensor workspace,
+                         Tensor sum) {
+  const NormArgs args = norm_args(rows, chunks, chunk_size, grad_dtype, workspace, sum);
+  const int32_t device = rows.get_device_index();
+  const char* error = launch_norm(args, device, current_stream(device));
+  STD_TORCH_CHECK(!error, "fused_adamw: norm kernel: ", error);
+}
+
+void update_cuda(Tensor rows, Tensor chunks, int64_t chunk_size, Tensor hypers, int64_t param_dtype,
+                 int64_t grad_dtype, int64_t state_dtype, std::optional<Tensor> sums, double max_grad_norm,
+                 bool skip_nonfinite, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                 Tensor status, Tensor workspace) {
+  const UpdateArgs args =
+      update_args(rows, chunks, chunk_size, hypers, param_dtype, grad_dtype, state_dtype, sums, max_grad_norm,
+                  skip_nonfinite, grad_scale, found_inf, status, workspace);
+  const bool on_host = hypers.is_cpu();
+  STD_TORCH_CHECK(!on_host || args.n_hypers <= kMaxInlineHypers, "fused_adamw: a hypers table on the host holds at most ",
+                  kMaxInlineHypers, " rows, got ", args.n_hypers);
+  const int32_t device = rows.get_device_index();
+  const char* error = launch_update(args, on_host, device, current_stream(device));
+  STD_TORCH_CHECK(!error, "fused_adamw: update kernel: ", error);
+}
+#endif
+
+std::string build_info() {
+  std::string info = "{\"cpu_capability\": \"" + std::string(cpu_kernels().capability) + "\", \"compiler\": \"" +
+                     FUSED_ADAMW_COMPILER + "\", \"cuda\": \"";
+#ifdef FUSED_ADAMW_CUDA
+  info += cuda_build();
+#endif
+  return info + "\"}";
+}
+
+}  // namespace
+}  // namespace fused_adamw
+
+// The tensors that hold parameters are reached through the addresses in `rows`; what the schemas declare as
+// mutated keeps the calls from being dropped or reordered.
+STABLE_TORCH_LIBRARY(fused_adamw, m) {
+  m.def(
+      "sum_of_squares(Tensor rows, Tensor chunks, int chunk_size, int grad_dtype, Tensor(a!) workspace, "
+      "Tensor(b!) sum) -> ()");
+  m.def(
+      "update(Tensor rows, Tensor chunks, int chunk_size, Tensor hypers, int param_dtype, int grad_dtype, "
+      "int state_dtype, Tensor? sums, float max_grad_norm, bool skip_nonfinite, Tensor? grad_scale, "
+      "Tensor? found_inf, Tensor(a!) status, Tensor(b!) workspace) -> ()");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_adamw, CPU, m) {
+  m.impl("sum_of_squares", TORCH_BOX(&fused_adamw::sum_of_squares_cpu));
+  m.impl("update", TORCH_BOX(&fused_adamw::update_cpu));
+}
+
+#ifdef FUSED_ADAMW_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fused_adamw, CUDA, m) {
+  m.impl("sum_of_squares", TORCH_BOX(&fused_adamw::sum_of_squares_cuda));
+  m.impl("update", TORCH_BOX(&fused_adamw::update_cuda));
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(fused_adamw, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&fused_adamw::build_info));
+}
+
+// Importing fused_adamw._C loads the library, which registers the operators above.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

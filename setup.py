@@ -1,0 +1,151 @@
+"""Builds `fused_adamw._C`: C++ for the CPU, and CUDA where an nvcc is found. Metadata lives in pyproject.toml.
+
+Environment:
+    CUDA_HOME              where to look for nvcc first; otherwise the one on PATH is taken
+    FUSED_ADAMW_CUDA=0     leave the CUDA part out even if there is an nvcc
+    TORCH_CUDA_ARCH_LIST   architectures as torch spells them, such as "8.0;9.0+PTX"
+    CXX                    the C++ compiler
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# torch >= 2.10 and Python >= 3.10 can load what these two produce.
+TORCH_TARGET_VERSION = "0x020a000000000000"
+PY_LIMITED_API = "0x030a0000"
+
+# -fno-math-errno lets sqrt vectorise; without contraction the results do not depend on which
+# instruction set has a fused multiply-add, and equal those of a plain float32 chain.
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall"
+    " -fstack-protector-strong -D_FORTIFY_SOURCE=2"
+)
+NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
+CPU_CAPABILITIES = {
+    "Baseline": "",
+    "Avx2": "-mavx2 -mf16c",
+    "Avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c -mprefer-vector-width=512",
+}
+CUDA_ARCHS = ("80", "90", "100", "120")
+
+ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
+
+
+def find_nvcc() -> str | None:
+    """The nvcc to use, or None."""
+    if os.environ.get("FUSED_ADAMW_CUDA") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def gencode_flags(nvcc: str) -> str:
+    """`-gencode` for each architecture; PTX of the newest, so that later GPUs are served too."""
+    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        items = re.split(r"[;\s]+", wanted.strip())
+        archs = [item.removesuffix("+PTX").replace(".", "") for item in items]
+        ptx = [arch for arch, item in zip(archs, items, strict=True) if item.endswith("+PTX")]
+    else:
+        known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+        archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known.split()]
+        ptx = archs[-1:]
+    flags = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    flags += [f"-gencode arch=compute_{arch},code=compute_{arch}" for arch in ptx]
+    names = " ".join([f"sm_{arch}" for arch in archs] + [f"compute_{arch}" for arch in ptx])
+    return " ".join([*flags, f"-DFUSED_ADAMW_CUDA_ARCHS='\"{names}\"'"])
+
+
+def ninja_file(output: Path, build: Path) -> str:
+    """The text of a build.ninja that makes `output`; paths in it are absolute."""
+    import torch
+
+    torch_dir = Path(torch.__file__).parent
+    cxx = os.environ.get("CXX", "c++")
+    compiler = subprocess.run([cxx, "-dumpversion"], check=True, capture_output=True, text=True).stdout.strip()
+    nvcc = find_nvcc()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    torch_flags = (
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -DPy_LIMITED_API={PY_LIMITED_API}"
+        f" -DFUSED_ADAMW_COMPILER='\"{Path(cxx).name} {compiler}\"'"
+        f" -isystem {torch_dir}/include -isystem {sysconfig.get_paths()['include']}"
+    )
+    torch_flags += " -DFUSED_ADAMW_X86" * x86 + " -DFUSED_ADAMW_CUDA" * bool(nvcc)
+
+    jobs = [("bindings.o", "cxx", CSRC / "bindings.cpp", torch_flags)]
+    for name, flags in CPU_CAPABILITIES.items():
+        if name == "Baseline" or x86:
+            jobs.append((f"cpu_{name}.o", "cxx", CSRC / "adamw_cpu.cpp", f"-DCPU_CAPABILITY={name} {flags}"))
+    if nvcc:
+        jobs.append(("cuda.o", "nvcc", CSRC / "adamw_cuda.cu", gencode_flags(nvcc)))
+    else:
+        print(
+            "fused_adamw: no nvcc found (CUDA_HOME, PATH): building the CPU kernels alone. On a GPU the Triton"
+            " backend will serve. Install the CUDA toolkit and reinstall to have the CUDA kernels.",
+            file=sys.stderr,
+        )
+
+    if sys.platform == "darwin":
+        link_flags = f"-undefined dynamic_lookup -L{torch_dir}/lib -ltorch"
+    else:
+        # torch is loaded before the extension, so no rpath; libtorch alone brings the parts that are there.
+        link_flags = f"-Wl,-z,relro,-z,now -Wl,--no-as-needed -L{torch_dir}/lib -ltorch"
+    if nvcc:
+        # nvcc knows where its static runtime is: no CUDA library is needed to import the extension.
+        linker = f"{nvcc} -shared -cudart static"
+        link_flags = re.sub(r"-Wl,(\S+)", r"-Xlinker \1", link_flags)
+    else:
+        linker = f"{cxx} -shared"
+
+    lines = [
+        "ninja_required_version = 1.5",
+        f"builddir = {build}",
+        "rule cxx",
+        f"  command = {cxx} -MMD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule nvcc",
+        f"  command = {nvcc} -MMD -MF $out.d {NVCC_FLAGS} $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {linker} $in -o $out {link_flags}",
+    ]
+    for obj, rule, source, flags in jobs:
+        lines += [f"build {build / obj}: {rule} {source}", f"  flags = {flags}"]
+    lines.append(f"build {output}: link {' '.join(str(build / job[0]) for job in jobs)}")
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuildExt(build_ext):
+    """Compiles through ninja: parallel, and only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build the one extension into the place that setuptools expects."""
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+        if ninja is None:
+            raise SystemExit("fused_adamw: building needs ninja: pip install ninja")
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        build.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(ninja_file(output, build))
+        subprocess.run([ninja, "-C", str(build)], check=True)
+
+
+setup(
+    ext_modules=[Extension("fused_adamw._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": NinjaBuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
