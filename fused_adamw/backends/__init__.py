@@ -1,0 +1,100 @@
+"""Which backends exist, which can run here and why not; picks one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from . import native, reference
+
+BACKENDS = ("auto", "native", "triton", "reference")
+
+__all__ = ["BACKENDS", "BackendStatus", "available_backends", "build_info", "kernels_for", "reference"]
+
+build_info = native.build_info
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can step parameters of a device here."""
+
+    backend: str
+    device: str
+    reason: str | None  # why not; None: available
+
+    @property
+    def available(self) -> bool:
+        """Whether it can run."""
+        return self.reason is None
+
+
+def _triton() -> ModuleType | str:
+    """The Triton backend, imported only when it is asked for; or why there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        return importlib.import_module(".triton", __name__)
+    except ImportError as error:
+        return f"triton does not load ({error})"
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """None if `backend` can step parameters on `device`, else the reason."""
+    if backend == "reference":
+        return None
+    module = native if backend == "native" else _triton()
+    if isinstance(module, str):
+        return module
+    reason: str | None = module.why_not(device)
+    return reason
+
+
+def kernels_for(backend: str, device: torch.device) -> ModuleType | None:
+    """The kernels that serve a device, None for the reference.
+
+    `"auto"` takes native before Triton before the reference; on the CPU it never takes Triton, which only
+    interprets there.
+
+    Raises:
+        ValueError: `backend` is not one of `BACKENDS`.
+        RuntimeError: `backend` cannot run on `device`; says why, and what can.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "reference":
+        return None
+    if backend == "auto":
+        if native.why_not(device) is None:
+            return native
+        if device.type == "cpu" or why_not("triton", device) is not None:
+            return None
+        backend = "triton"
+    if reason := why_not(backend, device):
+        usable = [name for name in BACKENDS[1:] if why_not(name, device) is None]
+        raise RuntimeError(
+            f"backend {backend!r} cannot run on {device}: {reason}. Available: {', '.join(usable)}"
+        )
+    module = native if backend == "native" else _triton()
+    assert not isinstance(module, str)
+    return module
+
+
+def available_backends() -> list[BackendStatus]:
+    """Every backend on every kind of device: whether it can run here and, if not, why."""
+    devices = [torch.device("cpu"), torch.device("cuda")]
+    return [
+        BackendStatus(backend, device.type, _status(backend, device))
+        for backend in BACKENDS[1:]
+        for device in devices
+    ]
+
+
+def _status(backend: str, device: torch.device) -> str | None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = native.build_info().get("cuda") if backend == "native" else None
+        return "torch sees no CUDA device" + (f" (built for {built})" if built else "")
+    return why_not(backend, device)

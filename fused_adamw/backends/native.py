@@ -1,0 +1,94 @@
+"""The C++ and CUDA kernels, `torch.ops.fused_adamw.*`: the dispatcher picks by the device of the tables."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+
+import torch
+
+# Elements per chunk. CPU: large enough that the walk costs nothing, small enough to balance two tensors on two
+# threads. CUDA: many chunks per block, so that the last wave of a persistent grid is short.
+_CPU_CHUNK_SIZE = 1 << 15
+_CUDA_CHUNK_SIZE = 1 << 13
+# kMaxInlineHypers: these travel as kernel parameters.
+_MAX_INLINE_HYPERS = 64
+
+
+@functools.cache
+def _load_error() -> str | None:
+    """Load the extension, once; None or why it does not load."""
+    try:
+        import fused_adamw._C  # noqa: F401
+    except ImportError as error:
+        return f"the extension is not built or does not load ({error})"
+    for name in ("sum_of_squares", "update"):
+        # Nothing to compute: tracing sees only that the declared arguments are mutated.
+        torch.library.register_fake(f"fused_adamw::{name}", lambda *args: None)
+    return None
+
+
+@functools.cache
+def build_info() -> dict[str, str]:
+    """How the extension was built: `cpu_capability`, `compiler`, `cuda` (architectures; empty without CUDA)."""
+    if _load_error():
+        return {}
+    info: dict[str, str] = json.loads(torch.ops.fused_adamw.build_info())
+    return info
+
+
+def _serves(capability: tuple[int, int], archs: list[str]) -> bool:
+    """Whether a GPU runs code for one of the architectures: machine code of its major version, or older PTX."""
+    wanted = capability[0] * 10 + capability[1]
+    for arch in archs:
+        kind, number = arch.split("_")
+        built = int(number.rstrip("af"))
+        if built <= wanted and (kind == "compute" or built // 10 == wanted // 10):
+            return True
+    return False
+
+
+def why_not(device: torch.device) -> str | None:
+    """None if tensors on `device` can be served, else the reason."""
+    if error := _load_error():
+        return error
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"no kernels for {device.type} devices"
+    built = build_info()["cuda"]
+    if not built:
+        return "the extension was built without CUDA: no nvcc was found"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if not _serves(capability, built.split()):
+        return f"the extension was built for {built}, the GPU is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def chunk_size(device: torch.device) -> int:
+    """Elements per chunk that suit the device."""
+    return _CPU_CHUNK_SIZE if device.type == "cpu" else _CUDA_CHUNK_SIZE
+
+
+def max_host_hypers(device: torch.device) -> int:
+    """Up to how many hyper rows may stay in host memory."""
+    return _MAX_INLINE_HYPERS if device.type == "cuda" else 1 << 62
+
+
+@functools.cache
+def _operator(name: str) -> Callable[..., None]:
+    operator: Callable[..., None] = getattr(torch.ops.fused_adamw, name).default
+    return operator
+
+
+def sum_of_squares(*args: object) -> None:
+    """`fused_adamw::sum_of_squares`; the schema is in csrc/bindings.cpp."""
+    _operator("sum_of_squares")(*args)
+
+
+def update(*args: object) -> None:
+    """`fused_adamw::update`; the schema is in csrc/bindings.cpp."""
+    _operator("update")(*args)

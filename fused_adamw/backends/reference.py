@@ -1,0 +1,124 @@
+"""The definition: AdamW in plain PyTorch, on any device and for any dtype that torch allows.
+
+Every kernel is checked against this, and it steps whatever the kernels cannot take. It is written to be read;
+like the kernels it never reads a device value on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..plan import Entry, Hyper, StepInputs
+
+
+def math_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic for parameters of `dtype`: float32, or float64 for 64-bit ones."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def step_scalars(inputs: StepInputs) -> tuple[Tensor | None, Tensor | float, Tensor | None]:
+    """What the scalars of a step come to.
+
+    Clips as `torch.nn.utils.clip_grad_norm_` does: `max_norm / (norm + 1e-6)`, at most 1; NaN stays NaN.
+
+    Returns:
+        The gradient norm (None without a norm pass); the factor for every gradient, which folds the clip
+        coefficient and 1/loss-scale; a bool tensor that says to skip the step (None: never).
+    """
+    norm: Tensor | None = None
+    skip: Tensor | None = None
+    loss_scale = 1.0 if inputs.grad_scale is None else inputs.grad_scale.to(inputs.status.dtype)
+    grad_scale: Tensor | float = 1.0 / loss_scale
+    if inputs.found_inf is not None:
+        skip = inputs.found_inf != 0
+    if inputs.sums is not None:
+        norm = inputs.sums.sum().sqrt() / loss_scale
+        grad_scale = grad_scale * (inputs.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if inputs.skip_nonfinite:
+            nonfinite = norm.isfinite().logical_not()
+            skip = nonfinite if skip is None else skip | nonfinite
+    return norm, grad_scale, skip
+
+
+def adamw_update(
+    p: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    v_max: Tensor | None,
+    step: Tensor,
+    hyper: Hyper,
+    grad_scale: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """THE rule: AdamW (https://arxiv.org/abs/1711.05101), in torch.optim.AdamW's order of operations.
+
+    Args:
+        p, grad, m, v, v_max: Parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq (None: no amsgrad); one
+            shape and one real dtype, that of the arithmetic. None of them is changed.
+        step: float64 where the device has it, 0-dim: counts this update, 1 for the first.
+        hyper: The group's hyper-parameters.
+        grad_scale: Factor for the gradient.
+
+    Returns:
+        The new p, m, v and v_max.
+    """
+
+    def scalar(x: Tensor | float) -> Tensor | float:
+        return x.to(p.dtype) if isinstance(x, Tensor) else x
+
+    lr, beta1, beta2, eps, weight_decay, maximize = hyper
+    bias_correction1 = 1 - beta1**step
+    bias_correction2_sqrt = (1 - beta2**step).sqrt()
+
+    g = grad * scalar(-grad_scale if maximize else grad_scale)
+    p = p * scalar(1 - lr * weight_decay)
+    weight = 1 - beta1
+    m = m + weight * (g - m) if weight < 0.5 else g + (weight - 1) * (g - m)  # torch.lerp
+    v = v * beta2 + (1 - beta2) * g * g
+    if v_max is not None:
+        v_max = torch.maximum(v_max, v)
+    denom = (v if v_max is None else v_max).sqrt() / scalar(bias_correction2_sqrt) + eps
+    p = p - scalar(lr / bias_correction1) * m / denom
+    return p, m, v, v_max
+
+
+def sum_of_squares(grads: Sequence[Tensor], out: Tensor) -> None:
+    """Write the sum of squares of all elements of `grads`, any dtypes and layouts, to `out` (one element)."""
+    total = torch.zeros((), dtype=out.dtype, device=out.device)
+    for grad in grads:
+        dtype = torch.promote_types(grad.dtype, out.dtype) if grad.is_complex() else out.dtype
+        total = total + torch.linalg.vector_norm(grad, dtype=dtype).square()
+    out.copy_(total.reshape(out.shape))
+
+
+def update(
+    entries: Sequence[Entry], grads: Sequence[Tensor], hypers: Sequence[Hyper], inputs: StepInputs
+) -> None:
+    """Step every entry: mutates its parameter, moments and step count, unless the step is skipped."""
+    norm, grad_scale, skip = step_scalars(inputs)
+    wide = inputs.status.dtype
+    if norm is not None:
+        inputs.status[0] = norm
+    if skip is not None:
+        inputs.status[1] += skip.reshape(())
+
+    def write(old: Tensor, new: Tensor) -> None:
+        old.copy_(new if skip is None else torch.where(skip, old, new))
+
+    for entry, grad in zip(entries, grads, strict=True):
+        stored = [entry.param, grad, entry.exp_avg, entry.exp_avg_sq, entry.max_exp_avg_sq]
+        if entry.param.is_complex():
+            stored = [t if t is None else torch.view_as_real(t) for t in stored]
+        dtype = math_dtype(entry.param.dtype)
+        p, g, m, v, v_max = (t if t is None else t.to(dtype) for t in stored)
+        step = entry.step + 1
+        hyper = hypers[entry.group]
+        lr = hyper.lr.to(p.device, wide) if isinstance(hyper.lr, Tensor) else hyper.lr
+        new = adamw_update(p, g, m, v, v_max, step.to(wide), hyper._replace(lr=lr), grad_scale)
+        for old, value in zip([stored[0], *stored[2:]], new, strict=True):
+            if old is not None and value is not None:
+                write(old, value)
+        write(entry.step, step)
