@@ -1,0 +1,29 @@
+"""Parameter groups for any optimizer: which parameters decay, and why."""
+
+from .build import (
+    build_param_groups,
+    get_optimizer_grouped_parameters,
+    new_param_groups,
+    summarize_param_groups,
+)
+from .decide import Decision
+from .lint import Lint
+from .overrides import ParamGroupWarning
+from .policies import POLICIES, Policy
+from .resume import compare_param_names
+from .roles import Role, register_type
+
+__all__ = [
+    "POLICIES",
+    "Decision",
+    "Lint",
+    "ParamGroupWarning",
+    "Policy",
+    "Role",
+    "build_param_groups",
+    "compare_param_names",
+    "get_optimizer_grouped_parameters",
+    "new_param_groups",
+    "register_type",
+    "summarize_param_groups",
+]

@@ -1,0 +1,241 @@
+"""One decision per tensor, in one pass: role, policy, marks, overrides, layer scale.
+
+Precedence, strongest first: overrides (later ones win), marks and hooks, `roles=`, the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .identify import Confidence, Finding, Rule, identify
+from .layers import layer_depths
+from .marks import Marks, call_hook
+from .overrides import Override, Overrides, Setting, check_number, parse_overrides, parse_setting
+from .policies import Policy, Verdict, get_policy
+from .roles import Role, as_role
+from .walk import Located, class_of, trainable, unwrap, walk
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to build groups; see `build_param_groups` for the meaning of each.
+
+    Attributes mirror the arguments of `build_param_groups`.
+    """
+
+    weight_decay: float = 0.01
+    policy: str | Policy = "hygiene"
+    roles: Mapping[Role | str, Setting] | None = None
+    overrides: Overrides | None = None
+    layer_decay: float | None = None
+    lr: float | Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What was decided for one tensor, and why.
+
+    Attributes:
+        name: Canonical name.
+        param: The tensor.
+        located: The tensor with all its places.
+        role: What the tensor is for.
+        decays: Whether it is in a decay group.
+        rule: The kind of evidence that decided: override, mark, adapter, type, structure, name, shape,
+            default or policy.
+        evidence: The evidence in words.
+        confidence: `high`, `medium` or `low`.
+        options: The group options, `weight_decay` among them.
+        lr_scale: Factor on the learning rate.
+        layer: Layer number under layer-wise decay.
+        finding: How the role was found.
+    """
+
+    name: str
+    param: Tensor
+    located: Located
+    role: Role
+    decays: bool
+    rule: Rule
+    evidence: str
+    confidence: Confidence
+    options: Mapping[str, Any]
+    lr_scale: float
+    layer: int | None
+    finding: Finding
+
+    @property
+    def owner(self) -> str:
+        """Class name of the module that owns the tensor."""
+        return class_of(self.located.places[0].owner).__name__
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self.located.aliases
+
+    def __str__(self) -> str:
+        """One sentence: `transformer.ln_f.weight does not decay: ...`."""
+        verb = f"decays ({self.options['weight_decay']:g})" if self.decays else "does not decay"
+        shared = f", shared with {', '.join(self.aliases)}" if self.aliases else ""
+        scale = f"; its learning rate is scaled by {self.lr_scale:.4g}" if self.lr_scale != 1 else ""
+        sure = "" if self.confidence == "high" else f" [{self.confidence} confidence]"
+        return f"{self.name}{shared} {verb}: {self.evidence}{scale}{sure}."
+
+
+@dataclass
+class _Draft:
+    """A decision in the making: options pile up, the last word on decay is remembered."""
+
+    decays: bool
+    rule: Rule
+    evidence: str
+    confidence: Confidence
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def apply(self, options: Mapping[str, Any], rule: Rule, evidence: str) -> None:
+        self.options.update(options)
+        decay = options.get("weight_decay", options.get("weight_decay_scale"))
+        if decay is None:  # speaks about something else, the learning rate say
+            self.evidence += f"; {evidence}"
+            return
+        self.decays, self.rule, self.evidence, self.confidence = decay > 0, rule, evidence, "high"
+
+
+def decide(model: nn.Module, options: Options, *, allow_none: bool = False) -> list[Decision]:
+    """Decides every trainable tensor of a model.
+
+    Args:
+        model: The model, wrapped or not.
+        options: Policy, knobs and overrides.
+        allow_none: Return an empty list instead of refusing a model without trainable parameters.
+
+    Returns:
+        One decision per trainable tensor, in the order of `named_parameters()`.
+
+    Raises:
+        TypeError: If `model` is not a module, or a parameter or an argument has a wrong type.
+        ValueError: If there is nothing to train, or an argument is out of range.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    policy = get_policy(options.policy)
+    check_number(options.weight_decay, "weight_decay")
+    located = walk(model)
+    chosen = trainable(located)
+    if not chosen and not allow_none:
+        raise ValueError(_nothing_to_train(model, located))
+    table = _role_table(policy, options.roles)
+    overrides = parse_overrides(options.overrides, located)
+    findings = {id(item): identify(item) for item in located}
+    depths = _depths(model, options, located, {item.name: findings[id(item)].role for item in located})
+    marks = Marks() if policy.marks else None
+    listed = (call_hook(unwrap(model), "no_weight_decay") or ()) if policy.rule else ()
+    decisions = []
+    for item in chosen:
+        finding = findings[id(item)]
+        draft = _draft(item, finding, policy, table, tuple(listed))
+        mark = marks.find(item) if marks else None
+        if mark:
+            draft.apply(mark.options, "mark", mark.evidence)
+        for override in overrides:
+            if override.matches(item):
+                draft.apply(override.options, "override", _say_override(override))
+        decisions.append(_finish(item, finding, draft, options, depths))
+    if any(d.lr_scale != 1 for d in decisions) and options.lr is None:
+        raise ValueError("lr_scale and layer_decay scale a learning rate; expected lr=, got None")
+    return decisions
+
+
+def _draft(
+    item: Located,
+    finding: Finding,
+    policy: Policy,
+    table: Mapping[Role, tuple[Verdict, Mapping[str, Any]]],
+    listed: tuple[str, ...],
+) -> _Draft:
+    if policy.rule is not None:
+        decays, why = policy.rule(item, listed)
+        return _Draft(decays, "policy", f"{policy.name}: {why}", "high")
+    (decays, why), extra = table[finding.role]
+    return _Draft(decays, finding.rule, f"{finding.evidence}; {why}", finding.confidence, dict(extra))
+
+
+def _finish(
+    item: Located, finding: Finding, draft: _Draft, options: Options, depths: Mapping[str, int] | None
+) -> Decision:
+    chosen = dict(draft.options)
+    decay = chosen.pop("weight_decay", draft.decays)
+    if isinstance(decay, bool):
+        decay = options.weight_decay if decay else 0.0
+    chosen["weight_decay"] = float(decay * chosen.pop("weight_decay_scale", 1.0))
+    scale = chosen.pop("lr_scale", 1.0)
+    layer = None
+    if depths is not None and options.layer_decay is not None:
+        layer = depths[item.name]
+        scale *= options.layer_decay ** (max(depths.values()) - layer)
+    return Decision(
+        name=item.name,
+        param=item.param,
+        located=item,
+        role=finding.role,
+        decays=draft.decays,
+        rule=draft.rule,
+        evidence=draft.evidence,
+        confidence=draft.confidence,
+        options=chosen,
+        lr_scale=1.0 if "lr" in chosen else float(scale),
+        layer=layer,
+        finding=finding,
+    )
+
+
+def _role_table(
+    policy: Policy, roles: Mapping[Role | str, Setting] | None
+) -> dict[Role, tuple[Verdict, Mapping[str, Any]]]:
+    """The policy's table with the user's knobs: role -> (verdict, options)."""
+    if policy.decays is None:
+        if roles:
+            raise ValueError(
+                f"policy {policy.name!r} copies the rule of another tool and knows no roles; use overrides="
+            )
+        return {}
+    table: dict[Role, tuple[Verdict, Mapping[str, Any]]] = {r: (v, {}) for r, v in policy.decays.items()}
+    for name, setting in (roles or {}).items():
+        role = as_role(name)
+        options = parse_setting(setting, f"roles[{str(role)!r}]")
+        decay = options.get("weight_decay", options.get("weight_decay_scale"))
+        verdict = table[role][0] if decay is None else (decay > 0, f"roles= says so for {role}")
+        table[role] = (verdict, options)
+    return table
+
+
+def _depths(
+    model: nn.Module, options: Options, located: list[Located], roles: Mapping[str, Role]
+) -> dict[str, int] | None:
+    if options.layer_decay is None:
+        return None
+    check_number(options.layer_decay, "layer_decay")
+    if not 0 < options.layer_decay <= 1:
+        raise ValueError(f"layer_decay: expected a factor in (0, 1], got {options.layer_decay!r}")
+    if options.lr is None:
+        raise ValueError("layer_decay scales a learning rate; expected lr=, got None")
+    return layer_depths(model, located, roles)
+
+
+def _say_override(override: Override) -> str:
+    said = ", ".join(f"{option}={value!r}" for option, value in override.options.items())
+    return f"override {str(override)!r} sets {said}"
+
+
+def _nothing_to_train(model: nn.Module, located: list[Located]) -> str:
+    kind = class_of(unwrap(model)).__name__
+    if not located:
+        return f"{kind} has no parameters; expected a model with at least one trainable parameter"
+    return (
+        f"all {len(located)} parameters of {kind} are frozen (the first is {located[0].name!r}); expected at "
+        "least one with requires_grad=True"
+    )

@@ -1,0 +1,154 @@
+"""What deserves a look, in a report and as one warning when groups are built."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .decide import Decision, Options
+from .marks import mark_of_tensor
+from .overrides import ParamGroupWarning
+from .policies import get_policy
+from .roles import Role
+from .walk import Located, words
+
+MAX_GROUPS = 100
+_NORMS = frozenset({Role.NORM, Role.ZERO_CENTERED_NORM})
+_MAPS = frozenset({Role.MATRIX, Role.CONVOLUTION, Role.UNKNOWN, Role.ADAPTER_MATRIX})
+
+
+@dataclass(frozen=True)
+class Lint:
+    """One remark.
+
+    Attributes:
+        code: Stable name of the check.
+        level: `warning` if it is probably a mistake, `note` if it may be meant.
+        message: What was seen.
+        names: The parameters concerned.
+    """
+
+    code: str
+    level: Literal["warning", "note"]
+    message: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.names[:5]) + (
+            f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
+        )
+        return f"{self.message}: {shown}" if shown else self.message
+
+
+def lint(decisions: Sequence[Decision], groups: Sequence[Mapping[str, Any]]) -> list[Lint]:
+    """Runs every check.
+
+    Args:
+        decisions: One per trainable tensor.
+        groups: The groups in use; a trainable tensor that is in none of them is reported.
+
+    Returns:
+        The remarks, warnings first.
+    """
+    found = [remark for check in _CHECKS if (remark := check(decisions)) is not None]
+    grouped = {id(p) for group in groups for p in _tensors(group["params"])}
+    lost = tuple(d.name for d in decisions if id(d.param) not in grouped)
+    if lost:
+        found.append(Lint("not-in-a-group", "warning", "trainable, but in no group, so never updated", lost))
+    if len(groups) >= MAX_GROUPS:
+        message = f"{len(groups)} groups: many optimizers launch kernels per group; merge equal options"
+        found.append(Lint("many-groups", "warning", message, ()))
+    return sorted(found, key=lambda remark: remark.level != "warning")
+
+
+def warn(decisions: Sequence[Decision], groups: Sequence[Mapping[str, Any]], options: Options) -> None:
+    """Warns once, at construction, about what is probably a mistake.
+
+    A policy copied from another tool is taken as meant, so only the number of groups is remarked on.
+    """
+    copied = get_policy(options.policy).rule is not None
+    remarks = [
+        r for r in lint(decisions, groups) if r.level == "warning" and (not copied or r.code == "many-groups")
+    ]
+    if remarks:
+        text = "; ".join(map(str, remarks))
+        warnings.warn(
+            f"{text}. explain_param_groups(model) gives the reasons", ParamGroupWarning, stacklevel=3
+        )
+
+
+def _chosen(decision: Decision) -> bool:
+    """Whether a person decided this, so that it is no mistake."""
+    return decision.rule in ("override", "mark")
+
+
+def _norm_decays(decisions: Sequence[Decision]) -> Lint | None:
+    names = [
+        d for d in decisions if d.decays and not _chosen(d) and (d.role in _NORMS or _sounds_like_norm(d))
+    ]
+    return _remark("norm-decays", "warning", "a norm decays", names)
+
+
+def _sounds_like_norm(d: Decision) -> bool:
+    """Unrecognised, but its class or its own name speaks of a norm."""
+    if d.role not in (Role.UNKNOWN, Role.VECTOR):
+        return False
+    return any(word.endswith("norm") for word in (*words(d.owner), *words(d.located.places[0].local)))
+
+
+def _matrix_exempt(decisions: Sequence[Decision]) -> Lint | None:
+    exempt = [d for d in decisions if not d.decays and d.role in _MAPS and d.options["weight_decay"] == 0]
+    return _remark("matrix-exempt", "note", "a matrix or convolution does not decay", exempt)
+
+
+def _lost_mark(decisions: Sequence[Decision]) -> Lint | None:
+    """A tensor without a mark whose namesake in a module of the same class has one.
+
+    `copy.deepcopy`, `load_state_dict(assign=True)`, `to_empty` and `fully_shard` drop attributes of tensors.
+    """
+    marked = {_kind(d.located) for d in decisions if mark_of_tensor(d.param)}
+    lost = [d for d in decisions if _kind(d.located) in marked and not mark_of_tensor(d.param)]
+    lost = [d for d in lost if d.decays]
+    return _remark(
+        "lost-mark", "warning", "decays, but the same tensor of a sibling carries _no_weight_decay", lost
+    )
+
+
+def _kind(located: Located) -> tuple[type, str]:
+    return type(located.places[0].owner), located.places[0].local
+
+
+def _aliases_disagree(decisions: Sequence[Decision]) -> Lint | None:
+    split = [d for d in decisions if d.finding.disagreement and not _chosen(d)]
+    return _remark("aliases-disagree", "warning", "shared by modules that speak for different roles", split)
+
+
+def _low_confidence(decisions: Sequence[Decision]) -> Lint | None:
+    low = [d for d in decisions if d.confidence == "low" and not d.finding.disagreement]
+    return _remark("low-confidence", "warning", "not recognised, decided with low confidence", low)
+
+
+def _remark(
+    code: str, level: Literal["warning", "note"], message: str, found: Iterable[Decision]
+) -> Lint | None:
+    names = tuple(d.name for d in found)
+    return Lint(code, level, message, names) if names else None
+
+
+def _tensors(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+_CHECKS: tuple[Callable[[Sequence[Decision]], Lint | None], ...] = (
+    _norm_decays,
+    _matrix_exempt,
+    _lost_mark,
+    _aliases_disagree,
+    _low_confidence,
+)
+
+__all__ = ["Lint", "lint", "warn"]

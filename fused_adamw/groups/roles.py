@@ -1,0 +1,223 @@
+"""What a parameter is for: the roles, and the tables that map module types and local names to them.
+
+Three tables, data only, from strong evidence to weak:
+
+* `TYPES`: module type -> role of each of its own tensors. Subclasses are included.
+* `ADAPTERS`: names of adapter containers (PEFT) -> role.
+* `NAMES`: local name of a raw parameter -> role. The name inside the owner, never the path.
+
+A type is a class, or the name of a class of a library that is not imported here. `register_type` adds one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import Enum
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+
+class Role(str, Enum):
+    """What a tensor does in its model. The value is the name used in `roles=` and in reports."""
+
+    MATRIX = "matrix"
+    CONVOLUTION = "convolution"
+    BIAS = "bias"
+    NORM = "norm"
+    ZERO_CENTERED_NORM = "zero_centered_norm"
+    EMBEDDING = "embedding"
+    TIED_EMBEDDING = "tied_embedding"
+    POSITION = "position"
+    POSITION_NETWORK = "position_network"
+    TOKEN = "token"
+    QUERY = "query"
+    GAIN = "gain"
+    TEMPERATURE = "temperature"
+    RECURRENCE = "recurrence"
+    SSM_CONVOLUTION = "ssm_convolution"
+    ACTIVATION = "activation"
+    SINK = "sink"
+    WEIGHT_NORM_GAIN = "weight_norm_gain"
+    ORTHOGONAL = "orthogonal"
+    ADAPTER_MATRIX = "adapter_matrix"
+    ADAPTER_GAIN = "adapter_gain"
+    VECTOR = "vector"
+    UNKNOWN = "unknown"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+# One line per kind of module: {glob over the local name: role}; a tensor that no glob matches is decided
+# by its name and shape, as in a class we do not know.
+_NORM = {"bias": Role.BIAS, "weight": Role.NORM}
+_ZERO_CENTERED = {"bias": Role.BIAS, "weight": Role.ZERO_CENTERED_NORM}
+_LINEAR = {"weight": Role.MATRIX, "bias": Role.BIAS}
+_CONV = {"weight": Role.CONVOLUTION, "bias": Role.BIAS}
+_RECURRENT = {"weight_*": Role.MATRIX, "bias_*": Role.BIAS}
+
+TYPES: dict[type | str, Mapping[str, Role]] = {
+    # torch
+    nn.Linear: _LINEAR,
+    nn.Bilinear: _LINEAR,
+    _ConvNd: _CONV,
+    nn.RNNBase: _RECURRENT,
+    nn.RNNCellBase: _RECURRENT,
+    nn.MultiheadAttention: {
+        "in_proj_weight": Role.MATRIX,
+        "[qkv]_proj_weight": Role.MATRIX,
+        "in_proj_bias": Role.BIAS,
+        "bias_[kv]": Role.BIAS,
+    },
+    nn.Embedding: {"weight": Role.EMBEDDING},
+    nn.EmbeddingBag: {"weight": Role.EMBEDDING},
+    nn.PReLU: {"weight": Role.ACTIVATION},
+    nn.LayerNorm: _NORM,
+    nn.GroupNorm: _NORM,
+    nn.RMSNorm: _NORM,
+    _NormBase: _NORM,  # BatchNorm, SyncBatchNorm, InstanceNorm
+    # by class name: libraries that are not imported
+    "Conv1D": _LINEAR,  # transformers: GPT-2's transposed linear layer
+    "FusedLayerNorm": _NORM,  # apex
+    "FusedRMSNorm": _NORM,
+    "LayerScale": {"*": Role.GAIN},
+    "LayerScale2d": {"*": Role.GAIN},
+    # norms that compute x * (1 + w), so that w = 0 is the identity
+    "GemmaRMSNorm": _ZERO_CENTERED,
+    "Gemma2RMSNorm": _ZERO_CENTERED,
+    "Gemma3RMSNorm": _ZERO_CENTERED,
+    "RecurrentGemmaRMSNorm": _ZERO_CENTERED,
+    "T5GemmaRMSNorm": _ZERO_CENTERED,
+    "T5Gemma2RMSNorm": _ZERO_CENTERED,
+    "VaultGemmaRMSNorm": _ZERO_CENTERED,
+    "Qwen3NextRMSNorm": _ZERO_CENTERED,
+    "Qwen3_5RMSNorm": _ZERO_CENTERED,
+    "Qwen3_5MoeRMSNorm": _ZERO_CENTERED,
+    "NemotronLayerNorm1P": _ZERO_CENTERED,
+}
+
+# PEFT keeps an adapter's tensors under these names, below the layer that they adapt.
+ADAPTERS: dict[str, Role] = {
+    "lora_A": Role.ADAPTER_MATRIX,
+    "lora_B": Role.ADAPTER_MATRIX,
+    "lora_embedding_A": Role.ADAPTER_MATRIX,
+    "lora_embedding_B": Role.ADAPTER_MATRIX,
+    "lora_E": Role.ADAPTER_GAIN,  # AdaLoRA: the singular values
+    "lora_magnitude_vector": Role.ADAPTER_GAIN,  # DoRA
+    "ia3_l": Role.ADAPTER_GAIN,
+    "vera_lambda_b": Role.ADAPTER_GAIN,
+    "vera_lambda_d": Role.ADAPTER_GAIN,
+}
+
+
+class NameRule(NamedTuple):
+    """A rule for the local name of a raw parameter.
+
+    Attributes:
+        role: What such a name means.
+        pattern: Matched against the whole name, lower case, words joined by `_`, numbers dropped.
+        vector_only: Only for tensors with at most one dimension larger than one.
+    """
+
+    role: Role
+    pattern: re.Pattern[str]
+    vector_only: bool = False
+
+
+def _name(role: Role, pattern: str, *, vector_only: bool = False) -> NameRule:
+    return NameRule(role, re.compile(re.sub(r"\s+", "", pattern)), vector_only)
+
+
+_EMBED = "(emb|embs|embed|embeds|embedding|embeddings|encoding|encodings|enc)"
+_POS = "(pos|position|positions|positional|rel|relative|rpe|ape)"
+
+# The first rule that matches decides, so the order matters: `relative_position_bias_table` is a
+# position although it says bias, `layer_norm_weight` a norm although it says weight.
+NAMES: tuple[NameRule, ...] = (
+    _name(
+        Role.RECURRENCE, r"(.*_)?a_logs?|ds|log_a(_.*)?|a_(real|imag)|(inv|log)_dt|dt_bias", vector_only=False
+    ),
+    _name(Role.RECURRENCE, r"d|recurrent_param|(nu|theta|gamma)_log", vector_only=True),
+    _name(Role.RECURRENCE, r"time_(decay|first|faaaa)"),
+    _name(Role.RECURRENCE, r"time_(mix|maa|shift)(_[a-z]+)?", vector_only=True),
+    _name(Role.POSITION, rf"(.*_)?{_POS}_({_EMBED}|bias|table|token|tokens|params?|[hwtxyd])(_.*)?"),
+    _name(
+        Role.POSITION,
+        rf"(.*_)?(row|col|column|height|width|time|temporal|spatial|frame)_(rel|{_EMBED})(_.*)?",
+    ),
+    _name(Role.POSITION, rf"{_EMBED[:-1]}|rel)_({_POS[1:-1]}|positions)(_.*)?"),
+    _name(Role.POSITION, r"(.*_)?relative_(.*_)?(bias|table|embeddings?)(_.*)?|(.*_)?bias_table"),
+    _name(Role.POSITION, rf"(.*_)?({_POS[1:-1]}|freqs|wpe)|attention_biases|attn_biases|(.*_)?rope(_.*)?"),
+    _name(Role.NORM, r"(.*_)?([a-z]*norm|ln|bn|gn)(_(weight|scale|gamma|gain|g|w))?", vector_only=True),
+    _name(Role.BIAS, r"(.*_)?bias(es)?(_(?!.*(weight|proj|kernel|scale)).*)?"),
+    _name(Role.BIAS, r"b|beta|(.*_)?(shift|offset)", vector_only=True),
+    _name(Role.SINK, r"(.*_)?sinks?"),
+    _name(
+        Role.TEMPERATURE,
+        r"(.*_)?(temperature|temp|tau|logits?_(scale|multiplier)|inv_temp)",
+        vector_only=True,
+    ),
+    _name(Role.QUERY, r"(.*_)?(quer(y|ies)_(tokens?|embed.*|pos.*)|queries|latents?|object_query.*)"),
+    _name(
+        Role.TOKEN,
+        rf"(.*_)?(tokens?|probe|registers?|newline|separator)|(cls|class|mask|masked|null|no|not|sep|eos|sos|pad)_(.*_)?{_EMBED}",
+    ),
+    _name(Role.EMBEDDING, rf"(.*_)?({_EMBED[1:-1]}|table|codebook)"),
+    _name(Role.ADAPTER_MATRIX, r"lora_[ab]"),
+    _name(
+        Role.GAIN, r"(.*_)?(layer_scale|layerscale)(_.*)?|(.*_)?(gamma|lambda)(_[a-z]+)?", vector_only=True
+    ),
+    _name(
+        Role.GAIN,
+        r"(.*_)?(scale|scales|scaling|gain|gains|gate|gating|alpha|skip|mult|multiplier|rezero|resweight|ls|strength)(_.*)?",
+        vector_only=True,
+    ),
+    _name(Role.MATRIX, r"(.*_)?(weight|weights|w|kernel|kernels|matrix|proj|projection|experts?)(_.*)?"),
+    _name(Role.MATRIX, r"[qkvor]"),
+)
+
+
+def register_type(kind: type | str, roles: Mapping[str, Role | str]) -> None:
+    """Teaches the builder a module type.
+
+    Args:
+        kind: The class, or the name of a class (bare or with its module), subclasses included.
+        roles: Glob over the names of the module's own tensors -> role. A tensor that no glob matches
+            is decided by its name and shape.
+
+    Raises:
+        TypeError: If `kind` is neither a class nor a string.
+        ValueError: If a role is unknown.
+
+    Example:
+        >>> register_type("MyFusedNormLinear", {"norm_*": Role.NORM, "weight": Role.MATRIX})
+    """
+    if not isinstance(kind, (type, str)):
+        raise TypeError(f"expected a class or the name of a class, got {kind!r}")
+    TYPES[kind] = {glob: as_role(role) for glob, role in roles.items()}
+
+
+def as_role(value: Role | str) -> Role:
+    """Returns the role called `value`; a ValueError lists the roles there are."""
+    try:
+        return Role(value)
+    except ValueError:
+        known = ", ".join(role.value for role in Role)
+        raise ValueError(f"unknown role {value!r}; expected one of: {known}") from None
+
+
+def roles_of_type(cls: type) -> tuple[str, Mapping[str, Role]] | None:
+    """Finds the most derived class of `cls` that the registry knows.
+
+    Returns:
+        The name of that class and the roles of its tensors, or None.
+    """
+    for base in cls.__mro__:
+        for key in (base, f"{base.__module__}.{base.__qualname__}", base.__name__):
+            if key in TYPES:
+                return base.__name__, TYPES[key]
+    return None

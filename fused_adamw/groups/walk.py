@@ -1,0 +1,231 @@
+"""One pass over a model: every tensor once, with every place where it hangs.
+
+A *place* is a name in the module tree. Two things stand between a name and the module that gives the
+tensor its meaning, and this file sees through both: wrappers, which add a path component
+(`_orig_mod`, `module`, ...), and holders, which stand between a module and its own tensor
+(`ParametrizationList`, `ParameterList`, `ParameterDict`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
+
+# Components that only a wrapper ever adds: torch.compile, FSDP1, torch's checkpoint_wrapper.
+WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+# `module` is also a fine name for a user's own attribute, so it is dropped only under these classes.
+WRAPPERS_WITH_MODULE = frozenset(
+    {
+        "AveragedModel",  # torch.optim.swa_utils
+        "DataParallel",
+        "DeepSpeedEngine",
+        "DistributedDataParallel",
+        "Float16Module",  # Megatron-LM
+        "FullyShardedDataParallel",
+    }
+)
+
+# Holders keep tensors for the module above them and mean nothing by themselves.
+HOLDERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a tensor hangs.
+
+    Attributes:
+        name: Canonical name: the path without wrapper components.
+        raw_name: The path as `named_parameters` gives it.
+        local: The tensor's name inside its owner, e.g. `weight`.
+        owner: The module the tensor belongs to; holders and parametrizations are looked through.
+        owner_name: Canonical path of the owner ("" is the model itself).
+        ancestors: `(component, module)` from the model down to the module that holds the tensor,
+            wrappers left out.
+        parametrization: The list that produces the tensor, when the owner's tensor is parametrized.
+        part: The tensor's name inside that list: `original`, `original0`, ...
+    """
+
+    name: str
+    raw_name: str
+    local: str
+    owner: nn.Module
+    owner_name: str
+    ancestors: tuple[tuple[str, nn.Module], ...]
+    parametrization: ParametrizationList | None = None
+    part: str = ""
+
+
+@dataclass(eq=False)
+class Located:
+    """A tensor and its places; the first one gives it its name, the others are aliases."""
+
+    param: Tensor
+    places: list[Place]
+
+    @property
+    def name(self) -> str:
+        return self.places[0].name
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return tuple(place.name for place in self.places[1:])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        # DeepSpeed ZeRO-3 empties the tensor and keeps its shape aside.
+        return tuple(getattr(self.param, "ds_shape", self.param.shape))
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether at most one dimension is larger than one: a vector, however it is broadcast."""
+        return sum(size != 1 for size in self.shape) <= 1
+
+
+def walk(model: nn.Module) -> list[Located]:
+    """Lists every parameter of `model` once, in the order of `model.named_parameters()`.
+
+    Args:
+        model: Any module, wrapped or not.
+
+    Returns:
+        One `Located` per tensor, frozen ones included; a tied tensor has several places.
+    """
+    found: dict[int, Located] = {}
+    for place, param in _places(model):
+        found.setdefault(id(param), Located(param, [])).places.append(place)
+    return list(found.values())
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the model inside DDP, FSDP1, `torch.compile` and checkpoint wrappers."""
+    while True:
+        inner = next((m for key, m in model._modules.items() if m and _is_wrapping(model, key)), None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def canonical(path: str) -> str:
+    """Drops the components that only wrappers add from a name found outside a model.
+
+    A leading `module.` is dropped too: it is what DDP writes into checkpoints.
+    """
+    parts = [part for part in path.split(".") if part not in WRAPPER_COMPONENTS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def class_of(module: nn.Module) -> type:
+    """Returns the class its author wrote: `fully_shard` and parametrize subclass it on the fly."""
+    for cls in type(module).__mro__:
+        if not cls.__module__.startswith(("torch.nn.utils.parametrize", "torch.distributed.fsdp")):
+            return cls
+    return type(module)
+
+
+def words(name: str) -> list[str]:
+    """Splits an identifier into lower-case words: `A_log`, `LayerNorm2d`, `pos_embed1` lose their numbers."""
+    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name))
+    found = (re.sub(r"(?<=[a-z])\d+d?$|^\d+$", "", word) for word in name.lower().split("_"))
+    return [word for word in found if word]
+
+
+def _is_wrapping(module: nn.Module, component: str) -> bool:
+    if component in WRAPPER_COMPONENTS:
+        return True
+    return component == "module" and any(cls.__name__ in WRAPPERS_WITH_MODULE for cls in type(module).__mro__)
+
+
+def _places(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
+    """Walks the tree in pre-order. Shared modules are visited at every place, cycles once."""
+    active: set[int] = set()
+
+    def visit(
+        module: nn.Module, raw: tuple[str, ...], path: tuple[tuple[str, nn.Module], ...]
+    ) -> Iterator[tuple[Place, Tensor]]:
+        if id(module) in active:
+            return
+        active.add(id(module))
+        for key, param in module._parameters.items():
+            if param is not None:
+                yield _place(key, ".".join((*raw, key)), path), param
+        for key, child in module._modules.items():
+            if child is None:
+                continue
+            if _is_wrapping(module, key):  # the wrapped module takes its wrapper's place in the path
+                yield from visit(child, (*raw, key), (*path[:-1], (path[-1][0], child)))
+            else:
+                yield from visit(child, (*raw, key), (*path, (key, child)))
+        active.discard(id(module))
+
+    yield from visit(model, (), (("", model),))
+
+
+def _place(key: str, raw_name: str, path: tuple[tuple[str, nn.Module], ...]) -> Place:
+    name = ".".join((*(component for component, _ in path[1:]), key))
+    depth, local, part = len(path) - 1, key, ""
+    parametrization = None
+    holder = path[depth][1]
+    # host -> ModuleDict "parametrizations" -> ParametrizationList "weight" -> "original"
+    if isinstance(holder, ParametrizationList) and depth >= 2 and path[depth - 1][0] == "parametrizations":
+        parametrization, part, local = holder, key, path[depth][0]
+        depth -= 2
+    while depth > 0 and isinstance(path[depth][1], HOLDERS):
+        local = path[depth][0]
+        depth -= 1
+    return Place(
+        name=name,
+        raw_name=raw_name,
+        local=local,
+        owner=path[depth][1],
+        owner_name=".".join(component for component, _ in path[1 : depth + 1]),
+        ancestors=path,
+        parametrization=parametrization,
+        part=part,
+    )
+
+
+def trainable(located: list[Located]) -> list[Located]:
+    """Keeps the tensors an optimizer may step, and refuses those it could not step rightly.
+
+    Args:
+        located: What `walk` returned.
+
+    Returns:
+        The tensors that require a gradient.
+
+    Raises:
+        TypeError: If a trainable tensor is neither floating point nor complex.
+        ValueError: If a tensor is an FSDP `FlatParameter` or a lazy parameter without a shape yet.
+    """
+    kept = []
+    for item in located:
+        kind = type(item.param).__name__
+        if kind == "FlatParameter" or getattr(item.param, "_is_flat_param", False):
+            raise ValueError(
+                f"parameter {item.name!r} is an FSDP FlatParameter: weights, norms and biases flattened into "
+                "one vector, so no rule can tell which values should decay. Wrap the model with "
+                "FullyShardedDataParallel(..., use_orig_params=True) or fully_shard(), or build the "
+                "groups before wrapping."
+            )
+        if not item.param.requires_grad:
+            continue
+        if isinstance(item.param, UninitializedParameter):
+            raise ValueError(
+                f"parameter {item.name!r} is lazy and has no shape yet; expected an initialized tensor. Run "
+                "one forward pass before building the groups."
+            )
+        if not (item.param.dtype.is_floating_point or item.param.dtype.is_complex):
+            raise TypeError(
+                f"parameter {item.name!r} requires a gradient but has dtype {item.param.dtype}; expected "
+                "a floating-point or complex dtype. Freeze it with requires_grad_(False)."
+            )
+        kept.append(item)
+    return kept
