@@ -1,4 +1,4 @@
-"""Builds `fused_adamw._C`: C++ for the CPU, and CUDA where an nvcc is found. Metadata lives in pyproject.toml.
+"""Builds `fused_adamw._C`: C++ for the CPU, and CUDA where there is an nvcc. Metadata is in pyproject.toml.
 
 Environment:
     CUDA_HOME              where to look for nvcc first; otherwise the one on PATH is taken
@@ -73,7 +73,9 @@ def ninja_file(output: Path, build: Path) -> str:
 
     torch_dir = Path(torch.__file__).parent
     cxx = os.environ.get("CXX", "c++")
-    compiler = subprocess.run([cxx, "-dumpversion"], check=True, capture_output=True, text=True).stdout.strip()
+    compiler = subprocess.run(
+        [cxx, "-dumpversion"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     nvcc = find_nvcc()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     torch_flags = (
@@ -91,8 +93,8 @@ def ninja_file(output: Path, build: Path) -> str:
         jobs.append(("cuda.o", "nvcc", CSRC / "adamw_cuda.cu", gencode_flags(nvcc)))
     else:
         print(
-            "fused_adamw: no nvcc found (CUDA_HOME, PATH): building the CPU kernels alone. On a GPU the Triton"
-            " backend will serve. Install the CUDA toolkit and reinstall to have the CUDA kernels.",
+            "fused_adamw: no nvcc found (CUDA_HOME, PATH): building the CPU kernels alone. On a GPU the "
+            "Triton backend will serve. Install the CUDA toolkit and reinstall to have the CUDA kernels.",
             file=sys.stderr,
         )
 

@@ -1,0 +1,14 @@
+"""AdamW done right in one line: the right parameters decay, clipping happens inside one fused update."""
+
+from .backends import available_backends
+from .groups import build_param_groups, get_optimizer_grouped_parameters
+from .optimizer import FusedHygieneAdamW
+from .version import __version__
+
+__all__ = [
+    "FusedHygieneAdamW",
+    "__version__",
+    "available_backends",
+    "build_param_groups",
+    "get_optimizer_grouped_parameters",
+]

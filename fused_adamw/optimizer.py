@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
-from .backends import kernels_for, reference
-from .groups import build_param_groups, count_groups
-from .plan import STATE_KEYS, Plan, StepInputs, scalar_dtype
+from .backends import check_backend, kernels_for, reference
+from .groups import build_param_groups, compare_param_names, summarize_param_groups
+from .plan import Plan, StepInputs
 
 logger = logging.getLogger("fused_adamw")
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
-_OWN_ATTRIBUTES = ("_max_grad_norm", "_backend", "_state_dtype", "_status", "_has_norm", "_norm_dtype")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# Attributes that a copy of the optimizer keeps; the plan, full of addresses, it makes itself.
+_COPIED = ("_backend", "_max_grad_norm", "_state_dtype", "_status", "_has_norm")
 
 
 class FusedHygieneAdamW(torch.optim.AdamW):
     """AdamW that decays the right parameters and clips inside the update.
 
-    `FusedHygieneAdamW(model, lr=3e-4, weight_decay=0.1, max_grad_norm=1.0)` followed by `step()` is equivalent to
+    With `FusedHygieneAdamW(model, lr=3e-4, weight_decay=0.1, max_grad_norm=1.0)`, `step()` is equivalent to
 
         optimizer = torch.optim.AdamW(build_param_groups(model, 0.1), lr=3e-4)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    except that gradients are read, never rewritten, and that one launch serves all tensors and groups of a device
-    and dtype. State, `state_dict` and `param_groups` have torch's keys and no others: checkpoints of
+    except that gradients are read, never rewritten, and that one launch serves all tensors and groups of a
+    device and dtype. State, `state_dict` and `param_groups` have torch's keys and no others: checkpoints of
     `torch.optim.AdamW` load here, and ours there.
 
     Args:
@@ -46,21 +49,16 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         capturable: The step may be captured in a CUDA graph.
         differentiable: Refused: the step is not differentiable.
         fused: Accepted for compatibility; changes nothing.
-        max_grad_norm: Clip to this global norm over all groups, as `torch.nn.utils.clip_grad_norm_` would. None:
-            no clipping, and no pass over the gradients for a norm. `math.inf` measures without clipping.
-        state_dtype: Dtype of the moments, `torch.float32` or `torch.bfloat16`; None: that of each parameter, as in
-            torch. Kept through `state_dict` and `load_state_dict`.
+        max_grad_norm: Clip to this global norm over all groups, as `torch.nn.utils.clip_grad_norm_` would.
+            None: no clipping, and no pass over the gradients for a norm. `math.inf`: measure, never clip.
+        state_dtype: Dtype of the moments, `torch.float32` or `torch.bfloat16`; None: that of each parameter,
+            as in torch. Kept through `state_dict` and `load_state_dict`.
         backend: "auto", "native" (C++ on CPU, CUDA on GPU), "triton" or "reference" (plain PyTorch).
 
     Raises:
-        ValueError: A hyper-parameter is out of range, a parameter is listed twice or is not floating point, the
-            model has no trainable parameter, or the backend is unknown.
+        ValueError: A hyper-parameter is out of range, a parameter is listed twice or is not floating point,
+            the model has no trainable parameter, or the backend is unknown.
         RuntimeError: The backend cannot run on a parameter's device; `fused` and `foreach` are both set.
-
-    Attributes:
-        max_grad_norm: May be changed between steps.
-        backend: As given.
-        state_dtype: As given.
     """
 
     # GradScaler then leaves unscaling and the decision to skip to step(), through grad_scale and found_inf.
@@ -85,20 +83,21 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         backend: str = "auto",
     ) -> None:
         if differentiable:
-            raise ValueError(
-                "FusedHygieneAdamW does not support differentiable=True: the fused step has no derivative. "
+            raise RuntimeError(
+                "`fused` does not support `differentiable`: the step of FusedHygieneAdamW has no derivative. "
                 "Use torch.optim.AdamW to differentiate through the optimizer."
             )
+        check_backend(backend)
         if state_dtype not in _STATE_DTYPES:
-            raise ValueError(f"state_dtype must be None, torch.float32 or torch.bfloat16, got {state_dtype!r}")
+            raise ValueError(
+                f"state_dtype must be None, torch.float32 or torch.bfloat16, got {state_dtype!r}"
+            )
         self._backend = backend
         self._state_dtype = state_dtype
         self._plan: Plan | None = None
         self._status: Tensor | None = None  # float64: norm of the last step, steps skipped so far
         self._has_norm = False
-        self._norm_dtype = torch.float32
         self.max_grad_norm = max_grad_norm
-        kernels_for(backend, torch.device("cpu")) if backend in ("auto", "reference") else None
 
         groups = build_param_groups(params, weight_decay) if isinstance(params, nn.Module) else params
         super().__init__(
@@ -114,11 +113,11 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             fused=fused,
         )
         if isinstance(params, nn.Module):
-            logger.info("[AdamW Groups] %s", count_groups(self.param_groups))
+            logger.info("[AdamW Groups] %s", summarize_param_groups(self.param_groups))
         elif len(self.param_groups) == 1:
             logger.info(
-                "[AdamW Groups] %d params in one group, weight_decay=%s for all: no hygiene applied. Pass the "
-                "model instead of its parameters to exempt biases, norms and embeddings from decay.",
+                "[AdamW Groups] %d params in one group, weight_decay=%s for all: no hygiene applied. Pass "
+                "the model instead of its parameters to exempt biases, norms and embeddings from decay.",
                 len(self.param_groups[0]["params"]),
                 weight_decay,
             )
@@ -153,55 +152,53 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def grad_norm(self) -> Tensor | None:
         """Global gradient norm of the last step, before clipping and without any loss scale.
 
-        A new 0-dim tensor on the parameters' device, float32 (float64 where a parameter is float64); None before
-        the first step and without `max_grad_norm`. Nothing waits for the device until its value is read.
+        A new 0-dim tensor on the parameters' device, float32 (float64 where a parameter is float64); None
+        before the first step and without `max_grad_norm`. Nothing waits for the device until it is read.
         """
         if not self._has_norm:
             return None
-        if self._status is None:
-            return torch.zeros((), dtype=self._norm_dtype)
-        return self._status[0].to(self._norm_dtype, copy=True)
+        dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
+        dtype = torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
+        if self._status is None:  # no parameter has had a gradient
+            return torch.zeros((), dtype=dtype)
+        return self._status[0].to(dtype, copy=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            ValueError: A hyper-parameter of the group is out of range, a parameter is listed twice, or is neither
-                floating point nor complex.
+            ValueError: A hyper-parameter of the group is out of range, a parameter is listed twice, or is
+                neither floating point nor complex.
             RuntimeError: The backend cannot run on a parameter's device.
         """
-        before = len(self.param_groups)
-        params = param_group.get("params") if isinstance(param_group, dict) else None
-        if isinstance(params, Iterator):
-            params = param_group["params"] = list(params)
-        if isinstance(params, (list, tuple)):
-            named = [p if isinstance(p, tuple) else (None, p) for p in params]
-            self._check_params([(name or f"number {i}", p) for i, (name, p) in enumerate(named)], before)
+        index = len(self.param_groups)
         super().add_param_group(param_group)
+        group = self.param_groups[index]
+        names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
         try:
-            _check_hypers(self.param_groups[-1], before)
-        except ValueError:
-            del self.param_groups[before:]
+            self._check_params(group["params"], names, index)
+            _check_hypers(group, index)
+        except Exception:
+            del self.param_groups[index:]
             raise
 
-    def _check_params(self, named: list[tuple[str, Any]], group: int) -> None:
-        seen: dict[Tensor, str] = {}
-        for name, p in named:
-            if not isinstance(p, Tensor):
-                return  # torch's own message
-            if p in seen:
+    def _check_params(self, params: Sequence[Any], names: Sequence[str], group: int) -> None:
+        seen: dict[int, str] = {}
+        for name, p in zip(names, params, strict=True):
+            if id(p) in seen:
                 raise ValueError(
-                    f"parameter {name} of group {group} is listed twice (also as {seen[p]}): it would be stepped twice"
+                    f"parameter {name} of group {group} is listed twice (also as {seen[id(p)]}): it would be "
+                    "stepped twice"
                 )
-            seen[p] = name
+            seen[id(p)] = name
             if not (p.is_floating_point() or p.is_complex()):
                 raise ValueError(
-                    f"parameter {name} of group {group} has dtype {p.dtype}: expected a floating point or complex "
-                    "tensor. Leave it out of the optimizer (requires_grad=False, or a buffer)."
+                    f"parameter {name} of group {group} has dtype {p.dtype}: expected a floating point or "
+                    "complex tensor. Leave it out of the optimizer: requires_grad=False, or a buffer."
                 )
             kernels_for(self._backend, p.device)
 
-    @torch._disable_dynamo  # kernels take addresses, which a traced step does not have
+    @_disable_dynamo  # kernels take addresses; traced tensors have none
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient: mutates them, their moments and step counts.
@@ -215,10 +212,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: A gradient is sparse, or a gradient or a moment is on another device than its parameter
-                or has another shape.
+            RuntimeError: A gradient is sparse; a gradient or a moment is not on its parameter's device or has
+                another shape.
         """
-        self._accelerator_graph_capture_health_check()
+        self._check_graph_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -231,11 +228,179 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             plan = self._plan = self._new_plan(params, grads)
         plan.prepare(self.param_groups, grads)
 
-        clips = self._max_grad_norm is not None
-        sums = plan.sum_of_squares(grads) if clips else {}
-        for i, (bucket, _) in enumerate(plan.buckets):
-            bucket.update(grads, self._step_inputs(bucket.device, sums.get(bucket.device), first=i == 0))
-        self._has_norm = clips
+        self._has_norm = self._max_grad_norm is not None
+        sums = plan.sum_of_squares(grads) if self._has_norm else {}
+        for bucket, _, status in plan.buckets:
+            bucket.update(grads, self._step_inputs(sums.get(bucket.device), status))
         stepped = [p for p, g in zip(params, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(stepped)
         return loss
+
+    def _check_graph_capture(self) -> None:
+        # Raises where a capture runs without capturable=True. torch has renamed it.
+        current, before = "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"
+        getattr(self, current if hasattr(self, current) else before)()
+
+    def _new_plan(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Plan:
+        """Check everything, then create the state that is missing, then lay out the tables."""
+        for slot, (p, grad) in enumerate(zip(params, grads, strict=True)):
+            self._check_step(slot, p, grad)
+        steps: set[int] = set()
+        slot = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                if grads[slot] is not None or self.state.get(p):
+                    self._init_state(p, group, steps)
+                slot += 1
+        plan = Plan(
+            self.param_groups,
+            self.state,
+            lambda device: kernels_for(self._backend, device),
+            reference,
+            self._status,
+        )
+        self._status = plan.buckets[0][2] if plan.buckets else self._status
+        for slot, reason in plan.fallbacks.items():
+            logger.debug("parameter %s is stepped by the reference: %s", self._name(slot), reason)
+        return plan
+
+    def _check_step(self, slot: int, p: Tensor, grad: Tensor | None) -> None:
+        """Raise for what cannot be stepped."""
+        if grad is not None and grad.layout is not torch.strided:
+            raise RuntimeError(
+                "FusedHygieneAdamW does not support sparse gradients, please consider SparseAdam instead: "
+                f"parameter {self._name(slot)} has a gradient of layout {grad.layout}"
+            )
+        others = {key: value for key, value in self.state.get(p, {}).items() if key in _MOMENTS}
+        if grad is not None:
+            others["gradient"] = grad
+        for what, t in others.items():
+            if t.device != p.device or t.shape != p.shape:
+                raise RuntimeError(
+                    f"{what} of parameter {self._name(slot)} is {tuple(t.shape)} on {t.device}, expected "
+                    f"{tuple(p.shape)} on {p.device} like the parameter. Was the model moved or resized "
+                    "after the optimizer had state?"
+                )
+
+    def _init_state(self, p: Tensor, group: dict[str, Any], steps: set[int]) -> None:
+        """Complete the state of one parameter: torch's keys, `step` a float32 of its own on the device."""
+        state = self.state[p]
+        step = state.get("step", 0.0)
+        if not (
+            isinstance(step, Tensor)
+            and step.dim() == 0
+            and step.dtype == torch.float32
+            and step.device == p.device
+            and step.data_ptr() not in steps
+        ):
+            state["step"] = _own_step(step, p)
+        steps.add(state["step"].data_ptr())
+        for key in _MOMENTS[: 3 if group["amsgrad"] else 2]:
+            if key not in state:
+                dtype = self._moment_dtype(p)
+                state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+    def _moment_dtype(self, p: Tensor) -> torch.dtype:
+        return self._state_dtype if self._state_dtype is not None and p.is_floating_point() else p.dtype
+
+    def _step_inputs(self, sums: Tensor | None, status: Tensor) -> StepInputs:
+        def on_device(value: Any) -> Tensor | None:
+            return None if value is None else torch.as_tensor(value).to(status.device, torch.float32)
+
+        return StepInputs(
+            sums=sums,
+            max_grad_norm=0.0 if self._max_grad_norm is None else self._max_grad_norm,
+            grad_scale=on_device(getattr(self, "grad_scale", None)),
+            found_inf=on_device(getattr(self, "found_inf", None)),
+            skip_nonfinite=False,
+            status=status,
+        )
+
+    def _name(self, slot: int) -> str:
+        """What to call a parameter in a message."""
+        for index, group in enumerate(self.param_groups):
+            if slot < len(group["params"]):
+                names = group.get("param_names")
+                return repr(names[slot]) if names else f"number {slot} of group {index}"
+            slot -= len(group["params"])
+        raise IndexError(slot)
+
+    # Copies and checkpoints.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in _COPIED}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._plan = None
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict` of this class or of `torch.optim.AdamW`/`Adam`.
+
+        Moments take the parameter's layout, and `state_dtype` where it is set. Nothing is shared with
+        `state_dict` afterwards.
+
+        Args:
+            state_dict: As returned by `state_dict`.
+
+        Raises:
+            ValueError: The groups do not match the optimizer's: in number, in size, or, where both have
+                `param_names`, in which parameters they hold.
+        """
+        loaded: list[dict[str, Any]] = []
+
+        def note(_: Any, final: dict[str, Any]) -> None:
+            saved, live = (
+                [group.get("param_names") for group in groups]
+                for groups in (final["param_groups"], self.param_groups)
+            )
+            if message := compare_param_names(saved, live):
+                raise ValueError(message)
+            loaded.append(final)
+
+        handle = self.register_load_state_dict_pre_hook(note)  # the last of them: it sees what will be loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        self._restore(loaded[0])
+
+    @torch.no_grad()
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Copy the state from its source: torch has cast moments to the parameter's dtype, or shares them."""
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            source = saved["state"].get(i, {})
+            if "step" in source:
+                self.state[p]["step"] = _own_step(source["step"], p)
+            for key in _MOMENTS:
+                if isinstance(value := source.get(key), Tensor):
+                    dtype = self._moment_dtype(p)
+                    moment = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                    self.state[p][key] = moment.copy_(value)
+
+
+def _own_step(step: Any, p: Tensor) -> Tensor:
+    """A step count shared with nobody, in the form of torch's fused optimizers: 0-dim float32 beside `p`."""
+    return torch.as_tensor(step).detach().reshape(()).to(p.device, torch.float32, copy=True)
+
+
+def _check_hypers(group: dict[str, Any], index: int) -> None:
+    """Check what a group says: torch looks at the defaults alone."""
+    beta1, beta2 = group["betas"]
+    for name, value, below in (
+        ("lr", group["lr"], math.inf),
+        ("betas[0]", beta1, 1.0),
+        ("betas[1]", beta2, 1.0),
+        ("eps", group["eps"], math.inf),
+        ("weight_decay", group["weight_decay"], math.inf),
+    ):
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            continue  # reading it would synchronise
+        if not 0.0 <= float(value) < below:
+            limit = f" and below {below}" if below != math.inf else ""
+            raise ValueError(
+                f"invalid {name} in parameter group {index}: {value}, expected a number >= 0{limit}"
+            )

@@ -1,9 +1,11 @@
-"""Plan: one optimizer step as data. Rows say where parameters live, chunks share out the work, hypers say how
-each group is stepped; csrc/tables.h has the same layouts in C++.
+"""Plan: one optimizer step as data.
 
-A plan is built once and kept while it is true: every step reads the addresses afresh and compares. New gradient
-addresses are written into the rows; anything else that moved makes the plan stale, and the optimizer builds
-another.
+Rows say where parameters live, chunks share out the work, hypers say how each group is stepped; csrc/tables.h
+has the same layouts in C++.
+
+A plan is built once and kept while it is true: every step reads the addresses afresh and compares. New
+addresses of gradients are written into the rows; anything else that moved makes the plan stale, and the
+optimizer builds another.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,8 +45,6 @@ KERNEL_DTYPES = frozenset(
         (_F64, _F64, _F64),
     }
 )
-
-STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class Hyper(NamedTuple):
@@ -83,7 +83,7 @@ class StepInputs:
     """What is known only when the step runs (struct StepInputs). Tensors are on the device of the bucket.
 
     Attributes:
-        sums: float64 (n,), parts of the sum of squares of all gradients as they are stored, before any unscaling;
+        sums: float64 (n,), parts of the sum of squares of all gradients as they are stored, before unscaling;
             None: no norm, no clipping.
         max_grad_norm: clip to this global norm; read where `sums` is given.
         grad_scale: float32, one element: the loss scale that the gradients still carry.
@@ -164,8 +164,10 @@ def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """Copy a host table to the device without waiting. The allocator of pinned memory keeps the staging buffer
-    untouched until the copy is done."""
+    """Copy a host table to the device without waiting.
+
+    The allocator of pinned memory keeps the staging buffer untouched until the copy is done.
+    """
     if device.type == "cpu":
         return table
     return table.pin_memory().to(device, non_blocking=True)
@@ -207,9 +209,8 @@ class TableBucket:
             lr, address = hyper.lr, 0
             if isinstance(lr, Tensor):
                 if on_device:
-                    lr = lr.to(self.device)
-                    self._lrs.append(lr)
-                    lr, address = 0.0, lr.data_ptr()
+                    self._lrs.append(lr.to(self.device))
+                    lr, address = 0.0, self._lrs[-1].data_ptr()
                 else:
                     lr = float(lr)
             sign = -1.0 if hyper.maximize else 1.0
@@ -357,7 +358,7 @@ def _addresses(params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> 
 
 
 def _grad_addresses(grads: Sequence[Tensor | None]) -> list[int]:
-    """Addresses of gradients: 0 where there is none, never 0 where there is one (empty tensors have no memory)."""
+    """Addresses of gradients: 0 where there is none, never 0 where there is one, if only an empty one."""
     try:
         return [0 if g is None else g.data_ptr() or 1 for g in grads]
     except RuntimeError:
@@ -376,9 +377,11 @@ class Plan:
         state: The optimizer's state; every parameter that has a gradient must have its own.
         kernels_for: The kernels that serve a device, None for the reference.
         reference: The reference backend.
+        status: What the plan before this one left in the status of its first bucket.
 
     Attributes:
-        buckets: What to run, each with a place for its sum of squares.
+        buckets: What to run, each with a place for its sum of squares and one for its status (float64: the
+            gradient norm, steps skipped so far). All buckets report the same.
         fallbacks: Slot to the reason why kernels that serve its device do not step it.
     """
 
@@ -388,6 +391,7 @@ class Plan:
         state: Mapping[Tensor, dict[str, Tensor]],
         kernels_for: Callable[[torch.device], KernelBackend | None],
         reference: ReferenceBackend,
+        status: Tensor | None,
     ) -> None:
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._structure = self._structure_of(groups)
@@ -417,7 +421,7 @@ class Plan:
                     key = (p.device, p.dtype, grad_dtype, entry.exp_avg.dtype)
             alike.setdefault(key, []).append(entry)
 
-        self.buckets: list[tuple[Bucket, Tensor]] = []
+        self.buckets: list[tuple[Bucket, Tensor, Tensor]] = []
         self._sums: dict[torch.device, Tensor] = {}
         for device in {entries[0].param.device: None for entries in alike.values()}:
             kernels = kernels_for(device)
@@ -430,8 +434,10 @@ class Plan:
                     bucket = TensorBucket(entries, reference)
                 else:
                     bucket = TableBucket(entries, len(groups), kernels)
-                self.buckets.append((bucket, sums[i : i + 1]))
-        stepped = {slot for bucket, _ in self.buckets for slot in bucket.slots}
+                if status is None:
+                    status = torch.zeros(2, dtype=sums.dtype, device=device)
+                self.buckets.append((bucket, sums[i : i + 1], status.to(device, sums.dtype, copy=True)))
+        stepped = {slot for bucket, _, _ in self.buckets for slot in bucket.slots}
         self._without_state = [slot for slot in range(len(self._params)) if slot not in stepped]
 
     @staticmethod
@@ -468,13 +474,13 @@ class Plan:
         """Bring gradient addresses and hyper-parameters up to date, where they changed."""
         addresses = _grad_addresses(grads)
         if addresses != self._grad_addresses:
-            for bucket, _ in self.buckets:
+            for bucket, _, _ in self.buckets:
                 bucket.set_grads(addresses)
             self._grad_addresses = addresses
         hypers = [Hyper.of(group) for group in groups]
         keys = [hyper.key() for hyper in hypers]
         if keys != self._hyper_keys or self._reads_lr_of_another_device(hypers):
-            for bucket, _ in self.buckets:
+            for bucket, _, _ in self.buckets:
                 bucket.set_hypers(hypers)
             self._hyper_keys = keys
         self._hypers = hypers  # keeps the tensors that tables point to
@@ -491,10 +497,10 @@ class Plan:
         """Sum the squares of all gradients.
 
         Returns:
-            For each device of the plan, a float64 vector whose sum is the total over all devices. The host waits
-            only where an accelerator's sum has to reach the CPU or the other way round.
+            For each device of the plan, a float64 vector whose sum is the total over all devices. The host
+            waits only where an accelerator's sum has to reach the CPU or the other way round.
         """
-        for bucket, out in self.buckets:
+        for bucket, out, _ in self.buckets:
             bucket.sum_of_squares(grads, out)
         if len(self._sums) <= 1:
             return self._sums
@@ -502,6 +508,4 @@ class Plan:
         total = self._sums[home].sum()
         for device in others:
             total = total + self._sums[device].sum().to(home, total.dtype)
-        return {
-            device: total.to(device, sums.dtype).reshape(1) for device, sums in self._sums.items()
-        }
+        return {device: total.to(device, sums.dtype).reshape(1) for device, sums in self._sums.items()}

@@ -13,7 +13,15 @@ from . import native, reference
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
-__all__ = ["BACKENDS", "BackendStatus", "available_backends", "build_info", "kernels_for", "reference"]
+__all__ = [
+    "BACKENDS",
+    "BackendStatus",
+    "available_backends",
+    "build_info",
+    "check_backend",
+    "kernels_for",
+    "reference",
+]
 
 build_info = native.build_info
 
@@ -53,6 +61,12 @@ def why_not(backend: str, device: torch.device) -> str | None:
     return reason
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+
+
 def kernels_for(backend: str, device: torch.device) -> ModuleType | None:
     """The kernels that serve a device, None for the reference.
 
@@ -60,11 +74,8 @@ def kernels_for(backend: str, device: torch.device) -> ModuleType | None:
     interprets there.
 
     Raises:
-        ValueError: `backend` is not one of `BACKENDS`.
         RuntimeError: `backend` cannot run on `device`; says why, and what can.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "reference":
         return None
     if backend == "auto":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from collections.abc import Callable
 
 import torch
 
-# Elements per chunk. CPU: large enough that the walk costs nothing, small enough to balance two tensors on two
-# threads. CUDA: many chunks per block, so that the last wave of a persistent grid is short.
+# Elements per chunk. CPU: large enough that the walk costs nothing, small enough to share out one tensor.
+# CUDA: many chunks per block, so that the last wave of a persistent grid is short.
 _CPU_CHUNK_SIZE = 1 << 15
 _CUDA_CHUNK_SIZE = 1 << 13
 # kMaxInlineHypers: these travel as kernel parameters.
@@ -20,7 +21,7 @@ _MAX_INLINE_HYPERS = 64
 def _load_error() -> str | None:
     """Load the extension, once; None or why it does not load."""
     try:
-        import fused_adamw._C  # noqa: F401
+        importlib.import_module("fused_adamw._C")
     except ImportError as error:
         return f"the extension is not built or does not load ({error})"
     for name in ("sum_of_squares", "update"):
@@ -31,7 +32,7 @@ def _load_error() -> str | None:
 
 @functools.cache
 def build_info() -> dict[str, str]:
-    """How the extension was built: `cpu_capability`, `compiler`, `cuda` (architectures; empty without CUDA)."""
+    """How the extension was built: `cpu_capability`, `compiler`, `cuda` (architectures, empty without)."""
     if _load_error():
         return {}
     info: dict[str, str] = json.loads(torch.ops.fused_adamw.build_info())
@@ -39,7 +40,7 @@ def build_info() -> dict[str, str]:
 
 
 def _serves(capability: tuple[int, int], archs: list[str]) -> bool:
-    """Whether a GPU runs code for one of the architectures: machine code of its major version, or older PTX."""
+    """Whether a GPU runs code for one of the architectures: of its major version, or older PTX."""
     wanted = capability[0] * 10 + capability[1]
     for arch in archs:
         kind, number = arch.split("_")

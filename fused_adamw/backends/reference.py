@@ -56,8 +56,12 @@ def adamw_update(
     """THE rule: AdamW (https://arxiv.org/abs/1711.05101), in torch.optim.AdamW's order of operations.
 
     Args:
-        p, grad, m, v, v_max: Parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq (None: no amsgrad); one
-            shape and one real dtype, that of the arithmetic. None of them is changed.
+        p: Parameter. It and the next four have one shape and one real dtype, that of the arithmetic; none of
+            them is changed.
+        grad: Gradient.
+        m: exp_avg.
+        v: exp_avg_sq.
+        v_max: max_exp_avg_sq; None: no amsgrad.
         step: float64 where the device has it, 0-dim: counts this update, 1 for the first.
         hyper: The group's hyper-parameters.
         grad_scale: Factor for the gradient.
@@ -105,20 +109,20 @@ def update(
     if skip is not None:
         inputs.status[1] += skip.reshape(())
 
-    def write(old: Tensor, new: Tensor) -> None:
-        old.copy_(new if skip is None else torch.where(skip, old, new))
-
     for entry, grad in zip(entries, grads, strict=True):
-        stored = [entry.param, grad, entry.exp_avg, entry.exp_avg_sq, entry.max_exp_avg_sq]
-        if entry.param.is_complex():
-            stored = [t if t is None else torch.view_as_real(t) for t in stored]
         dtype = math_dtype(entry.param.dtype)
-        p, g, m, v, v_max = (t if t is None else t.to(dtype) for t in stored)
+        stored = [
+            t for t in (entry.param, entry.exp_avg, entry.exp_avg_sq, entry.max_exp_avg_sq) if t is not None
+        ]
+        if entry.param.is_complex():
+            stored, grad = [torch.view_as_real(t) for t in stored], torch.view_as_real(grad)
+        p, m, v, *maxima = (t.to(dtype) for t in stored)
         step = entry.step + 1
         hyper = hypers[entry.group]
-        lr = hyper.lr.to(p.device, wide) if isinstance(hyper.lr, Tensor) else hyper.lr
-        new = adamw_update(p, g, m, v, v_max, step.to(wide), hyper._replace(lr=lr), grad_scale)
-        for old, value in zip([stored[0], *stored[2:]], new, strict=True):
-            if old is not None and value is not None:
-                write(old, value)
-        write(entry.step, step)
+        if isinstance(hyper.lr, Tensor):
+            hyper = hyper._replace(lr=hyper.lr.to(p.device, wide))
+        v_max = maxima[0] if maxima else None
+        new = adamw_update(p, grad.to(dtype), m, v, v_max, step.to(wide), hyper, grad_scale)
+        for old, value in zip((*stored, entry.step), (*new[: len(stored)], step), strict=True):
+            assert value is not None
+            old.copy_(value if skip is None else torch.where(skip, old, value))
