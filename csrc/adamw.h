@@ -1,6 +1,6 @@
-// THE rule, for host and device: AdamW (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101) with the order of
-// operations of torch.optim.AdamW's for-loop implementation. No torch, no CUDA include. Loads, stores, casts and
-// indexing live with the kernels.
+// THE rule, for host and device: AdamW (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101) with the order
+// of operations of torch.optim.AdamW's for-loop implementation. No torch, no CUDA include. Loads, stores,
+// casts and indexing live with the kernels.
 #pragma once
 
 #include <math.h>
@@ -10,8 +10,8 @@
 #if defined(__CUDACC__)
 #define ADAMW_FN static __host__ __device__ __forceinline__
 #else
-// Forced inline: the CPU kernels are compiled once per instruction set, and a copy that the linker shared between
-// them could run instructions that the machine lacks.
+// Forced inline: the CPU kernels are compiled once per instruction set, and a copy that the linker shared
+// between them could run instructions that the machine lacks.
 #define ADAMW_FN static inline __attribute__((always_inline))
 #endif
 
@@ -78,8 +78,8 @@ ADAMW_FN Coefficients<T> coefficients(const Hyper& hyper, double step, double gr
 ADAMW_FN float square_root(float x) { return sqrtf(x); }
 ADAMW_FN double square_root(double x) { return sqrt(x); }
 
-// One element. v_max is max_exp_avg_sq under amsgrad; otherwise the caller passes a zero and drops it, so that the
-// maximum is v. NaN wins a maximum, as in torch.
+// One element. v_max is max_exp_avg_sq under amsgrad; otherwise the caller passes a zero and drops it, so
+// that the maximum is v. NaN wins a maximum, as in torch.
 template <typename T>
 ADAMW_FN void adamw_update(T& p, T grad, T& m, T& v, T& v_max, const Coefficients<T>& c) {
   const T g = grad * c.grad_scale;

@@ -1,9 +1,12 @@
-// CPU: walk chunks, call the rule; sums of squares of chunks. Compiled once per instruction set, so nothing here
-// may be shared with another translation unit: everything sits in an unnamed namespace and the standard library's
-// templates are not used.
+// CPU: walk chunks, call the rule; sums of squares of chunks. Compiled once per instruction set, so nothing
+// here may be shared with another translation unit: everything sits in an unnamed namespace and the standard
+// library's templates are not used.
 #include "adamw_cpu.h"
 
 #include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include "adamw.h"
 
@@ -98,7 +101,9 @@ struct Arithmetic<double> {
 
 // Elements per block of the inner loops: a few vectors, and a whole number of cache lines of every type.
 constexpr int64_t kBlock = 64;
-// How far ahead of the loop memory is asked for. The hardware prefetcher follows fewer streams than an update has.
+
+// How far ahead of the loop memory is asked for. The hardware prefetcher follows fewer streams than an update
+// has.
 constexpr int64_t kPrefetchBytes = 1024;
 
 template <typename T>
@@ -113,24 +118,68 @@ ADAMW_FN void prefetch_block(const T* p, int write) {
   }
 }
 
-template <bool kAmsgrad, typename P, typename G, typename S, typename T>
-ADAMW_FN void update_block(P* __restrict p, const G* __restrict g, S* __restrict m, S* __restrict v,
-                           S* __restrict v_max, const Coefficients<T>& c, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    T p_i = load(p + i), m_i = load(m + i), v_i = load(v + i);
-    T v_max_i = kAmsgrad ? load(v_max + i) : T(0);
-    adamw_update<T>(p_i, load(g + i), m_i, v_i, v_max_i, c);
-    store(p + i, p_i);
-    store(m + i, m_i);
-    store(v + i, v_i);
-    if (kAmsgrad) store(v_max + i, v_max_i);
+// A block of elements as the arithmetic has them: converted into `buffer`, or in place where nothing
+// converts.
+template <typename S, typename T>
+ADAMW_FN T* load_block(S* block, T* buffer, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) buffer[i] = load(block + i);
+  return buffer;
+}
+ADAMW_FN float* load_block(float* block, float*, int64_t) { return block; }
+ADAMW_FN double* load_block(double* block, double*, int64_t) { return block; }
+
+// Back into storage, if load_block took it out.
+template <typename S, typename T>
+ADAMW_FN void store_block(S* block, const T* buffer, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) store(block + i, buffer[i]);
+}
+ADAMW_FN void store_block(float*, const float*, int64_t) {}
+ADAMW_FN void store_block(double*, const double*, int64_t) {}
+
+#ifdef __F16C__
+// Compilers do not find these two instructions by themselves.
+ADAMW_FN float* load_block(Float16* block, float* buffer, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + i));
+    _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(half));
   }
+  for (; i < n; ++i) buffer[i] = load(block + i);
+  return buffer;
+}
+ADAMW_FN void store_block(Float16* block, const float* buffer, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(buffer + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(block + i), half);
+  }
+  for (; i < n; ++i) store(block + i, buffer[i]);
+}
+#endif
+
+template <bool kAmsgrad, typename P, typename G, typename S, typename T>
+ADAMW_FN void update_block(P* p, G* g, S* m, S* v, S* v_max, const Coefficients<T>& c, int64_t n) {
+  alignas(64) T buffers[5][kBlock];
+  T* const p_ = load_block(p, buffers[0], n);
+  T* const g_ = load_block(g, buffers[1], n);
+  T* const m_ = load_block(m, buffers[2], n);
+  T* const v_ = load_block(v, buffers[3], n);
+  T* const v_max_ = kAmsgrad ? load_block(v_max, buffers[4], n) : nullptr;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    T unused = T(0);
+    adamw_update<T>(p_[i], g_[i], m_[i], v_[i], kAmsgrad ? v_max_[i] : unused, c);
+  }
+  store_block(p, p_, n);
+  store_block(m, m_, n);
+  store_block(v, v_, n);
+  if (kAmsgrad) store_block(v_max, v_max_, n);
 }
 
 template <bool kAmsgrad, typename P, typename G, typename S, typename T>
 void update_span(const Row& row, int64_t start, int64_t n, const Coefficients<T>& c) {
   P* p = reinterpret_cast<P*>(row.param) + start;
-  const G* g = reinterpret_cast<const G*>(row.grad) + start;
+  G* g = reinterpret_cast<G*>(row.grad) + start;
   S* m = reinterpret_cast<S*>(row.exp_avg) + start;
   S* v = reinterpret_cast<S*>(row.exp_avg_sq) + start;
   S* v_max = kAmsgrad ? reinterpret_cast<S*>(row.max_exp_avg_sq) + start : nullptr;
@@ -179,10 +228,10 @@ void update_typed(const UpdateArgs& args, double grad_scale, int64_t begin, int6
 }
 
 bool update_chunks(const UpdateArgs& args, double grad_scale, int64_t begin, int64_t end) {
-#define CASE(P, G, S)                                                                                     \
-  if (args.param_dtype == P && args.grad_dtype == G && args.state_dtype == S) {                           \
-    update_typed<Storage<P>::type, Storage<G>::type, Storage<S>::type>(args, grad_scale, begin, end);     \
-    return true;                                                                                          \
+#define CASE(P, G, S)                                                                                 \
+  if (args.param_dtype == P && args.grad_dtype == G && args.state_dtype == S) {                       \
+    update_typed<Storage<P>::type, Storage<G>::type, Storage<S>::type>(args, grad_scale, begin, end); \
+    return true;                                                                                      \
   }
   FUSED_ADAMW_FOR_EACH_DTYPES(CASE)
 #undef CASE
@@ -191,20 +240,24 @@ bool update_chunks(const UpdateArgs& args, double grad_scale, int64_t begin, int
 
 // Squares are summed in double: no overflow for any float32 gradient, and far below float32's rounding.
 template <typename G>
-double sum_of_squares(const G* __restrict g, int64_t n) {
+double sum_of_squares(G* g, int64_t n) {
+  using T = typename Arithmetic<G>::type;
   constexpr int64_t kLanes = 32;
   double sums[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    __builtin_prefetch(reinterpret_cast<const char*>(g + i) + 2 * kPrefetchBytes, 0, 3);
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const double x = load(g + i + lane);
-      sums[lane] += x * x;
+  alignas(64) T buffer[kBlock];
+  for (int64_t start = 0; start < n; start += kBlock) {
+    prefetch_block(g + start, 0);
+    const int64_t size = n - start < kBlock ? n - start : kBlock;
+    const T* const g_ = load_block(g + start, buffer, size);
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        sums[lane] += static_cast<double>(g_[i + lane]) * static_cast<double>(g_[i + lane]);
+      }
     }
-  }
-  for (int64_t lane = 0; i + lane < n; ++lane) {
-    const double x = load(g + i + lane);
-    sums[lane] += x * x;
+    for (int64_t lane = 0; i + lane < size; ++lane) {
+      sums[lane] += static_cast<double>(g_[i + lane]) * static_cast<double>(g_[i + lane]);
+    }
   }
   for (int64_t width = kLanes / 2; width; width /= 2) {
     for (int64_t lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
@@ -218,7 +271,7 @@ bool norm_typed(const NormArgs& args, int64_t begin, int64_t end) {
     const Row& row = args.table.rows[args.table.chunks[i].row];
     int64_t start;
     const int64_t n = span_of(args.table, row, args.table.chunks[i], &start);
-    args.partials[i] = row.grad ? sum_of_squares(reinterpret_cast<const G*>(row.grad) + start, n) : 0.0;
+    args.partials[i] = row.grad ? sum_of_squares(reinterpret_cast<G*>(row.grad) + start, n) : 0.0;
   }
   return true;
 }
@@ -239,6 +292,7 @@ bool norm_chunks(const NormArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const CpuKernels CONCAT(kCpuKernels, CPU_CAPABILITY) = {STRING(CPU_CAPABILITY), update_chunks, norm_chunks};
+extern const CpuKernels CONCAT(kCpuKernels, CPU_CAPABILITY) = {STRING(CPU_CAPABILITY), update_chunks,
+                                                               norm_chunks};
 
 }  // namespace fused_adamw

@@ -1,5 +1,5 @@
-// The only file that sees torch, through its stable ABI: one build serves torch >= 2.10 and every Python >= 3.10.
-// Schemas, checks, the current stream, the thread pool. No arithmetic.
+// The only file that sees torch, through its stable ABI: one build serves torch >= 2.10 and every Python
+// >= 3.10. Schemas, checks, the current stream, the thread pool. No arithmetic.
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -93,7 +93,8 @@ UpdateArgs update_args(const Tensor& rows, const Tensor& chunks, int64_t chunk_s
   if (grad_scale) in.grad_scale = check_vector<float>(*grad_scale, "grad_scale", ScalarType::Float, 1, rows);
   if (found_inf) in.found_inf = check_vector<float>(*found_inf, "found_inf", ScalarType::Float, 1, rows);
   in.status = check_vector<double>(status, "status", ScalarType::Double, 2, rows);
-  args.ticket = reinterpret_cast<uint32_t*>(check_vector<double>(workspace, "workspace", ScalarType::Double, 1, rows));
+  args.ticket =
+      reinterpret_cast<uint32_t*>(check_vector<double>(workspace, "workspace", ScalarType::Double, 1, rows));
   return args;
 }
 
@@ -111,8 +112,8 @@ const CpuKernels& cpu_kernels() {
 #endif
 }
 
-// Runs body(begin, end) over the chunks on torch's thread pool. Threads draw batches of chunks from a counter, so
-// that tensors of any sizes, and a busy core, leave none of them idle.
+// Runs body(begin, end) over the chunks on torch's thread pool. Threads draw batches of chunks from a
+// counter, so that tensors of any sizes, and a busy core, leave none of them idle.
 template <typename F>
 void for_chunks(const Table& table, const F& body) {
   int64_t elements = 0;
@@ -123,7 +124,8 @@ void for_chunks(const Table& table, const F& body) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
-      for (int64_t i; (i = next.fetch_add(batch)) < table.n_chunks;) body(i, std::min(i + batch, table.n_chunks));
+      for (int64_t i; (i = next.fetch_add(batch)) < table.n_chunks;)
+        body(i, std::min(i + batch, table.n_chunks));
     }
   });
 }
@@ -191,8 +193,9 @@ void update_cuda(Tensor rows, Tensor chunks, int64_t chunk_size, Tensor hypers, 
       update_args(rows, chunks, chunk_size, hypers, param_dtype, grad_dtype, state_dtype, sums, max_grad_norm,
                   skip_nonfinite, grad_scale, found_inf, status, workspace);
   const bool on_host = hypers.is_cpu();
-  STD_TORCH_CHECK(!on_host || args.n_hypers <= kMaxInlineHypers, "fused_adamw: a hypers table on the host holds at most ",
-                  kMaxInlineHypers, " rows, got ", args.n_hypers);
+  STD_TORCH_CHECK(!on_host || args.n_hypers <= kMaxInlineHypers,
+                  "fused_adamw: a hypers table on the host holds at most ", kMaxInlineHypers, " rows, got ",
+                  args.n_hypers);
   const int32_t device = rows.get_device_index();
   const char* error = launch_update(args, on_host, device, current_stream(device));
   STD_TORCH_CHECK(!error, "fused_adamw: update kernel: ", error);
@@ -200,8 +203,8 @@ void update_cuda(Tensor rows, Tensor chunks, int64_t chunk_size, Tensor hypers, 
 #endif
 
 std::string build_info() {
-  std::string info = "{\"cpu_capability\": \"" + std::string(cpu_kernels().capability) + "\", \"compiler\": \"" +
-                     FUSED_ADAMW_COMPILER + "\", \"cuda\": \"";
+  std::string info = "{\"cpu_capability\": \"" + std::string(cpu_kernels().capability) +
+                     "\", \"compiler\": \"" + FUSED_ADAMW_COMPILER + "\", \"cuda\": \"";
 #ifdef FUSED_ADAMW_CUDA
   info += cuda_build();
 #endif
@@ -242,6 +245,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_adamw, CompositeExplicitAutograd, m) {
 
 // Importing fused_adamw._C loads the library, which registers the operators above.
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
