@@ -133,7 +133,7 @@ def class_of(module: nn.Module) -> type:
 def words(name: str) -> list[str]:
     """Splits an identifier into lower-case words: `A_log`, `LayerNorm2d`, `pos_embed1` lose their numbers."""
     name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name))
-    found = (re.sub(r"(?<=[a-z])\d+d?$|^\d+$", "", word) for word in name.lower().split("_"))
+    found = (re.sub(r"(?<=[a-z])\d+d?$|^\d+d?$", "", word) for word in name.lower().split("_"))
     return [word for word in found if word]
 
 
