@@ -63,13 +63,14 @@ def identify(located: Located) -> Finding:
     if len(roles) == 1:
         return first
     places = ", ".join(
-        f"{place.name} is {finding.role}" for place, finding in zip(located.places, findings, strict=True)
+        f"{place.name} is {_article(str(finding.role))} {_say(finding.role)}"
+        for place, finding in zip(located.places, findings, strict=True)
     )
     if roles <= _TABLES:  # one library's position is another's embedding: nothing to choose
         return first
     if roles <= {*_TABLES, Role.MATRIX}:
         return Finding(
-            Role.TIED_EMBEDDING, first.rule, f"shared by an embedding and a head: {places}", "high"
+            Role.TIED_EMBEDDING, first.rule, f"an embedding and a head share it ({places})", "high"
         )
     return Finding(first.role, first.rule, first.evidence, "low", disagreement=places)
 

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from torchvision_stub import torchvision_stub  # noqa: E402
+from torchvision_stub import torchvision_stub
 
 
 @pytest.fixture(scope="session")

@@ -268,7 +268,9 @@ class TestRefusals:
             build_param_groups(nn.Linear(2, 2), "0.1")
 
     def test_unknown_policy(self):
-        with pytest.raises(ValueError, match=r"unknown policy 'best'; expected one of: hygiene, recipe, hugg"):
+        with pytest.raises(
+            ValueError, match=r"unknown policy 'best'; expected one of: hygiene, recipe, hugg"
+        ):
             build_param_groups(nn.Linear(2, 2), policy="best")
 
     def test_unknown_role(self):
@@ -276,7 +278,9 @@ class TestRefusals:
             build_param_groups(nn.Linear(2, 2), roles={"embeddings": True})
 
     def test_roles_with_a_copied_policy(self):
-        with pytest.raises(ValueError, match="policy 'timm' copies the rule of another tool and knows no roles"):
+        with pytest.raises(
+            ValueError, match="policy 'timm' copies the rule of another tool and knows no roles"
+        ):
             build_param_groups(nn.Linear(2, 2), policy="timm", roles={"norm": True})
 
     def test_nothing_changes_on_refusal(self):
