@@ -192,7 +192,8 @@ def _by_name(place: Place, located: Located) -> Finding | None:
             continue
         if rule.role is Role.MATRIX and located.is_vector and len(located.shape) != 2:
             continue
-        if rule.role is Role.QUERY and "key" in place.owner._parameters:  # an attention's own matrices
+        held = place.owner._parameters
+        if (rule.beside and rule.beside not in held) or (rule.not_beside and rule.not_beside in held):
             continue
         if rule.pattern.fullmatch(local):
             clause = f"{place.local!r} is a usual name for {_article(str(rule.role))} {_say(rule.role)}"

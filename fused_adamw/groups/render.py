@@ -26,13 +26,13 @@ def report_table(report: ParamGroupReport) -> Group:
     table = Table(
         title=f"{report.model_name}, policy {report.policy.name}", title_justify="left", box=SIMPLE_HEAD
     )
-    table.add_column("parameter", overflow="fold", ratio=5)
+    table.add_column("parameter", overflow="fold", ratio=6)
     table.add_column("shape", overflow="fold", ratio=2)
     table.add_column("decay", justify="right")
     if scaled:
         table.add_column("lr scale", justify="right")
     table.add_column("role")
-    table.add_column("decided by", overflow="fold", ratio=4)
+    table.add_column("decided by", overflow="fold", ratio=3)
     for rows in fold(
         report.decisions, lambda d: (d.decays, d.role, d.rule, _because(d), d.options["weight_decay"])
     ):
@@ -56,7 +56,7 @@ def diff_table(diff: PolicyDiff) -> Group:
         return Group(Text(title))
     other = {mine.name: their for mine, their in diff.pairs}
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("parameter", overflow="fold", ratio=5)
+    table.add_column("parameter", overflow="fold", ratio=6)
     table.add_column("shape", overflow="fold", ratio=2)
     table.add_column(ours, overflow="fold", ratio=4)
     table.add_column(theirs, overflow="fold", ratio=4)

@@ -128,15 +128,21 @@ class NameRule(NamedTuple):
         role: What such a name means.
         pattern: Matched against the whole name, lower case, words joined by `_`, numbers dropped.
         vector_only: Only for tensors with at most one dimension larger than one.
+        beside: Only if the owner holds a tensor of this name too.
+        not_beside: Only if the owner holds no tensor of this name.
     """
 
     role: Role
     pattern: re.Pattern[str]
     vector_only: bool = False
+    beside: str = ""
+    not_beside: str = ""
 
 
-def _name(role: Role, pattern: str, *, vector_only: bool = False) -> NameRule:
-    return NameRule(role, re.compile(re.sub(r"\s+", "", pattern)), vector_only)
+def _name(
+    role: Role, pattern: str, *, vector_only: bool = False, beside: str = "", not_beside: str = ""
+) -> NameRule:
+    return NameRule(role, re.compile(pattern), vector_only, beside, not_beside)
 
 
 _EMBED = "(emb|embs|embed|embeds|embedding|embeddings|encoding|encodings|enc)"
@@ -147,10 +153,12 @@ _POS = "(pos|position|positions|positional|rel|relative|rpe|ape)"
 NAMES: tuple[NameRule, ...] = (
     # state-space and linear-recurrence dynamics: Mamba, VMamba, S4, LRU, RG-LRU, RWKV
     _name(Role.RECURRENCE, r"(.*_)?a_logs?|ds|log_a(_.*)?|a_(real|imag)|(inv|log)_dt|dt_bias"),
+    _name(Role.RECURRENCE, r"d", beside="A_log"),
     _name(Role.RECURRENCE, r"d|recurrent_param|(nu|theta|gamma)_log", vector_only=True),
     _name(Role.RECURRENCE, r"time_(decay|first|faaaa)"),
     _name(Role.RECURRENCE, r"time_(mix|maa|shift)(_[a-z]+)?", vector_only=True),
-    # positions, absolute and relative
+    # positions, absolute and relative; but a query's position is a query
+    _name(Role.QUERY, r"(.*_)?query_(tokens?|embed.*|pos.*)"),
     _name(Role.POSITION, rf"(.*_)?{_POS}_({_EMBED}|bias|table|tokens?|params?|const|[hwtxyd])(_.*)?"),
     _name(Role.POSITION, rf"(.*_)?(row|col|column|height|width|time|temporal|spatial)_(rel|{_EMBED})(_.*)?"),
     _name(Role.POSITION, rf"({_EMBED}|rel)_{_POS}(_.*)?"),
@@ -166,7 +174,8 @@ NAMES: tuple[NameRule, ...] = (
         Role.TEMPERATURE, r"(.*_)?(temperature|temp|tau|inv_temp|logits?_scale(_[a-z])?)", vector_only=True
     ),
     # learned rows: queries, special tokens, tables
-    _name(Role.QUERY, r"(.*_)?(queries|latents?|object_query)(_.*)?|(.*_)?query(_(tokens?|embed.*))?"),
+    _name(Role.QUERY, r"(.*_)?(queries|latents?|object_query)(_.*)?"),
+    _name(Role.QUERY, r"(.*_)?query", not_beside="key"),  # beside a key it is an attention's matrix
     _name(
         Role.TOKEN,
         r"(?!(word_)?(emb|embed|embedding)_)(.*_)?(tokens?|probe|registers?|newline|separator|prompts?)",

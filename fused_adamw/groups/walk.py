@@ -105,7 +105,9 @@ def walk(model: nn.Module) -> list[Located]:
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the model inside DDP, FSDP1, `torch.compile` and checkpoint wrappers."""
     while True:
-        inner = next((m for key, m in model._modules.items() if m and _is_wrapping(model, key)), None)
+        inner = next(
+            (m for key, m in model._modules.items() if m is not None and _is_wrapping(model, key)), None
+        )
         if inner is None:
             return model
         model = inner
