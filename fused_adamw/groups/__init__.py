@@ -10,6 +10,7 @@ from .decide import Decision
 from .lint import Lint
 from .overrides import ParamGroupWarning
 from .policies import POLICIES, Policy
+from .report import ParamGroupReport, PolicyDiff, explain_param_groups
 from .resume import compare_param_names
 from .roles import Role, register_type
 
@@ -17,11 +18,14 @@ __all__ = [
     "POLICIES",
     "Decision",
     "Lint",
+    "ParamGroupReport",
     "ParamGroupWarning",
     "Policy",
+    "PolicyDiff",
     "Role",
     "build_param_groups",
     "compare_param_names",
+    "explain_param_groups",
     "get_optimizer_grouped_parameters",
     "new_param_groups",
     "register_type",

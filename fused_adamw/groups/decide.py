@@ -53,6 +53,7 @@ class Decision:
         lr_scale: Factor on the learning rate.
         layer: Layer number under layer-wise decay.
         finding: How the role was found.
+        chosen: Whether a person asked for it: an override, a mark, a hook or `roles=`.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Decision:
     lr_scale: float
     layer: int | None
     finding: Finding
+    chosen: bool
 
     @property
     def owner(self) -> str:
@@ -95,6 +97,7 @@ class _Draft:
     evidence: str
     confidence: Confidence
     options: dict[str, Any] = field(default_factory=dict)
+    chosen: bool = False
 
     def apply(self, options: Mapping[str, Any], rule: Rule, evidence: str) -> None:
         self.options.update(options)
@@ -103,6 +106,7 @@ class _Draft:
             self.evidence += f"; {evidence}"
             return
         self.decays, self.rule, self.evidence, self.confidence = decay > 0, rule, evidence, "high"
+        self.chosen = True
 
 
 def decide(model: nn.Module, options: Options, *, allow_none: bool = False) -> list[Decision]:
@@ -161,7 +165,9 @@ def _draft(
         decays, why = policy.rule(item, listed)
         return _Draft(decays, "policy", f"{policy.name}: {why}", "high")
     (decays, why), extra = table[finding.role]
-    return _Draft(decays, finding.rule, f"{finding.evidence}; {why}", finding.confidence, dict(extra))
+    return _Draft(
+        decays, finding.rule, f"{finding.evidence}; {why}", finding.confidence, dict(extra), bool(extra)
+    )
 
 
 def _finish(
@@ -190,6 +196,7 @@ def _finish(
         lr_scale=1.0 if "lr" in chosen else float(scale),
         layer=layer,
         finding=finding,
+        chosen=draft.chosen,
     )
 
 

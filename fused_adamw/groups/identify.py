@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -22,9 +23,9 @@ Rule = Literal["override", "mark", "adapter", "type", "structure", "name", "shap
 Confidence = Literal["high", "medium", "low"]
 
 _NORM_WORDS = frozenset({"norm", "normalization", "ln", "rms", "grn", "bn", "gn"})
-_ACTIVATION_WORDS = frozenset({"act", "activation", "relu", "gelu", "swish", "silu", "mish", "snake", "tlu"})
+_ACTIVATION = re.compile(r"(ReLU|GELU|SiLU|Swish|Mish|Snake|TLU|Act|Activation)(Beta|\d*d)?$")
 _POSITION_WORDS = frozenset({"pos", "position", "positional", "cpb", "peg", "rpe", "relpos"})
-_TABLE_ROLES = (Role.POSITION, Role.QUERY, Role.TOKEN)
+_TABLES = frozenset({Role.EMBEDDING, Role.POSITION, Role.QUERY, Role.TOKEN})
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,14 @@ def identify(located: Located) -> Finding:
     if len(roles) == 1:
         return first
     places = ", ".join(
-        f"{place.name} is {finding.role}" for place, finding in zip(located.places, findings, strict=True)
+        f"{place.name} is {_article(str(finding.role))} {_say(finding.role)}"
+        for place, finding in zip(located.places, findings, strict=True)
     )
-    if Role.EMBEDDING in roles and roles <= {Role.EMBEDDING, Role.MATRIX}:
+    if roles <= _TABLES:  # one library's position is another's embedding: nothing to choose
+        return first
+    if roles <= {*_TABLES, Role.MATRIX}:
         return Finding(
-            Role.TIED_EMBEDDING, first.rule, f"shared by an embedding and a head: {places}", "high"
+            Role.TIED_EMBEDDING, first.rule, f"an embedding and a head share it ({places})", "high"
         )
     return Finding(first.role, first.rule, first.evidence, "low", disagreement=places)
 
@@ -134,7 +138,7 @@ def _kind_of_table(place: Place) -> Role:
     attribute = place.owner_name.rpartition(".")[2]
     for name in (attribute, class_of(place.owner).__name__):
         rule = next((rule for rule in NAMES if rule.pattern.fullmatch("_".join(words(name)))), None)
-        if rule is not None and rule.role in _TABLE_ROLES:
+        if rule is not None and rule.role in _TABLES:
             return rule.role
     return Role.EMBEDDING
 
@@ -146,6 +150,8 @@ def _kind_of_map(place: Place, role: Role) -> Role:
     parent = place.ancestors[depth - 1][1] if depth else place.owner
     if role is Role.CONVOLUTION and {"A_log", "A_logs", "A"} & set(parent._parameters):
         return Role.SSM_CONVOLUTION
+    if any("patch" in words(class_of(module).__name__) for _, module in near):
+        return role  # a patch embedding is often called pos_embed
     for component, module in near:
         if _POSITION_WORDS & {*words(component), *words(class_of(module).__name__)}:
             return Role.POSITION_NETWORK
@@ -172,9 +178,10 @@ def _by_structure(place: Place, located: Located) -> Finding | None:
             role = Role.ZERO_CENTERED_NORM
         clause = f"{_owner(place)} is {_article(name)} {name}, built like a norm"
         return Finding(role, "structure", clause, "high" if located.is_vector else "medium")
-    if located.is_vector and (_ACTIVATION_WORDS & kinds or any(w.endswith(("relu", "act")) for w in kinds)):
+    if located.is_vector and _ACTIVATION.search(name):
         clause = f"{_owner(place)} is {_article(name)} {name}, built like an activation"
-        return Finding(Role.ACTIVATION, "structure", clause, "high")
+        role = Role.BIAS if "bias" in local else Role.ACTIVATION
+        return Finding(role, "structure", clause, "high")
     return None
 
 
@@ -183,7 +190,10 @@ def _by_name(place: Place, located: Located) -> Finding | None:
     for rule in NAMES:
         if rule.vector_only and not located.is_vector:
             continue
-        if rule.role is Role.MATRIX and (located.is_vector and len(located.shape) != 2):
+        if rule.role is Role.MATRIX and located.is_vector and len(located.shape) != 2:
+            continue
+        held = place.owner._parameters
+        if (rule.beside and rule.beside not in held) or (rule.not_beside and rule.not_beside in held):
             continue
         if rule.pattern.fullmatch(local):
             clause = f"{place.local!r} is a usual name for {_article(str(rule.role))} {_say(rule.role)}"

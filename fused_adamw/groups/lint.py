@@ -81,15 +81,8 @@ def warn(decisions: Sequence[Decision], groups: Sequence[Mapping[str, Any]], opt
         )
 
 
-def _chosen(decision: Decision) -> bool:
-    """Whether a person decided this, so that it is no mistake."""
-    return decision.rule in ("override", "mark")
-
-
 def _norm_decays(decisions: Sequence[Decision]) -> Lint | None:
-    names = [
-        d for d in decisions if d.decays and not _chosen(d) and (d.role in _NORMS or _sounds_like_norm(d))
-    ]
+    names = [d for d in decisions if d.decays and not d.chosen and (d.role in _NORMS or _sounds_like_norm(d))]
     return _remark("norm-decays", "warning", "a norm decays", names)
 
 
@@ -123,7 +116,7 @@ def _kind(located: Located) -> tuple[type, str]:
 
 
 def _aliases_disagree(decisions: Sequence[Decision]) -> Lint | None:
-    split = [d for d in decisions if d.finding.disagreement and not _chosen(d)]
+    split = [d for d in decisions if d.finding.disagreement and not d.chosen]
     return _remark("aliases-disagree", "warning", "shared by modules that speak for different roles", split)
 
 

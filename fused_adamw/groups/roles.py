@@ -97,7 +97,14 @@ TYPES: dict[type | str, Mapping[str, Role]] = {
     "Qwen3NextRMSNorm": _ZERO_CENTERED,
     "Qwen3_5RMSNorm": _ZERO_CENTERED,
     "Qwen3_5MoeRMSNorm": _ZERO_CENTERED,
+    "Qwen4ExpTextRMSNorm": _ZERO_CENTERED,
+    "MiniMaxM3VLRMSNorm": _ZERO_CENTERED,
+    "MuseGlimmerTextCenteredRMSNorm": _ZERO_CENTERED,
+    "MuseSparkTextCenteredRMSNorm": _ZERO_CENTERED,
+    "MuseSparkTextInputScaledRMSNorm": _ZERO_CENTERED,
     "NemotronLayerNorm1P": _ZERO_CENTERED,
+    "QwenImage21ZeroCenterRMSNorm": _ZERO_CENTERED,  # diffusers
+    "Step3p7RMSNorm": _ZERO_CENTERED,
 }
 
 # PEFT keeps an adapter's tensors under these names, below the layer that they adapt.
@@ -121,15 +128,21 @@ class NameRule(NamedTuple):
         role: What such a name means.
         pattern: Matched against the whole name, lower case, words joined by `_`, numbers dropped.
         vector_only: Only for tensors with at most one dimension larger than one.
+        beside: Only if the owner holds a tensor of this name too.
+        not_beside: Only if the owner holds no tensor of this name.
     """
 
     role: Role
     pattern: re.Pattern[str]
     vector_only: bool = False
+    beside: str = ""
+    not_beside: str = ""
 
 
-def _name(role: Role, pattern: str, *, vector_only: bool = False) -> NameRule:
-    return NameRule(role, re.compile(re.sub(r"\s+", "", pattern)), vector_only)
+def _name(
+    role: Role, pattern: str, *, vector_only: bool = False, beside: str = "", not_beside: str = ""
+) -> NameRule:
+    return NameRule(role, re.compile(pattern), vector_only, beside, not_beside)
 
 
 _EMBED = "(emb|embs|embed|embeds|embedding|embeddings|encoding|encodings|enc)"
@@ -138,45 +151,51 @@ _POS = "(pos|position|positions|positional|rel|relative|rpe|ape)"
 # The first rule that matches decides, so the order matters: `relative_position_bias_table` is a
 # position although it says bias, `layer_norm_weight` a norm although it says weight.
 NAMES: tuple[NameRule, ...] = (
-    _name(
-        Role.RECURRENCE, r"(.*_)?a_logs?|ds|log_a(_.*)?|a_(real|imag)|(inv|log)_dt|dt_bias", vector_only=False
-    ),
+    # state-space and linear-recurrence dynamics: Mamba, VMamba, S4, LRU, RG-LRU, RWKV
+    _name(Role.RECURRENCE, r"(.*_)?a_logs?|ds|log_a(_.*)?|a_(real|imag)|(inv|log)_dt|dt_bias"),
+    _name(Role.RECURRENCE, r"d", beside="A_log"),
     _name(Role.RECURRENCE, r"d|recurrent_param|(nu|theta|gamma)_log", vector_only=True),
     _name(Role.RECURRENCE, r"time_(decay|first|faaaa)"),
     _name(Role.RECURRENCE, r"time_(mix|maa|shift)(_[a-z]+)?", vector_only=True),
-    _name(Role.POSITION, rf"(.*_)?{_POS}_({_EMBED}|bias|table|token|tokens|params?|[hwtxyd])(_.*)?"),
-    _name(
-        Role.POSITION,
-        rf"(.*_)?(row|col|column|height|width|time|temporal|spatial|frame)_(rel|{_EMBED})(_.*)?",
-    ),
-    _name(Role.POSITION, rf"{_EMBED[:-1]}|rel)_({_POS[1:-1]}|positions)(_.*)?"),
+    # positions, absolute and relative; but a query's position is a query
+    _name(Role.QUERY, r"(.*_)?query_(tokens?|embed.*|pos.*)"),
+    _name(Role.POSITION, rf"(.*_)?{_POS}_({_EMBED}|bias|table|tokens?|params?|const|[hwtxyd])(_.*)?"),
+    _name(Role.POSITION, rf"(.*_)?(row|col|column|height|width|time|temporal|spatial)_(rel|{_EMBED})(_.*)?"),
+    _name(Role.POSITION, rf"({_EMBED}|rel)_{_POS}(_.*)?"),
     _name(Role.POSITION, r"(.*_)?relative_(.*_)?(bias|table|embeddings?)(_.*)?|(.*_)?bias_table"),
-    _name(Role.POSITION, rf"(.*_)?({_POS[1:-1]}|freqs|wpe)|attention_biases|attn_biases|(.*_)?rope(_.*)?"),
+    _name(Role.POSITION, rf"(.*_)?({_POS}|freqs|pos_frequencies|wpe)|att(entio)?n_biases|(.*_)?rope(_.*)?"),
+    # norms and biases inside a larger module
     _name(Role.NORM, r"(.*_)?([a-z]*norm|ln|bn|gn)(_(weight|scale|gamma|gain|g|w))?", vector_only=True),
-    _name(Role.BIAS, r"(.*_)?bias(es)?(_(?!.*(weight|proj|kernel|scale)).*)?"),
-    _name(Role.BIAS, r"b|beta|(.*_)?(shift|offset)", vector_only=True),
+    _name(Role.BIAS, r"(.*_)?bias(es)?(_(?!.*(weight|proj|kernel)).*)?"),
+    _name(Role.BIAS, r"b|beta|(.*_)?(shift|offset|translate)", vector_only=True),
+    # scalars with a meaning
     _name(Role.SINK, r"(.*_)?sinks?"),
     _name(
-        Role.TEMPERATURE,
-        r"(.*_)?(temperature|temp|tau|logits?_(scale|multiplier)|inv_temp)",
-        vector_only=True,
+        Role.TEMPERATURE, r"(.*_)?(temperature|temp|tau|inv_temp|logits?_scale(_[a-z])?)", vector_only=True
     ),
-    _name(Role.QUERY, r"(.*_)?(quer(y|ies)_(tokens?|embed.*|pos.*)|queries|latents?|object_query.*)"),
+    # learned rows: queries, special tokens, tables
+    _name(Role.QUERY, r"(.*_)?(queries|latents?|object_query)(_.*)?"),
+    _name(Role.QUERY, r"(.*_)?query", not_beside="key"),  # beside a key it is an attention's matrix
     _name(
         Role.TOKEN,
-        rf"(.*_)?(tokens?|probe|registers?|newline|separator)|(cls|class|mask|masked|null|no|not|sep|eos|sos|pad)_(.*_)?{_EMBED}",
+        r"(?!(word_)?(emb|embed|embedding)_)(.*_)?(tokens?|probe|registers?|newline|separator|prompts?)",
     ),
-    _name(Role.EMBEDDING, rf"(.*_)?({_EMBED[1:-1]}|table|codebook)"),
+    _name(
+        Role.TOKEN, rf"(cls|class|masked|mask|sep|eos|sos|bos|pad)_(.*_)?{_EMBED}|(no|not|null|missing)_.*"
+    ),
+    _name(Role.TOKEN, r"(.*_)?tokens?_.*|image_(begin|end|sep)", vector_only=True),
+    _name(Role.EMBEDDING, rf"(.*_)?({_EMBED}|table|codebook|codevectors)|modulation|embed_.*|wte"),
+    _name(Role.EMBEDDING, r"(.*_)?embeddings_(?!.*(weight|proj|kernel)).*"),
     _name(Role.ADAPTER_MATRIX, r"lora_[ab]"),
+    # gains: layer scale, residual gates, ReZero, NFNet
+    _name(Role.GAIN, r"(.*_)?(layer_?scale|gamma|lambdas?|alphas?|scale|gain)"),
+    _name(Role.GAIN, r"(.*_)?(layer_?scale|gamma|lambda|alpha|scale|gain)_.*", vector_only=True),
     _name(
-        Role.GAIN, r"(.*_)?(layer_scale|layerscale)(_.*)?|(.*_)?(gamma|lambda)(_[a-z]+)?", vector_only=True
+        Role.GAIN, r"(.*_)?(scales|scaling|gate|gating|skip|mult|multiplier|residual)(_.*)?", vector_only=True
     ),
-    _name(
-        Role.GAIN,
-        r"(.*_)?(scale|scales|scaling|gain|gains|gate|gating|alpha|skip|mult|multiplier|rezero|resweight|ls|strength)(_.*)?",
-        vector_only=True,
-    ),
-    _name(Role.MATRIX, r"(.*_)?(weight|weights|w|kernel|kernels|matrix|proj|projection|experts?)(_.*)?"),
+    _name(Role.GAIN, r"rezero|resweight|ls|(.*_)?strength", vector_only=True),
+    # matrices held directly
+    _name(Role.MATRIX, r"(.*_)?(weights?|w|kernels?|matrix|proj|projection|experts?)(_.*)?"),
     _name(Role.MATRIX, r"[qkvor]"),
 )
 

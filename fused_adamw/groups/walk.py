@@ -105,7 +105,9 @@ def walk(model: nn.Module) -> list[Located]:
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the model inside DDP, FSDP1, `torch.compile` and checkpoint wrappers."""
     while True:
-        inner = next((m for key, m in model._modules.items() if m and _is_wrapping(model, key)), None)
+        inner = next(
+            (m for key, m in model._modules.items() if m is not None and _is_wrapping(model, key)), None
+        )
         if inner is None:
             return model
         model = inner
@@ -133,7 +135,7 @@ def class_of(module: nn.Module) -> type:
 def words(name: str) -> list[str]:
     """Splits an identifier into lower-case words: `A_log`, `LayerNorm2d`, `pos_embed1` lose their numbers."""
     name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name))
-    found = (re.sub(r"(?<=[a-z])\d+d?$|^\d+$", "", word) for word in name.lower().split("_"))
+    found = (re.sub(r"(?<=[a-z])\d+d?$|^\d+d?$", "", word) for word in name.lower().split("_"))
     return [word for word in found if word]
 
 

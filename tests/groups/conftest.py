@@ -1,0 +1,35 @@
+"""Helpers shared by the tests of parameter groups."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from torchvision_stub import torchvision_stub
+
+
+@pytest.fixture(scope="session")
+def timm():
+    with torchvision_stub():
+        return pytest.importorskip("timm")
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    module = pytest.importorskip("transformers")
+    module.logging.set_verbosity_error()
+    return module
+
+
+@pytest.fixture(scope="session")
+def diffusers():
+    return pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="session")
+def peft():
+    pytest.importorskip("transformers")
+    return importlib.import_module("peft") if pytest.importorskip("peft") else None

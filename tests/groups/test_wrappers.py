@@ -1,0 +1,159 @@
+"""Wrapped or not, the same decisions under the same names."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import assert_partition, decays
+from models import RMSNorm
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from fused_adamw.groups import build_param_groups, explain_param_groups
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = RMSNorm(4)
+        self.submodule = nn.Linear(4, 4)  # ends with a wrapper's word
+        self.gamma = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x + self.gamma * self.submodule(self.norm(x))
+
+
+class Model(nn.Module):
+    """Has everything a wrapper can break: a hook, an attribute called `module`, raw parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.hooked = nn.Parameter(torch.zeros(4, 4))
+        self.module = Block()
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def no_weight_decay(self):
+        return {"hooked"}
+
+    def forward(self, x):
+        return self.blocks(self.module(x @ self.hooked + self.cls_token))
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:not recognised", "ignore:.*script_method")
+
+EXPECTED = {
+    "cls_token": False,
+    "hooked": False,
+    "module.gamma": False,
+    "module.norm.weight": False,
+    "module.submodule.weight": True,
+    "module.submodule.bias": False,
+    "blocks.0.gamma": False,
+    "blocks.0.norm.weight": False,
+    "blocks.0.submodule.weight": True,
+    "blocks.0.submodule.bias": False,
+    "blocks.1.gamma": False,
+    "blocks.1.norm.weight": False,
+    "blocks.1.submodule.weight": True,
+    "blocks.1.submodule.bias": False,
+}
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def check(model, policy_names=("hygiene", "huggingface", "timm", "nanogpt", "megatron", "all", "recipe")):
+    groups = build_param_groups(model, 0.1)
+    assert decays(groups) == EXPECTED
+    assert_partition(model, groups)
+    for policy in policy_names:
+        plain = build_param_groups(Model(), 0.1, policy=policy)
+        assert decays(build_param_groups(model, 0.1, policy=policy)) == decays(plain), policy
+
+
+def test_plain():
+    check(Model())
+
+
+def test_compile():
+    check(torch.compile(Model()))
+    model = Model()
+    model.blocks[0] = torch.compile(model.blocks[0])
+    check(model)
+
+
+def test_compile_in_place():
+    model = Model()
+    model.compile()
+    check(model)
+
+
+def test_checkpoint_wrapper():
+    model = Model()
+    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+    check(model)
+    check(checkpoint_wrapper(Model()))
+
+
+def test_data_parallel():
+    check(DataParallel(Model()))
+
+
+def test_averaged_model():
+    check(AveragedModel(Model()))
+
+
+def test_ddp(process_group):
+    check(DistributedDataParallel(Model()))
+    check(torch.compile(DistributedDataParallel(Model())))
+    check(DistributedDataParallel(torch.compile(Model())))
+
+
+def test_fsdp2(process_group):
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    check(model)
+    assert "FSDP" not in str(explain_param_groups(model))
+    check(torch.compile(model))
+
+
+def test_two_meshes_give_two_groups(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    meshes = [init_device_mesh("cpu", (1,), mesh_dim_names=(name,)) for name in ("dp", "ep")]
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(4)))
+    for layer, mesh in zip(model, [*meshes, meshes[0], None], strict=True):
+        if mesh is not None:
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight.data, mesh, [Replicate()]))
+    assert isinstance(model[0].weight, DTensor)
+    names = [group["param_names"] for group in build_param_groups(model, 0.1)]
+    assert names == [["0.weight", "2.weight"], ["1.weight"], ["3.weight"]]
+
+
+def test_a_deep_copy_decides_alike():
+    check(copy.deepcopy(Model()))
+
+
+def test_a_user_attribute_called_module_keeps_its_name():
+    names = [n for g in build_param_groups(Model(), 0.1) for n in g["param_names"]]
+    assert "module.submodule.weight" in names
+
+
+def test_report_understands_wrapped_names():
+    report = explain_param_groups(torch.compile(Model()))
+    for name in ("blocks.0.norm.weight", "_orig_mod.blocks.0.norm.weight", "module.blocks.0.norm.weight"):
+        assert report[name].startswith("blocks.0.norm.weight does not decay")
