@@ -10,10 +10,12 @@ optimizer builds another.
 
 from __future__ import annotations
 
+import operator
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -352,9 +354,9 @@ def _addresses(params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> 
     """Addresses of all parameters and of everything in their state, in a fixed order."""
     values = [value for s in state.values() for value in s.values()]
     try:
-        return [t.data_ptr() for t in params] + [t.data_ptr() for t in values]
-    except (AttributeError, RuntimeError):
-        return [_address(value) for value in (*params, *values)]
+        return list(map(Tensor.data_ptr, chain(params, values)))
+    except (TypeError, RuntimeError):
+        return [_address(value) for value in chain(params, values)]
 
 
 def _grad_addresses(grads: Sequence[Tensor | None]) -> list[int]:
@@ -363,10 +365,6 @@ def _grad_addresses(grads: Sequence[Tensor | None]) -> list[int]:
         return [0 if g is None else g.data_ptr() or 1 for g in grads]
     except RuntimeError:
         return [0 if g is None else _address(g) for g in grads]
-
-
-def _layout(t: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-    return t.dtype, t.stride()
 
 
 class Plan:
@@ -397,8 +395,10 @@ class Plan:
         self._structure = self._structure_of(groups)
         self._addresses = _addresses(self._params, state)
         grads = [p.grad for p in self._params]
-        # Without a gradient yet: one like the parameter is expected.
-        self._layouts = [_layout(p if g is None else g) for p, g in zip(self._params, grads, strict=True)]
+        # Where there is no gradient, one like the parameter is expected.
+        like_grads = [p if g is None else g for p, g in zip(self._params, grads, strict=True)]
+        self._grad_dtypes = [t.dtype for t in like_grads]
+        self._grad_strides = [t.stride() for t in like_grads]
         self._grad_addresses: list[int] | None = None
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
@@ -459,15 +459,19 @@ class Plan:
             grads: Their gradients now.
             state: The optimizer's state now.
         """
+        dtypes, strides = self._grad_dtypes, self._grad_strides
+        present = [g for g in grads if g is not None]
+        if len(present) < len(grads):
+            is_there = [g is not None for g in grads]
+            dtypes, strides = list(compress(dtypes, is_there)), list(compress(strides, is_there))
         return (
             self._structure_of(groups) == self._structure
-            and list(map(id, params)) == list(map(id, self._params))
+            and len(params) == len(self._params)
+            and all(map(operator.is_, params, self._params))
             and _addresses(params, state) == self._addresses
             and not any(grads[slot] is not None for slot in self._without_state)
-            and not any(
-                g is not None and (g.dtype is not dtype or g.stride() != strides)
-                for g, (dtype, strides) in zip(grads, self._layouts, strict=True)
-            )
+            and [g.dtype for g in present] == dtypes
+            and list(map(Tensor.stride, present)) == strides
         )
 
     def prepare(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor | None]) -> None:
