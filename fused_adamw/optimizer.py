@@ -51,9 +51,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         fused: Accepted for compatibility; changes nothing.
         max_grad_norm: Clip to this global norm over all groups, as `torch.nn.utils.clip_grad_norm_` would.
             None: no clipping, and no pass over the gradients for a norm. `math.inf`: measure, never clip.
-        skip_nonfinite: A step whose gradient norm is infinite or NaN changes nothing, its step counts included,
-            and `skipped_steps` counts it; the decision is taken on the device. Measures the norm even without
-            `max_grad_norm`. By default such gradients do what they do in torch.
+        skip_nonfinite: A step whose gradient norm is infinite or NaN changes nothing, step counts included, and
+            `skipped_steps` counts it; decided on the device. Measures the norm even without `max_grad_norm`.
+            By default such gradients do what they do in torch.
         state_dtype: Dtype of the moments, `torch.float32` or `torch.bfloat16`; None: that of each parameter,
             as in torch. Kept through `state_dict` and `load_state_dict`.
         backend: "auto", "native" (C++ on CPU, CUDA on GPU), "triton" or "reference" (plain PyTorch).
@@ -175,7 +175,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """Steps skipped so far, by `skip_nonfinite` or by a GradScaler: a new 0-dim int64 tensor on the device."""
+        """Steps skipped so far, by `skip_nonfinite` or a GradScaler: a new 0-dim int64 tensor."""
         if self._status is None:
             return torch.zeros((), dtype=torch.int64)
         return self._status[1].to(torch.int64)
