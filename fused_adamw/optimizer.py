@@ -51,9 +51,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         fused: Accepted for compatibility; changes nothing.
         max_grad_norm: Clip to this global norm over all groups, as `torch.nn.utils.clip_grad_norm_` would.
             None: no clipping, and no pass over the gradients for a norm. `math.inf`: measure, never clip.
-        skip_nonfinite: A step whose gradient norm is infinite or NaN changes nothing, step counts included, and
-            `skipped_steps` counts it; decided on the device. Measures the norm even without `max_grad_norm`.
-            By default such gradients do what they do in torch.
+        skip_nonfinite: A step whose gradient norm is infinite or NaN changes nothing, step counts included,
+            and `skipped_steps` counts it; decided on the device, by a norm that is then measured even without
+            `max_grad_norm`. By default such gradients do what they do in torch.
         state_dtype: Dtype of the moments, `torch.float32` or `torch.bfloat16`; None: that of each parameter,
             as in torch. Kept through `state_dict` and `load_state_dict`.
         backend: "auto", "native" (C++ on CPU, CUDA on GPU), "triton" or "reference" (plain PyTorch).
