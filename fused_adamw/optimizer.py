@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 
 from .backends import check_backend, kernels_for, reference
 from .groups import build_param_groups, compare_param_names, summarize_param_groups
-from .plan import Plan, StepInputs
+from .plan import Plan, StepInputs, is_capturing
 
 logger = logging.getLogger("fused_adamw")
 
@@ -46,7 +46,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         amsgrad: Use the running maximum of `exp_avg_sq` (https://arxiv.org/abs/1904.09237).
         maximize: Ascend.
         foreach: Accepted for compatibility; changes nothing.
-        capturable: The step may be captured in a CUDA graph.
+        capturable: The step may be captured in a CUDA graph, after one step without capture. A replay follows a
+            tensor `lr`, not a float.
         differentiable: Refused: the step is not differentiable.
         fused: Accepted for compatibility; changes nothing.
         max_grad_norm: Clip to this global norm over all groups, as `torch.nn.utils.clip_grad_norm_` would.
@@ -260,6 +261,11 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     def _new_plan(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Plan:
         """Check everything, then create the state that is missing, then lay out the tables."""
+        if any(is_capturing(device) for device in {p.device for p in params}):
+            raise RuntimeError(
+                "FusedHygieneAdamW cannot allocate its state and tables while a CUDA graph is captured: run a step "
+                "without capture first, with gradients of the same layouts"
+            )
         for slot, (p, grad) in enumerate(zip(params, grads, strict=True)):
             self._check_step(slot, p, grad)
         steps: set[int] = set()

@@ -165,14 +165,38 @@ def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
     return torch.stack([row, index], dim=1).to(torch.int32)
 
 
-def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """Copy a host table to the device without waiting.
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of the device is being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    The allocator of pinned memory keeps the staging buffer untouched until the copy is done.
+
+class DeviceTable:
+    """Host tables on their way to a device, without the host waiting.
+
+    The allocator of pinned memory keeps a staging buffer untouched until its copy is done. A captured graph copies
+    again at every replay, from the staging buffer into the table of its capture: both are kept, and as pinned
+    memory cannot be allocated during a capture, one buffer is always at hand.
     """
-    if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spare: Tensor | None = None
+        self._kept: list[Tensor] = []
+
+    def upload(self, table: Tensor) -> Tensor:
+        """Return a copy of `table` on the device; on the CPU, the table itself."""
+        if self.device.type == "cpu":
+            return table
+        if not is_capturing(self.device):
+            if self._spare is None:
+                self._spare = torch.empty_like(table, pin_memory=True)
+            return table.pin_memory().to(self.device, non_blocking=True)
+        if self._spare is None:
+            raise RuntimeError("run a step of the optimizer without capture before each capture")
+        staging, self._spare = self._spare.copy_(table), None
+        uploaded = staging.to(self.device, non_blocking=True)
+        self._kept += [staging, uploaded]
+        return uploaded
 
 
 class TableBucket:
@@ -189,24 +213,23 @@ class TableBucket:
         self._hypers_on_host = n_hypers <= backend.max_host_hypers(self.device)
         self._rows_host = torch.tensor([entry.addresses() for entry in entries], dtype=torch.int64)
         self._rows = self._rows_host
-        self._chunks = _upload(chunk_table([e.param.numel() for e in entries], self._chunk_size), self.device)
+        self._rows_table, self._hypers_table = DeviceTable(self.device), DeviceTable(self.device)
+        self._chunks = chunk_table([e.param.numel() for e in entries], self._chunk_size).to(self.device)
         self._workspace = torch.zeros(1 + len(self._chunks), dtype=torch.float64, device=self.device)
         self._hypers = torch.empty(0)
-        self._lrs: list[Tensor] = []
-        self._kept_for_graphs: list[Tensor] = []
+        self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
 
     def set_grads(self, addresses: Sequence[int]) -> None:
         """Write the gradient address of every row: `addresses` has one for each slot of the plan."""
         column = array("q", [addresses[slot] for slot in self.slots])
         self._rows_host[:, GRAD] = torch.frombuffer(column, dtype=torch.int64)
-        self._rows = _upload(self._rows_host, self.device)
-        self._keep_if_capturing(self._rows)
+        self._rows = self._rows_table.upload(self._rows_host)
 
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
         """Write the table of hyper-parameters, one row per group."""
         on_device = self.device.type != "cpu"
         flat = array("d")
-        self._lrs = []  # tensors that the table points to
+        self._lrs = []
         for hyper in hypers:
             lr, address = hyper.lr, 0
             if isinstance(lr, Tensor):
@@ -219,13 +242,7 @@ class TableBucket:
             flat.extend((lr, *hyper[1:5], sign))
             flat.frombytes(address.to_bytes(8, sys.byteorder))
         table = torch.frombuffer(flat, dtype=torch.float64).view(len(hypers), HYPER_WORDS)
-        self._hypers = table if self._hypers_on_host else _upload(table, self.device)
-        self._keep_if_capturing(self._hypers, *self._lrs)
-
-    def _keep_if_capturing(self, *tensors: Tensor) -> None:
-        """A replay of a captured graph reads the tables that it was captured with."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._kept_for_graphs += tensors
+        self._hypers = table if self._hypers_on_host else self._hypers_table.upload(table)
 
     def sum_of_squares(self, grads: Sequence[Tensor | None], out: Tensor) -> None:
         """Write the sum of squares of the bucket's gradients to `out`, float64, one element."""
