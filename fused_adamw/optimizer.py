@@ -46,8 +46,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         amsgrad: Use the running maximum of `exp_avg_sq` (https://arxiv.org/abs/1904.09237).
         maximize: Ascend.
         foreach: Accepted for compatibility; changes nothing.
-        capturable: The step may be captured in a CUDA graph, after one step without capture. A replay follows a
-            tensor `lr`, not a float.
+        capturable: The step may be captured in a CUDA graph, after one step without capture. A replay follows
+            a tensor `lr`, not a float.
         differentiable: Refused: the step is not differentiable.
         fused: Accepted for compatibility; changes nothing.
         max_grad_norm: Clip to this global norm over all groups, as `torch.nn.utils.clip_grad_norm_` would.
@@ -263,8 +263,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         """Check everything, then create the state that is missing, then lay out the tables."""
         if any(is_capturing(device) for device in {p.device for p in params}):
             raise RuntimeError(
-                "FusedHygieneAdamW cannot allocate its state and tables while a CUDA graph is captured: run a step "
-                "without capture first, with gradients of the same layouts"
+                "FusedHygieneAdamW cannot allocate its state and tables while a CUDA graph is captured: run a "
+                "step without capture first, with gradients of the same layouts"
             )
         for slot, (p, grad) in enumerate(zip(params, grads, strict=True)):
             self._check_step(slot, p, grad)

@@ -173,9 +173,9 @@ def is_capturing(device: torch.device) -> bool:
 class DeviceTable:
     """Host tables on their way to a device, without the host waiting.
 
-    The allocator of pinned memory keeps a staging buffer untouched until its copy is done. A captured graph copies
-    again at every replay, from the staging buffer into the table of its capture: both are kept, and as pinned
-    memory cannot be allocated during a capture, one buffer is always at hand.
+    The allocator of pinned memory keeps a staging buffer untouched until its copy is done. A captured graph
+    copies again at every replay, from the staging buffer into the table of its capture: both are kept, and as
+    pinned memory cannot be allocated during a capture, one buffer is always at hand.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -214,7 +214,8 @@ class TableBucket:
         self._rows_host = torch.tensor([entry.addresses() for entry in entries], dtype=torch.int64)
         self._rows = self._rows_host
         self._rows_table, self._hypers_table = DeviceTable(self.device), DeviceTable(self.device)
-        self._chunks = chunk_table([e.param.numel() for e in entries], self._chunk_size).to(self.device)
+        chunks = chunk_table([entry.param.numel() for entry in entries], self._chunk_size)
+        self._chunks = DeviceTable(self.device).upload(chunks)
         self._workspace = torch.zeros(1 + len(self._chunks), dtype=torch.float64, device=self.device)
         self._hypers = torch.empty(0)
         self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
