@@ -307,7 +307,8 @@ def _update_block(*dtypes: tl.dtype) -> int:
 
     With more, the compiler passes values between threads before it stores that type.
     """
-    return 16 * 8 * _THREADS // max(dtype.primitive_bitwidth for dtype in dtypes)
+    bits: int = max(dtype.primitive_bitwidth for dtype in dtypes)
+    return 16 * 8 * _THREADS // bits
 
 
 @functools.cache
