@@ -1,6 +1,391 @@
+// CUDA: one norm kernel, one update kernel, their launchers. No torch: plain nvcc compiles this file.
+//
+// Both kernels run as many blocks as the GPU holds at once, and the blocks stride over the chunk table. What
+// a chunk yields does not depend on which block works on it, so neither does any result depend on the GPU.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "adamw.h"
 #include "adamw_cuda.h"
+
+#ifndef FUSED_ADAMW_CUDA_ARCHS
+#define FUSED_ADAMW_CUDA_ARCHS "default"
+#endif
+#define STRING_(a) #a
+#define STRING(a) STRING_(a)
+
 namespace fused_adamw {
-const char* launch_norm(const NormArgs&, int, void*) { return "todo"; }
-const char* launch_update(const UpdateArgs&, bool, int, void*) { return "todo"; }
-const char* cuda_build() { return FUSED_ADAMW_CUDA_ARCHS; }
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVectorBytes = 16;  // the widest access of one thread
+// Positions inside a chunk are 32-bit; those inside a row are 64-bit.
+constexpr int64_t kMaxChunkSize = 1 << 30;
+
+// ---- Types and memory
+// ----------------------------------------------------------------------------------------
+
+template <DType>
+struct Storage;
+template <>
+struct Storage<kFloat32> {
+  using type = float;
+};
+template <>
+struct Storage<kBFloat16> {
+  using type = __nv_bfloat16;
+};
+template <>
+struct Storage<kFloat16> {
+  using type = __half;
+};
+template <>
+struct Storage<kFloat64> {
+  using type = double;
+};
+
+template <typename T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+
+// N neighbours that move in one access.
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Vector {
+  static_assert(N * sizeof(T) <= kVectorBytes);
+  T at[N];
+};
+
+template <int N, typename T>
+__device__ __forceinline__ bool aligned(const T* p) {
+  return reinterpret_cast<uint64_t>(p) % sizeof(Vector<T, N>) == 0;
 }
+
+// Addresses in tables say nothing about where they point. Known to be global, they need no generic access.
+template <typename T>
+__device__ __forceinline__ T* global(uint64_t address) {
+  T* p = reinterpret_cast<T*>(address);
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
+// The elements of a row that a chunk covers.
+struct Span {
+  int64_t start;
+  int n;
+};
+
+__device__ __forceinline__ Span span_of(const Table& table, const Row& row, const Chunk& chunk) {
+  const int64_t start = chunk.index * table.chunk_size;
+  const int64_t left = row.numel - start;
+  return {start, static_cast<int>(left < table.chunk_size ? left : table.chunk_size)};
+}
+
+// ---- Across threads and blocks
+// -------------------------------------------------------------------------------
+
+// The sum over the threads of the block, the same bits in each of them.
+__device__ __forceinline__ double block_sum(double x) {
+  __shared__ double warp_sums[kThreads / 32];
+  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
+  __syncthreads();  // the last call's sums have been read
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  double sum = 0.0;
+  for (double warp_sum : warp_sums) sum += warp_sum;
+  return sum;
+}
+
+// True in the block that gets here last; it sees what all others wrote. The count wraps to 0 for the next
+// launch.
+__device__ __forceinline__ bool last_block(uint32_t* ticket) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// ---- Norm
+// ----------------------------------------------------------------------------------------------------
+
+// One thread's share of a sum of squares: a few squares at a time in Sum, then on in double, which keeps
+// double arithmetic rare where it is slow. Which elements a thread adds, and in which order, does not depend
+// on alignment.
+template <typename Sum, typename G>
+__device__ __forceinline__ double thread_sum_of_squares(const G* g, int n) {
+  constexpr int N = kVectorBytes / sizeof(G);
+  constexpr int kUnroll = 4;
+  const bool vectors = aligned<N>(g);
+  double sum = 0.0;
+  for (int i = threadIdx.x * N; i < n; i += kUnroll * kThreads * N) {
+    Vector<G, N> x[kUnroll];
+    if (vectors && i + (kUnroll - 1) * kThreads * N + N <= n) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+        x[u] = *reinterpret_cast<const Vector<G, N>*>(g + i + u * kThreads * N);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          const int j = i + u * kThreads * N + k;
+          x[u].at[k] = j < n ? g[j] : G(0.0f);
+        }
+      }
+    }
+    Sum squares[kUnroll] = {};
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const Sum x_k = static_cast<typename Arithmetic<G>::type>(x[u].at[k]);
+        squares[u] += x_k * x_k;
+      }
+    }
+    sum += (squares[0] + squares[1]) + (squares[2] + squares[3]);
+  }
+  return sum;
+}
+
+template <typename G>
+__device__ __forceinline__ double sum_of_squares(const G* g, int n) {
+  const double sum = block_sum(thread_sum_of_squares<typename Arithmetic<G>::type>(g, n));
+  // A square may have overflowed float32: as on the CPU, the norm is finite wherever the gradients are.
+  return sum <= 1.7976931348623157e308 ? sum : block_sum(thread_sum_of_squares<double>(g, n));
+}
+
+template <typename G>
+__global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ NormArgs args) {
+  for (int64_t i = blockIdx.x; i < args.table.n_chunks; i += gridDim.x) {
+    const Chunk chunk = args.table.chunks[i];
+    const Row& row = args.table.rows[chunk.row];
+    const Span span = span_of(args.table, row, chunk);
+    const double sum = row.grad ? sum_of_squares(global<const G>(row.grad) + span.start, span.n) : 0.0;
+    if (threadIdx.x == 0) args.partials[i] = sum;
+  }
+  if (!last_block(args.ticket)) return;
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < args.table.n_chunks; i += kThreads) sum += __ldcg(args.partials + i);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *args.sum = sum;
+}
+
+// ---- Update
+// --------------------------------------------------------------------------------------------------
+
+// Applies the rule to n vectors of N elements. Each thread has kUnroll of them from each tensor in flight.
+template <int N, int kUnroll, bool kAmsgrad, typename P, typename G, typename S, typename T>
+__device__ __forceinline__ void update_vectors(P* p_, const G* g_, S* m_, S* v_, S* v_max_, int n,
+                                               const Coefficients<T>& c) {
+  auto* p = reinterpret_cast<Vector<P, N>*>(p_);
+  auto* g = reinterpret_cast<const Vector<G, N>*>(g_);
+  auto* m = reinterpret_cast<Vector<S, N>*>(m_);
+  auto* v = reinterpret_cast<Vector<S, N>*>(v_);
+  auto* v_max = reinterpret_cast<Vector<S, N>*>(v_max_);
+  for (int i = threadIdx.x; i < n; i += kUnroll * kThreads) {
+    Vector<P, N> p_i[kUnroll];
+    Vector<G, N> g_i[kUnroll];
+    Vector<S, N> m_i[kUnroll], v_i[kUnroll], v_max_i[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int j = i + u * kThreads;
+      if (j >= n) break;
+      p_i[u] = p[j];
+      g_i[u] = g[j];
+      m_i[u] = m[j];
+      v_i[u] = v[j];
+      if (kAmsgrad) v_max_i[u] = v_max[j];
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int j = i + u * kThreads;
+      if (j >= n) break;
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        T p_k = static_cast<T>(p_i[u].at[k]), m_k = static_cast<T>(m_i[u].at[k]);
+        T v_k = static_cast<T>(v_i[u].at[k]), v_max_k = kAmsgrad ? static_cast<T>(v_max_i[u].at[k]) : T(0);
+        adamw_update<T>(p_k, static_cast<T>(g_i[u].at[k]), m_k, v_k, v_max_k, c);
+        p_i[u].at[k] = P(p_k);
+        m_i[u].at[k] = S(m_k);
+        v_i[u].at[k] = S(v_k);
+        if (kAmsgrad) v_max_i[u].at[k] = S(v_max_k);
+      }
+      p[j] = p_i[u];
+      m[j] = m_i[u];
+      v[j] = v_i[u];
+      if (kAmsgrad) v_max[j] = v_max_i[u];
+    }
+  }
+}
+
+// The widest type of a row moves in whole 16-byte vectors, and narrower ones in as many elements:
+// neighbouring threads then touch neighbouring bytes of every tensor, so each sector of memory moves once.
+// Rows that are not aligned for that, and what a chunk leaves over, go element by element.
+template <bool kAmsgrad, typename P, typename G, typename S, typename T>
+__device__ __forceinline__ void update_span(const Row& row, const Span& span, const Coefficients<T>& c) {
+  constexpr int kWidest = sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S);
+  constexpr int N = kVectorBytes / (kWidest > sizeof(G) ? kWidest : sizeof(G));
+  P* p = global<P>(row.param) + span.start;
+  const G* g = global<const G>(row.grad) + span.start;
+  S* m = global<S>(row.exp_avg) + span.start;
+  S* v = global<S>(row.exp_avg_sq) + span.start;
+  S* v_max = kAmsgrad ? global<S>(row.max_exp_avg_sq) + span.start : v;
+  int done = 0;
+  if (aligned<N>(p) && aligned<N>(g) && aligned<N>(m) && aligned<N>(v) && aligned<N>(v_max)) {
+    update_vectors<N, 2, kAmsgrad>(p, g, m, v, v_max, span.n / N, c);
+    done = span.n / N * N;
+  }
+  update_vectors<1, 4, kAmsgrad>(p + done, g + done, m + done, v + done, v_max + done, span.n - done, c);
+}
+
+struct UpdateParams {
+  UpdateArgs args;  // hypers: null where the table is here
+  Hyper hypers[kMaxInlineHypers];
+};
+static_assert(sizeof(UpdateParams) <= 4096, "kernel parameters are limited to 4 KiB");
+
+template <typename P, typename G, typename S>
+__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ UpdateParams params) {
+  using T = typename Arithmetic<P>::type;
+  __shared__ StepScalars scalars;
+  __shared__ Coefficients<T> shared_coefficients;
+  const UpdateArgs& args = params.args;
+  const Hyper* hypers = args.hypers ? args.hypers : params.hypers;
+
+  // Double precision is slow on many GPUs: one thread works the scalars out for its block.
+  if (threadIdx.x == 0) {
+    scalars = step_scalars(args.inputs);
+    if (blockIdx.x == 0) {
+      args.inputs.status[0] = scalars.grad_norm;
+      if (scalars.skip) args.inputs.status[1] += 1.0;
+    }
+  }
+  __syncthreads();
+  if (scalars.skip) return;
+
+  // Neighbouring rows mostly share a group and a step count: keep what was worked out.
+  Coefficients<T> c;
+  int64_t hyper = -1;
+  float step = -1.0f;
+  for (int64_t i = blockIdx.x; i < args.table.n_chunks; i += gridDim.x) {
+    const Chunk chunk = args.table.chunks[i];
+    const Row& row = args.table.rows[chunk.row];
+    if (!row.grad) continue;
+    const float row_step = *global<const float>(row.step) + 1.0f;
+    if (row.hyper != hyper || row_step != step) {
+      hyper = row.hyper;
+      step = row_step;
+      __syncthreads();  // the last coefficients have been read
+      if (threadIdx.x == 0) shared_coefficients = coefficients<T>(hypers[hyper], step, scalars.grad_scale);
+      __syncthreads();
+      c = shared_coefficients;
+    }
+    const Span span = span_of(args.table, row, chunk);
+    if (row.max_exp_avg_sq) {
+      update_span<true, P, G, S>(row, span, c);
+    } else {
+      update_span<false, P, G, S>(row, span, c);
+    }
+  }
+
+  // Every block has read the step counts by now.
+  if (!last_block(args.ticket)) return;
+  for (int64_t i = threadIdx.x; i < args.table.n_rows; i += kThreads) {
+    const Row& row = args.table.rows[i];
+    if (row.grad) *global<float>(row.step) += 1.0f;
+  }
+}
+
+// ---- Launchers
+// -----------------------------------------------------------------------------------------------
+
+#define RETURN_IF_ERROR(call)                                                    \
+  if (const cudaError_t error = (call)) {                                        \
+    cudaGetLastError(); /* taken off, so that no later call reports it as its */ \
+    return cudaGetErrorString(error);                                            \
+  }
+
+// On the current device: as many blocks as it holds at once, and no more than there are chunks. At least one:
+// there may be a sum to zero, a status to write or an empty parameter to count.
+template <auto kKernel, typename Params>
+const char* launch_here(const Params& params, const Table& table, int device, void* stream) {
+  constexpr int kDevices = 64;
+  static std::atomic<int>
+      resident[kDevices];  // 0: not asked yet; threads that ask at once get the same answer
+  int blocks = device < kDevices ? resident[device].load(std::memory_order_relaxed) : 0;
+  if (!blocks) {
+    int processors, per_processor;
+    RETURN_IF_ERROR(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    RETURN_IF_ERROR(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kKernel, kThreads, 0));
+    blocks = processors * per_processor;
+    if (device < kDevices) resident[device].store(blocks, std::memory_order_relaxed);
+  }
+  if (table.n_chunks < blocks) blocks = table.n_chunks > 0 ? static_cast<int>(table.n_chunks) : 1;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  RETURN_IF_ERROR(cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0,
+                                   static_cast<cudaStream_t>(stream)));
+  return nullptr;
+}
+
+template <auto kKernel, typename Params>
+const char* launch(const Params& params, const Table& table, int device, void* stream) {
+  if (table.chunk_size <= 0 || table.chunk_size > kMaxChunkSize) return "chunk_size is out of range";
+  int current;
+  RETURN_IF_ERROR(cudaGetDevice(&current));
+  if (current == device) return launch_here<kKernel>(params, table, device, stream);
+  RETURN_IF_ERROR(cudaSetDevice(device));
+  const char* failure = launch_here<kKernel>(params, table, device, stream);
+  RETURN_IF_ERROR(cudaSetDevice(current));
+  return failure;
+}
+
+}  // namespace
+
+const char* launch_norm(const NormArgs& args, int device, void* stream) {
+  switch (args.grad_dtype) {
+    case kFloat32:
+      return launch<norm_kernel<float>>(args, args.table, device, stream);
+    case kBFloat16:
+      return launch<norm_kernel<__nv_bfloat16>>(args, args.table, device, stream);
+    case kFloat16:
+      return launch<norm_kernel<__half>>(args, args.table, device, stream);
+    case kFloat64:
+      return launch<norm_kernel<double>>(args, args.table, device, stream);
+  }
+  return "not built for this dtype";
+}
+
+const char* launch_update(const UpdateArgs& args, bool hypers_on_host, int device, void* stream) {
+  UpdateParams params{args, {}};
+  if (hypers_on_host) {
+    if (args.n_hypers > kMaxInlineHypers) return "too many hypers for a table on the host";
+    for (int64_t i = 0; i < args.n_hypers; ++i) params.hypers[i] = args.hypers[i];
+    params.args.hypers = nullptr;
+  }
+#define CASE(P, G, S)                                                                                      \
+  if (args.param_dtype == P && args.grad_dtype == G && args.state_dtype == S) {                            \
+    return launch<update_kernel<Storage<P>::type, Storage<G>::type, Storage<S>::type>>(params, args.table, \
+                                                                                       device, stream);    \
+  }
+  FUSED_ADAMW_FOR_EACH_DTYPES(CASE)
+#undef CASE
+  return "not built for these dtypes";
+}
+
+const char* cuda_build() {
+  return STRING(__CUDACC_VER_MAJOR__) "." STRING(__CUDACC_VER_MINOR__) " " FUSED_ADAMW_CUDA_ARCHS;
+}
+
+}  // namespace fused_adamw
