@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cstring>
 
 #include "adamw.h"
 #include "adamw_cuda.h"
@@ -58,22 +59,47 @@ struct Arithmetic<double> {
 
 // N neighbours that move in one access.
 template <typename T, int N>
-struct alignas(N * sizeof(T)) Vector {
-  static_assert(N * sizeof(T) <= kVectorBytes);
+struct Vector {
   T at[N];
+};
+
+template <int kBytes>
+struct Bits;
+template <>
+struct Bits<2> {
+  using type = unsigned short;
+};
+template <>
+struct Bits<4> {
+  using type = unsigned int;
+};
+template <>
+struct Bits<8> {
+  using type = uint2;
+};
+template <>
+struct Bits<16> {
+  using type = uint4;
 };
 
 template <int N, typename T>
 __device__ __forceinline__ bool aligned(const T* p) {
-  return reinterpret_cast<uint64_t>(p) % sizeof(Vector<T, N>) == 0;
+  return reinterpret_cast<uint64_t>(p) % (N * sizeof(T)) == 0;
 }
 
-// Addresses in tables say nothing about where they point. Known to be global, they need no generic access.
-template <typename T>
-__device__ __forceinline__ T* global(uint64_t address) {
-  T* p = reinterpret_cast<T*>(address);
-  __builtin_assume(__isGlobal(p));
-  return p;
+// An address from a table says nothing about where it points, and a plain access through it would be a generic one.
+// These are the global load and store with the default caching.
+template <typename T, int N>
+__device__ __forceinline__ void load(Vector<T, N>* to, const T* from) {
+  const auto bits = __ldca(reinterpret_cast<const typename Bits<N * sizeof(T)>::type*>(from));
+  memcpy(to, &bits, sizeof bits);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store(T* to, const Vector<T, N>& from) {
+  typename Bits<N * sizeof(T)>::type bits;
+  memcpy(&bits, &from, sizeof bits);
+  __stwb(reinterpret_cast<decltype(bits)*>(to), bits);
 }
 
 // The elements of a row that a chunk covers.
@@ -134,7 +160,7 @@ __device__ __forceinline__ double thread_sum_of_squares(const G* g, int n) {
     if (vectors && i + (kUnroll - 1) * kThreads * N + N <= n) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
-        x[u] = *reinterpret_cast<const Vector<G, N>*>(g + i + u * kThreads * N);
+        load(&x[u], g + i + u * kThreads * N);
     } else {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -172,7 +198,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     const Chunk chunk = args.table.chunks[i];
     const Row& row = args.table.rows[chunk.row];
     const Span span = span_of(args.table, row, chunk);
-    const double sum = row.grad ? sum_of_squares(global<const G>(row.grad) + span.start, span.n) : 0.0;
+    const double sum = row.grad ? sum_of_squares(reinterpret_cast<const G*>(row.grad) + span.start, span.n) : 0.0;
     if (threadIdx.x == 0) args.partials[i] = sum;
   }
   if (!last_block(args.ticket)) return;
@@ -187,31 +213,26 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 
 // Applies the rule to n vectors of N elements. Each thread has kUnroll of them from each tensor in flight.
 template <int N, int kUnroll, bool kAmsgrad, typename P, typename G, typename S, typename T>
-__device__ __forceinline__ void update_vectors(P* p_, const G* g_, S* m_, S* v_, S* v_max_, int n,
+__device__ __forceinline__ void update_vectors(P* p, const G* g, S* m, S* v, S* v_max, int n,
                                                const Coefficients<T>& c) {
-  auto* p = reinterpret_cast<Vector<P, N>*>(p_);
-  auto* g = reinterpret_cast<const Vector<G, N>*>(g_);
-  auto* m = reinterpret_cast<Vector<S, N>*>(m_);
-  auto* v = reinterpret_cast<Vector<S, N>*>(v_);
-  auto* v_max = reinterpret_cast<Vector<S, N>*>(v_max_);
   for (int i = threadIdx.x; i < n; i += kUnroll * kThreads) {
     Vector<P, N> p_i[kUnroll];
     Vector<G, N> g_i[kUnroll];
     Vector<S, N> m_i[kUnroll], v_i[kUnroll], v_max_i[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int j = i + u * kThreads;
-      if (j >= n) break;
-      p_i[u] = p[j];
-      g_i[u] = g[j];
-      m_i[u] = m[j];
-      v_i[u] = v[j];
-      if (kAmsgrad) v_max_i[u] = v_max[j];
+      const int64_t at = static_cast<int64_t>(i + u * kThreads) * N;
+      if (i + u * kThreads >= n) break;
+      load(&p_i[u], p + at);
+      load(&g_i[u], g + at);
+      load(&m_i[u], m + at);
+      load(&v_i[u], v + at);
+      if (kAmsgrad) load(&v_max_i[u], v_max + at);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int j = i + u * kThreads;
-      if (j >= n) break;
+      const int64_t at = static_cast<int64_t>(i + u * kThreads) * N;
+      if (i + u * kThreads >= n) break;
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         T p_k = static_cast<T>(p_i[u].at[k]), m_k = static_cast<T>(m_i[u].at[k]);
@@ -222,10 +243,10 @@ __device__ __forceinline__ void update_vectors(P* p_, const G* g_, S* m_, S* v_,
         v_i[u].at[k] = S(v_k);
         if (kAmsgrad) v_max_i[u].at[k] = S(v_max_k);
       }
-      p[j] = p_i[u];
-      m[j] = m_i[u];
-      v[j] = v_i[u];
-      if (kAmsgrad) v_max[j] = v_max_i[u];
+      store(p + at, p_i[u]);
+      store(m + at, m_i[u]);
+      store(v + at, v_i[u]);
+      if (kAmsgrad) store(v_max + at, v_max_i[u]);
     }
   }
 }
@@ -237,11 +258,11 @@ template <bool kAmsgrad, typename P, typename G, typename S, typename T>
 __device__ __forceinline__ void update_span(const Row& row, const Span& span, const Coefficients<T>& c) {
   constexpr int kWidest = sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S);
   constexpr int N = kVectorBytes / (kWidest > sizeof(G) ? kWidest : sizeof(G));
-  P* p = global<P>(row.param) + span.start;
-  const G* g = global<const G>(row.grad) + span.start;
-  S* m = global<S>(row.exp_avg) + span.start;
-  S* v = global<S>(row.exp_avg_sq) + span.start;
-  S* v_max = kAmsgrad ? global<S>(row.max_exp_avg_sq) + span.start : v;
+  P* p = reinterpret_cast<P*>(row.param) + span.start;
+  const G* g = reinterpret_cast<const G*>(row.grad) + span.start;
+  S* m = reinterpret_cast<S*>(row.exp_avg) + span.start;
+  S* v = reinterpret_cast<S*>(row.exp_avg_sq) + span.start;
+  S* v_max = kAmsgrad ? reinterpret_cast<S*>(row.max_exp_avg_sq) + span.start : v;
   int done = 0;
   if (aligned<N>(p) && aligned<N>(g) && aligned<N>(m) && aligned<N>(v) && aligned<N>(v_max)) {
     update_vectors<N, 2, kAmsgrad>(p, g, m, v, v_max, span.n / N, c);
@@ -283,7 +304,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     const Chunk chunk = args.table.chunks[i];
     const Row& row = args.table.rows[chunk.row];
     if (!row.grad) continue;
-    const float row_step = *global<const float>(row.step) + 1.0f;
+    const float row_step = *reinterpret_cast<const float*>(row.step) + 1.0f;
     if (row.hyper != hyper || row_step != step) {
       hyper = row.hyper;
       step = row_step;
@@ -304,7 +325,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   if (!last_block(args.ticket)) return;
   for (int64_t i = threadIdx.x; i < args.table.n_rows; i += kThreads) {
     const Row& row = args.table.rows[i];
-    if (row.grad) *global<float>(row.step) += 1.0f;
+    if (row.grad) *reinterpret_cast<float*>(row.step) += 1.0f;
   }
 }
 
