@@ -87,8 +87,8 @@ __device__ __forceinline__ bool aligned(const T* p) {
   return reinterpret_cast<uint64_t>(p) % (N * sizeof(T)) == 0;
 }
 
-// An address from a table says nothing about where it points, and a plain access through it would be a generic one.
-// These are the global load and store with the default caching.
+// An address from a table says nothing about where it points, and a plain access through it would be a
+// generic one. These are the global load and store with the default caching.
 template <typename T, int N>
 __device__ __forceinline__ void load(Vector<T, N>* to, const T* from) {
   const auto bits = __ldca(reinterpret_cast<const typename Bits<N * sizeof(T)>::type*>(from));
@@ -159,8 +159,7 @@ __device__ __forceinline__ double thread_sum_of_squares(const G* g, int n) {
     Vector<G, N> x[kUnroll];
     if (vectors && i + (kUnroll - 1) * kThreads * N + N <= n) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        load(&x[u], g + i + u * kThreads * N);
+      for (int u = 0; u < kUnroll; ++u) load(&x[u], g + i + u * kThreads * N);
     } else {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -198,7 +197,8 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     const Chunk chunk = args.table.chunks[i];
     const Row& row = args.table.rows[chunk.row];
     const Span span = span_of(args.table, row, chunk);
-    const double sum = row.grad ? sum_of_squares(reinterpret_cast<const G*>(row.grad) + span.start, span.n) : 0.0;
+    const double sum =
+        row.grad ? sum_of_squares(reinterpret_cast<const G*>(row.grad) + span.start, span.n) : 0.0;
     if (threadIdx.x == 0) args.partials[i] = sum;
   }
   if (!last_block(args.ticket)) return;
@@ -211,43 +211,33 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 // ---- Update
 // --------------------------------------------------------------------------------------------------
 
-// Applies the rule to n vectors of N elements. Each thread has kUnroll of them from each tensor in flight.
-template <int N, int kUnroll, bool kAmsgrad, typename P, typename G, typename S, typename T>
+// Applies the rule to n elements, N at a time.
+template <int N, bool kAmsgrad, typename P, typename G, typename S, typename T>
 __device__ __forceinline__ void update_vectors(P* p, const G* g, S* m, S* v, S* v_max, int n,
                                                const Coefficients<T>& c) {
-  for (int i = threadIdx.x; i < n; i += kUnroll * kThreads) {
-    Vector<P, N> p_i[kUnroll];
-    Vector<G, N> g_i[kUnroll];
-    Vector<S, N> m_i[kUnroll], v_i[kUnroll], v_max_i[kUnroll];
+  for (int i = threadIdx.x * N; i < n; i += kThreads * N) {
+    Vector<P, N> p_i;
+    Vector<G, N> g_i;
+    Vector<S, N> m_i, v_i, v_max_i;
+    load(&p_i, p + i);
+    load(&g_i, g + i);
+    load(&m_i, m + i);
+    load(&v_i, v + i);
+    if (kAmsgrad) load(&v_max_i, v_max + i);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = static_cast<int64_t>(i + u * kThreads) * N;
-      if (i + u * kThreads >= n) break;
-      load(&p_i[u], p + at);
-      load(&g_i[u], g + at);
-      load(&m_i[u], m + at);
-      load(&v_i[u], v + at);
-      if (kAmsgrad) load(&v_max_i[u], v_max + at);
+    for (int k = 0; k < N; ++k) {
+      T p_k = static_cast<T>(p_i.at[k]), m_k = static_cast<T>(m_i.at[k]), v_k = static_cast<T>(v_i.at[k]);
+      T v_max_k = kAmsgrad ? static_cast<T>(v_max_i.at[k]) : T(0);
+      adamw_update<T>(p_k, static_cast<T>(g_i.at[k]), m_k, v_k, v_max_k, c);
+      p_i.at[k] = P(p_k);
+      m_i.at[k] = S(m_k);
+      v_i.at[k] = S(v_k);
+      if (kAmsgrad) v_max_i.at[k] = S(v_max_k);
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = static_cast<int64_t>(i + u * kThreads) * N;
-      if (i + u * kThreads >= n) break;
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        T p_k = static_cast<T>(p_i[u].at[k]), m_k = static_cast<T>(m_i[u].at[k]);
-        T v_k = static_cast<T>(v_i[u].at[k]), v_max_k = kAmsgrad ? static_cast<T>(v_max_i[u].at[k]) : T(0);
-        adamw_update<T>(p_k, static_cast<T>(g_i[u].at[k]), m_k, v_k, v_max_k, c);
-        p_i[u].at[k] = P(p_k);
-        m_i[u].at[k] = S(m_k);
-        v_i[u].at[k] = S(v_k);
-        if (kAmsgrad) v_max_i[u].at[k] = S(v_max_k);
-      }
-      store(p + at, p_i[u]);
-      store(m + at, m_i[u]);
-      store(v + at, v_i[u]);
-      if (kAmsgrad) store(v_max + at, v_max_i[u]);
-    }
+    store(p + i, p_i);
+    store(m + i, m_i);
+    store(v + i, v_i);
+    if (kAmsgrad) store(v_max + i, v_max_i);
   }
 }
 
@@ -263,12 +253,10 @@ __device__ __forceinline__ void update_span(const Row& row, const Span& span, co
   S* m = reinterpret_cast<S*>(row.exp_avg) + span.start;
   S* v = reinterpret_cast<S*>(row.exp_avg_sq) + span.start;
   S* v_max = kAmsgrad ? reinterpret_cast<S*>(row.max_exp_avg_sq) + span.start : v;
-  int done = 0;
-  if (aligned<N>(p) && aligned<N>(g) && aligned<N>(m) && aligned<N>(v) && aligned<N>(v_max)) {
-    update_vectors<N, 2, kAmsgrad>(p, g, m, v, v_max, span.n / N, c);
-    done = span.n / N * N;
-  }
-  update_vectors<1, 4, kAmsgrad>(p + done, g + done, m + done, v + done, v_max + done, span.n - done, c);
+  const bool vectors = aligned<N>(p) && aligned<N>(g) && aligned<N>(m) && aligned<N>(v) && aligned<N>(v_max);
+  const int n = vectors ? span.n / N * N : 0;
+  update_vectors<N, kAmsgrad>(p, g, m, v, v_max, n, c);
+  update_vectors<1, kAmsgrad>(p + n, g + n, m + n, v + n, v_max + n, span.n - n, c);
 }
 
 struct UpdateParams {
@@ -278,7 +266,8 @@ struct UpdateParams {
 static_assert(sizeof(UpdateParams) <= 4096, "kernel parameters are limited to 4 KiB");
 
 template <typename P, typename G, typename S>
-__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ UpdateParams params) {
+__global__ void __launch_bounds__(kThreads, sizeof(P) == 8 ? 2 : 3)
+    update_kernel(const __grid_constant__ UpdateParams params) {
   using T = typename Arithmetic<P>::type;
   __shared__ StepScalars scalars;
   __shared__ Coefficients<T> shared_coefficients;
@@ -297,7 +286,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   if (scalars.skip) return;
 
   // Neighbouring rows mostly share a group and a step count: keep what was worked out.
-  Coefficients<T> c;
+  Coefficients<T> c{};
   int64_t hyper = -1;
   float step = -1.0f;
   for (int64_t i = blockIdx.x; i < args.table.n_chunks; i += gridDim.x) {
