@@ -7,7 +7,10 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cfloat>
 #include <cstring>
+#include <tuple>
+#include <type_traits>
 
 #include "adamw.h"
 #include "adamw_cuda.h"
@@ -27,60 +30,22 @@ constexpr int kVectorBytes = 16;  // the widest access of one thread
 constexpr int64_t kMaxChunkSize = 1 << 30;
 
 // ---- Types and memory
-// ----------------------------------------------------------------------------------------
 
-template <DType>
-struct Storage;
-template <>
-struct Storage<kFloat32> {
-  using type = float;
-};
-template <>
-struct Storage<kBFloat16> {
-  using type = __nv_bfloat16;
-};
-template <>
-struct Storage<kFloat16> {
-  using type = __half;
-};
-template <>
-struct Storage<kFloat64> {
-  using type = double;
-};
+template <DType kDType>  // in the order of DType
+using Storage = std::tuple_element_t<kDType, std::tuple<float, __nv_bfloat16, __half, double>>;
 
 template <typename T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
+using Arithmetic = std::conditional_t<sizeof(T) == 8, double, float>;
 
-// N neighbours that move in one access.
+// N neighbours that move in one access, and what CUDA calls an access of so many bytes.
 template <typename T, int N>
 struct Vector {
   T at[N];
 };
-
 template <int kBytes>
-struct Bits;
-template <>
-struct Bits<2> {
-  using type = unsigned short;
-};
-template <>
-struct Bits<4> {
-  using type = unsigned int;
-};
-template <>
-struct Bits<8> {
-  using type = uint2;
-};
-template <>
-struct Bits<16> {
-  using type = uint4;
-};
+using Bits = std::conditional_t<
+    kBytes == 2, unsigned short,
+    std::conditional_t<kBytes == 4, unsigned int, std::conditional_t<kBytes == 8, uint2, uint4>>>;
 
 template <int N, typename T>
 __device__ __forceinline__ bool aligned(const T* p) {
@@ -91,13 +56,13 @@ __device__ __forceinline__ bool aligned(const T* p) {
 // generic one. These are the global load and store with the default caching.
 template <typename T, int N>
 __device__ __forceinline__ void load(Vector<T, N>* to, const T* from) {
-  const auto bits = __ldca(reinterpret_cast<const typename Bits<N * sizeof(T)>::type*>(from));
+  const auto bits = __ldca(reinterpret_cast<const Bits<N * sizeof(T)>*>(from));
   memcpy(to, &bits, sizeof bits);
 }
 
 template <typename T, int N>
 __device__ __forceinline__ void store(T* to, const Vector<T, N>& from) {
-  typename Bits<N * sizeof(T)>::type bits;
+  Bits<N * sizeof(T)> bits;
   memcpy(&bits, &from, sizeof bits);
   __stwb(reinterpret_cast<decltype(bits)*>(to), bits);
 }
@@ -115,7 +80,6 @@ __device__ __forceinline__ Span span_of(const Table& table, const Row& row, cons
 }
 
 // ---- Across threads and blocks
-// -------------------------------------------------------------------------------
 
 // The sum over the threads of the block, the same bits in each of them.
 __device__ __forceinline__ double block_sum(double x) {
@@ -144,7 +108,6 @@ __device__ __forceinline__ bool last_block(uint32_t* ticket) {
 }
 
 // ---- Norm
-// ----------------------------------------------------------------------------------------------------
 
 // One thread's share of a sum of squares: a few squares at a time in Sum, then on in double, which keeps
 // double arithmetic rare where it is slow. Which elements a thread adds, and in which order, does not depend
@@ -175,7 +138,7 @@ __device__ __forceinline__ double thread_sum_of_squares(const G* g, int n) {
     for (int k = 0; k < N; ++k) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const Sum x_k = static_cast<typename Arithmetic<G>::type>(x[u].at[k]);
+        const Sum x_k = static_cast<Arithmetic<G>>(x[u].at[k]);
         squares[u] += x_k * x_k;
       }
     }
@@ -186,9 +149,9 @@ __device__ __forceinline__ double thread_sum_of_squares(const G* g, int n) {
 
 template <typename G>
 __device__ __forceinline__ double sum_of_squares(const G* g, int n) {
-  const double sum = block_sum(thread_sum_of_squares<typename Arithmetic<G>::type>(g, n));
+  const double sum = block_sum(thread_sum_of_squares<Arithmetic<G>>(g, n));
   // A square may have overflowed float32: as on the CPU, the norm is finite wherever the gradients are.
-  return sum <= 1.7976931348623157e308 ? sum : block_sum(thread_sum_of_squares<double>(g, n));
+  return sum <= DBL_MAX ? sum : block_sum(thread_sum_of_squares<double>(g, n));
 }
 
 template <typename G>
@@ -209,7 +172,6 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 }
 
 // ---- Update
-// --------------------------------------------------------------------------------------------------
 
 // Applies the rule to n elements, N at a time.
 template <int N, bool kAmsgrad, typename P, typename G, typename S, typename T>
@@ -265,10 +227,12 @@ struct UpdateParams {
 };
 static_assert(sizeof(UpdateParams) <= 4096, "kernel parameters are limited to 4 KiB");
 
+// Three blocks of a processor have 48 KB of loads in flight, and a thread of theirs 80 registers (in double:
+// two blocks, 32 KB, 128 registers), which hold its vectors without spilling.
 template <typename P, typename G, typename S>
 __global__ void __launch_bounds__(kThreads, sizeof(P) == 8 ? 2 : 3)
     update_kernel(const __grid_constant__ UpdateParams params) {
-  using T = typename Arithmetic<P>::type;
+  using T = Arithmetic<P>;
   __shared__ StepScalars scalars;
   __shared__ Coefficients<T> shared_coefficients;
   const UpdateArgs& args = params.args;
@@ -319,7 +283,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(P) == 8 ? 2 : 3)
 }
 
 // ---- Launchers
-// -----------------------------------------------------------------------------------------------
 
 #define RETURN_IF_ERROR(call)                                                    \
   if (const cudaError_t error = (call)) {                                        \
@@ -332,8 +295,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(P) == 8 ? 2 : 3)
 template <auto kKernel, typename Params>
 const char* launch_here(const Params& params, const Table& table, int device, void* stream) {
   constexpr int kDevices = 64;
-  static std::atomic<int>
-      resident[kDevices];  // 0: not asked yet; threads that ask at once get the same answer
+  // 0: not asked yet. Threads that ask at once get the same answer.
+  static std::atomic<int> resident[kDevices];
   int blocks = device < kDevices ? resident[device].load(std::memory_order_relaxed) : 0;
   if (!blocks) {
     int processors, per_processor;
@@ -384,10 +347,9 @@ const char* launch_update(const UpdateArgs& args, bool hypers_on_host, int devic
     for (int64_t i = 0; i < args.n_hypers; ++i) params.hypers[i] = args.hypers[i];
     params.args.hypers = nullptr;
   }
-#define CASE(P, G, S)                                                                                      \
-  if (args.param_dtype == P && args.grad_dtype == G && args.state_dtype == S) {                            \
-    return launch<update_kernel<Storage<P>::type, Storage<G>::type, Storage<S>::type>>(params, args.table, \
-                                                                                       device, stream);    \
+#define CASE(P, G, S)                                                                                     \
+  if (args.param_dtype == P && args.grad_dtype == G && args.state_dtype == S) {                           \
+    return launch<update_kernel<Storage<P>, Storage<G>, Storage<S>>>(params, args.table, device, stream); \
   }
   FUSED_ADAMW_FOR_EACH_DTYPES(CASE)
 #undef CASE

@@ -34,7 +34,7 @@ COMBINATIONS = [
     (F16, F16, BF16),
     (F64, F64, F64),
 ]
-# More than one pass of a block of 256 threads over a chunk, for every vector width. The norm takes more at a time.
+# More than one pass of 256 threads over a chunk, for every vector width. The norm takes more at a time.
 C = 2560
 C_NORM = 10240
 
@@ -85,9 +85,9 @@ def cuda(tmp_path_factory):
     """The library. Emulated device d holds d + 1 blocks at once; `cuda.device` tells what was launched."""
     library = tmp_path_factory.mktemp("cuda_emulation") / "library.so"
     source = ROOT / "tests" / "cuda_emulation"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-pthread"]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
     include = [f"-I{source}", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([CXX, *flags, *include, "-o", library, source / "library.cpp"], check=True)
+    subprocess.run([CXX, *flags, "-pthread", *include, "-o", library, source / "library.cpp"], check=True)
     cuda = ctypes.CDLL(str(library))
     cuda.norm.restype = cuda.update.restype = ctypes.c_char_p
     cuda.emulated_device.restype = ctypes.POINTER(Device)
@@ -107,7 +107,7 @@ def decode(stored: np.ndarray, dtype: int) -> np.ndarray:
 
 
 class Buffer:
-    """Values of a dtype, `shift` elements past a 16-byte border, with bytes around them that must not change."""
+    """Values of a dtype, `shift` elements past a 16-byte border, and guards around them."""
 
     GUARD = 64
 
@@ -170,6 +170,8 @@ def adamw(T, p, g, m, v, v_max, group: Group, step: float, grad_scale: float):
     return p, m, v, v_max
 
 
+PLAIN = Group()
+
 # ---- A model in memory
 
 
@@ -186,9 +188,7 @@ class Param:
 class Model:
     """Parameters, their tables, and what a step must make of them."""
 
-    def __init__(
-        self, params, dtypes=(F32, F32, F32), groups=(Group(),), chunk_size=C, seed=0, grad_scale=1.0
-    ):
+    def __init__(self, params, dtypes=(F32, F32, F32), groups=(PLAIN,), chunk_size=C, seed=0, grad_scale=1.0):
         random = np.random.default_rng(seed)
         self.params, self.dtypes, self.groups, self.chunk_size = params, dtypes, groups, chunk_size
         p_dtype, g_dtype, s_dtype = dtypes
@@ -238,8 +238,8 @@ class Model:
         return total.values[0], partials.values
 
     def update(
-        self, cuda, hypers_on_host=True, device=0, sums=None, max_grad_norm=1.0, loss_scale=None, found_inf=None,
-        skip_nonfinite=False,
+        self, cuda, hypers_on_host=True, device=0, sums=None, max_grad_norm=1.0, loss_scale=None,
+        found_inf=None, skip_nonfinite=False,
     ):  # fmt: skip
         """Step, and compare every byte. Returns the status."""
         T = np.float64 if self.dtypes[0] == F64 else np.float32

@@ -1,8 +1,9 @@
 // Just enough CUDA for g++ to compile csrc/adamw_cuda.cu as it stands and to run its kernels on the CPU.
 //
-// A block is a thread of the operating system, so that __shared__ is thread_local; a CUDA thread is a fiber in it.
-// Fibers run until a barrier or a shuffle, and are resumed in random order; so are blocks, one after the other. A
-// barrier that not all threads reach is an error.
+// A block is a thread of the operating system, so that __shared__ is thread_local; a CUDA thread is a fiber
+// in it. Fibers run until a barrier or a shuffle and are resumed in random order, some warps far behind
+// others; blocks run one after the other, in random order too. A barrier that not all threads reach is an
+// error.
 #pragma once
 
 #include <ucontext.h>
@@ -45,10 +46,14 @@ inline Device device;
 
 struct Fiber {
   ucontext_t context;
-  unsigned thread;
-  int barriers = 0;  // passed, or waited at
   int shuffles = 0;
+  bool waiting = false;
   bool done = false;
+};
+
+// Who is expected, and how many of them have come.
+struct Barrier {
+  unsigned begin, end, arrived = 0;
 };
 
 struct Block {
@@ -56,21 +61,20 @@ struct Block {
   ucontext_t scheduler;
   std::vector<Fiber> fibers;
   Fiber* running = nullptr;
+  Barrier all;
+  std::vector<Barrier> warps;
   std::vector<double> shuffled[2];  // by parity, so that one shuffle's values outlive the next one's start
 };
 inline thread_local Block* block = nullptr;
 
-inline void yield() { swapcontext(&block->running->context, &block->scheduler); }
-
-// Waits until the count of every other fiber in [begin, end) has reached this one's.
-inline void meet(int Fiber::* count, size_t begin, size_t end) {
-  Fiber* self = block->running;
-  const int mine = ++(self->*count);
-  const auto arrived = [&] {
-    return std::all_of(block->fibers.begin() + begin, block->fibers.begin() + end,
-                       [&](const Fiber& f) { return f.*count >= mine; });
-  };
-  while (!arrived()) yield();
+inline void meet(Barrier* barrier) {
+  if (++barrier->arrived == barrier->end - barrier->begin) {
+    barrier->arrived = 0;
+    for (unsigned t = barrier->begin; t < barrier->end; ++t) block->fibers[t].waiting = false;
+  } else {
+    block->running->waiting = true;
+    swapcontext(&block->running->context, &block->scheduler);
+  }
 }
 
 }  // namespace emulation
@@ -88,42 +92,42 @@ void run_block(const F& body, unsigned threads, unsigned seed) {
   Block here;
   block = &here;
   here.fibers.resize(threads);
+  here.all = {0, threads};
+  for (unsigned t = 0; t < threads; t += 32) here.warps.push_back({t, t + 32});
   for (auto& values : here.shuffled) values.resize(threads);
   for (unsigned t = 0; t < threads; ++t) {
-    Fiber& f = here.fibers[t];
-    f.thread = t;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = stacks.data() + t * Block::kStackBytes;
-    f.context.uc_stack.ss_size = Block::kStackBytes;
-    f.context.uc_link = &here.scheduler;
-    makecontext(
-        &f.context,
-        +[] {
-          (*entry)();
-          block->running->done = true;
-        },
-        0);
+    ucontext_t& context = here.fibers[t].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks.data() + t * Block::kStackBytes;
+    context.uc_stack.ss_size = Block::kStackBytes;
+    context.uc_link = &here.scheduler;
+    const auto start = +[] {
+      (*entry)();
+      block->running->done = true;
+    };
+    makecontext(&context, start, 0);
   }
   std::mt19937 random(seed);
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
+  std::vector<unsigned> asleep(here.warps.size());  // rounds that a warp falls behind by
   for (unsigned left = threads; left;) {
     std::shuffle(order.begin(), order.end(), random);
-    bool moved = false;
+    bool stuck = true;
+    for (unsigned& rounds : asleep) {
+      rounds = rounds ? rounds - 1 : random() % 8 ? 0 : random() % 16;
+      stuck &= rounds == 0;
+    }
     for (unsigned t : order) {
       Fiber& f = here.fibers[t];
-      if (f.done) continue;
-      const int before = f.barriers + f.shuffles;
+      if (f.done || f.waiting || asleep[t / 32]) continue;
+      stuck = false;
       here.running = &f;
       threadIdx.x = t;
       swapcontext(&here.scheduler, &f.context);
-      moved |= f.done || f.barriers + f.shuffles != before;
       left -= f.done;
     }
-    // Who waits may be let through in the next round; two rounds without progress are a deadlock.
-    static thread_local int idle;
-    idle = moved ? 0 : idle + 1;
-    if (idle > 1) {
+    if (stuck) {
       std::fprintf(stderr, "cuda_emulation: not all threads reach a barrier or shuffle\n");
       std::abort();
     }
@@ -151,16 +155,16 @@ void run_grid(const Kernel& kernel, dim3 grid, dim3 threads) {
 
 // ---- Device functions
 
-inline void __syncthreads() { emulation::meet(&emulation::Fiber::barriers, 0, emulation::block->fibers.size()); }
+inline void __syncthreads() { emulation::meet(&emulation::block->all); }
 inline void __threadfence() {}
 
 inline double __shfl_xor_sync(unsigned mask, double x, int lanes) {
   if (mask != 0xffffffff) std::abort();
   emulation::Block& block = *emulation::block;
-  const size_t self = block.running->thread, warp = self / 32 * 32;
-  auto& values = block.shuffled[block.running->shuffles % 2];
+  const unsigned self = threadIdx.x;
+  auto& values = block.shuffled[block.running->shuffles++ % 2];
   values[self] = x;
-  emulation::meet(&emulation::Fiber::shuffles, warp, warp + 32);
+  emulation::meet(&block.warps[self / 32]);
   return values[self ^ lanes];
 }
 
@@ -219,7 +223,8 @@ struct Float16Bits {
       const double magnitude = std::fabs(static_cast<double>(x));
       const int exponent = magnitude == 0.0 ? kMinExponent : std::max(std::ilogb(magnitude), kMinExponent);
       // In units of the last place; nearbyint rounds halves to even, and a carry moves into the exponent.
-      const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, kMantissaBits - exponent)));
+      const auto units =
+          static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, kMantissaBits - exponent)));
       const uint32_t whole = units + (static_cast<uint32_t>(exponent - kMinExponent) << kMantissaBits);
       bits = static_cast<uint16_t>(sign | std::min<uint32_t>(whole, infinity));
     }
@@ -251,7 +256,9 @@ constexpr int kDevices = 4;  // device d holds d + 1 blocks at once
 inline thread_local int current_device = 0;
 }  // namespace emulation
 
-inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid device ordinal" : "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error ? "invalid device ordinal" : "no error";
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = emulation::current_device;
@@ -273,7 +280,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int, 
   return cudaSuccess;
 }
 template <typename Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 threads, void** arguments, size_t, cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 threads, void** arguments, size_t,
+                             cudaStream_t) {
   const Params params = *static_cast<const Params*>(arguments[0]);  // a launch copies its arguments
   ++emulation::device.launches;
   emulation::device.last_grid = grid.x;
