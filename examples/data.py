@@ -49,7 +49,7 @@ def python_files(root: Path) -> list[Path]:
 
 
 def read_text(path: Path | None) -> bytes:
-    """Read a file, every file of a directory, or (None) Python's standard library; `TEXT_CAP` bytes at most."""
+    """Read a file, all files of a directory, or (None) Python's standard library, up to `TEXT_CAP` bytes."""
     if path is None:
         files = python_files(Path(sysconfig.get_paths()["stdlib"]))
     elif path.is_dir():
@@ -123,7 +123,9 @@ class Batches:
 
     def __init__(self, split: Split, batch_size: int, seed: int) -> None:
         if batch_size > len(split):
-            raise ValueError(f"a batch of {batch_size} is more than the {len(split)} training examples there are")
+            raise ValueError(
+                f"a batch of {batch_size} is more than the {len(split)} training examples there are"
+            )
         self.split = split
         self.batch_size = batch_size
         self.per_epoch = len(split) // batch_size

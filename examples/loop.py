@@ -1,4 +1,4 @@
-"""The training loop: a `Trainer` is one run, yields a row of metrics per step, and can be saved and resumed."""
+"""The training loop: a `Trainer` is one run, yields a row of metrics per step, can be saved and resumed."""
 
 from __future__ import annotations
 

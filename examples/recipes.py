@@ -15,7 +15,7 @@ BETAS = (0.9, 0.98)
 
 #: The runs, by the name they have in the metrics, and how they are called in tables and plots.
 TITLES = {
-    "torch": "torch AdamW + clip_grad_norm_",
+    "torch": "torch AdamW + clip",
     "fused": "FusedHygieneAdamW",
     "uniform": "FusedHygieneAdamW, uniform decay",
 }

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, all torch's: a linear warmup from a tenth of the rate, then the decay asked for."""
+"""Learning-rate schedules, all torch's: linear warmup from a tenth of the rate, then the decay asked for."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def build_scheduler(
 ) -> LRScheduler:
     """Build the scheduler of a run of `total` steps, standing at step `start`.
 
-    Every schedule peaks at `lr` at step `warmup`. Cosine and linear reach zero, onecycle a thousandth of
-    `lr / 10`, one step after the last; noam falls with the inverse square root of the step, whatever `total` is.
+    Every schedule peaks at `lr` at step `warmup`. One step after the last, cosine and linear reach zero and
+    onecycle a thousandth of `lr / 10`; noam falls with the inverse square root of the step, whatever `total`.
     """
     if schedule == "onecycle":
         return OneCycleLR(
