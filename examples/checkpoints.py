@@ -33,7 +33,7 @@ def load(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     differences = [
-        f"{name} {saved.get(name)} there, {identity.get(name)} here"
+        f"{name} is {saved.get(name)} there and {identity.get(name)} here"
         for name in {**saved, **identity}
         if saved.get(name) != identity.get(name)
     ]

@@ -58,11 +58,19 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return integer
 
 
-def positive(text: str) -> float:
+def positive_or_infinite(text: str) -> float:
     """Parse a number above zero; infinity is one, NaN is not."""
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def positive(text: str) -> float:
+    """Parse a finite number above zero."""
+    value = positive_or_infinite(text)
+    if value == math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
     return value
 
 
@@ -142,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--weight-decay", type=finite, default=0.1, help="default: 0.1")
     training.add_argument(
         "--clip",
-        type=positive,
+        type=positive_or_infinite,
         default=1.0,
         metavar="NORM",
         help="the highest gradient norm; inf measures and never clips (default: 1)",

@@ -93,10 +93,12 @@ def draw_difference(axes: Axes, runs: Mapping[str, Sequence[Row]], allowed: floa
     )
     limit = f"allowed in the first {SAME_PATH_STEPS} steps"
     axes.hlines(allowed, 1, SAME_PATH_STEPS, color="#b83232", linewidth=2, label=limit)
-    lowest = differences[seen].min(initial=allowed)
-    axes.set_ylim(bottom=lowest / 100)  # room for the legend
+    drawn = np.append(differences[seen], allowed)
+    axes.set_ylim(drawn.min() / 100, 3 * drawn.max())  # room for the legend below
     axes.set(title="How far the two optimizers part", ylabel="|torch loss − fused loss| (nats)")
-    axes.legend(loc="lower right", title=f"{np.sum(~seen)} of {len(seen)} losses are bitwise equal")
+    axes.legend(
+        loc="lower right", title=f"{np.sum(differences == 0)} of {len(differences)} losses are bitwise equal"
+    )
 
 
 def draw_column(axes: Axes, runs: Mapping[str, Sequence[Row]], name: str) -> None:
