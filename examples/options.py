@@ -239,7 +239,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     try:
         FusedHygieneAdamW(nn.Linear(1, 1, device=args.device), backend=args.backend)
     except (ValueError, RuntimeError) as error:
-        parser.error(f"--backend {args.backend}: {error}")
+        parser.error(f"argument --backend: {error}")
 
     settings = Settings(
         **chosen,

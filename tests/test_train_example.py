@@ -438,7 +438,7 @@ def test_the_backend_is_handed_on():
         (["--channels=8"], "--channels is a size of --model cnn"),
         (["--data=nowhere"], "--data nowhere does not exist"),
         (["--device=nothing"], "'nothing' cannot be used here"),
-        (["--backend=nothing"], "--backend nothing"),
+        (["--backend=nothing"], "--backend: unknown backend 'nothing'"),
         (["--resume", "--force-fresh"], "give one of them"),
     ],
 )
