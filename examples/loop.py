@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -166,7 +165,7 @@ class Trainer:
             self.recipe.optimizer, settings.schedule, settings.lr, settings.warmup, settings.max_steps, start
         )
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> torch.autocast:
         amp = self.settings.amp
         return torch.autocast(self.device.type, AMP_DTYPES.get(amp or ""), enabled=amp is not None)
 

@@ -147,7 +147,9 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def _recompute_contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+def _recompute_contexts(
+    module: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For `checkpoint`: the second forward must not count the same batch twice in BatchNorm."""
     return nullcontext(), running_statistics_kept(module)
 

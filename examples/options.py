@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from loop import AMP_DTYPES, Settings
@@ -226,7 +227,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         parser.error("--resume continues and --force-fresh starts over: give one of them")
 
     defaults = DEFAULTS[args.model] | ({"max_steps": QUICK_STEPS} if args.quick else {})
-    chosen = {
+    chosen: dict[str, Any] = {
         name: value if getattr(args, name) is None else getattr(args, name)
         for name, value in defaults.items()
     }

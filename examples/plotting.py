@@ -71,7 +71,7 @@ def draw_losses(axes: Axes, runs: Mapping[str, Sequence[Row]]) -> None:
         axes.plot(column(rows, "step"), losses, color=pen.color, label=TITLES[run], **pen.line)
     for run, pen in PENS.items():
         rows = [row for row in runs[run] if row["val_loss"] is not None]
-        style = {
+        style: dict[str, Any] = {
             "color": pen.color,
             "markersize": pen.size,
             "markeredgecolor": "white",

@@ -24,7 +24,8 @@ TITLES = {
 class Recipe(Protocol):
     """One way to turn gradients into an update."""
 
-    optimizer: Optimizer
+    @property
+    def optimizer(self) -> Optimizer: ...
 
     def step(self, scaler: GradScaler) -> Tensor:
         """Clip the gradients, step, and return the gradient norm from before the clip."""
@@ -65,6 +66,7 @@ class FusedRecipe:
     def step(self, scaler: GradScaler) -> Tensor:
         scaler.step(self.optimizer)
         scaler.update()
+        assert self.optimizer.grad_norm is not None  # there is a clip, so there is a norm
         return self.optimizer.grad_norm
 
 

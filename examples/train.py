@@ -29,6 +29,7 @@ from compare import (
 )
 from data import Batches, digits_data, text_data
 from loop import Row, Task, Trainer, identity
+from models import GPTConfig
 from options import Options, parse
 from plotting import draw_picture
 from recipes import TITLES
@@ -47,7 +48,7 @@ class RefusedError(Exception):
 def load_task(options: Options) -> Task:
     """Load the data, and see that it is enough to train and validate on."""
     try:
-        if options.model == "gpt":
+        if isinstance(options.config, GPTConfig):
             data = text_data(options.data, options.config.context, options.data_share)
         else:
             data = digits_data(options.data_share)
@@ -193,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.settings.device.startswith("cuda"):  # so that the optimizer is all that differs between runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     console = Console(highlight=False)
     try:
         task = load_task(options)
@@ -233,4 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume continues from the last checkpoint, if --checkpoint made one")
+        raise SystemExit(130) from None
