@@ -169,7 +169,7 @@ def test_quick_makes_a_picture(model, tmp_path, capsys):
     assert train.main([f"--model={model}", "--quick", *sizes, f"--out={tmp_path}"]) == 0
     picture = (tmp_path / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    width, height = (int.from_bytes(picture[start : start + 4]) for start in (16, 20))
+    width, height = (int.from_bytes(picture[start : start + 4], "big") for start in (16, 20))
     assert (width, height) == (1800, 1140)
     assert len(picture) > 50_000, "an empty picture"
     assert len(read_metrics(tmp_path)) == 3 * options.QUICK_STEPS
@@ -213,6 +213,14 @@ def test_a_resumed_run_continues_the_same_curve(job, tmp_path, monkeypatch, extr
         for name in TIMES:
             del row[name]
     assert resumed == whole
+
+    ends = [
+        torch.load(tmp_path / folder / "checkpoints" / "fused-seed0.pt", weights_only=True)
+        for folder in ("whole", "out")
+    ]
+    torch.testing.assert_close(*(end["model"] for end in ends), rtol=0, atol=0)
+    for name in ("best_loss", "evaluations_since_best", "scheduler", "scaler", "position"):
+        assert ends[0][name] == ends[1][name], name
 
 
 def test_a_checkpoint_holds_all_that_the_rest_depends_on(job, tmp_path):
@@ -399,8 +407,11 @@ def test_label_smoothing_is_of_the_training_loss_alone():
     with torch.no_grad():
         smoothed.model.eval()
         split = smoothed.task.data.validation
-        plain = F.cross_entropy(smoothed.model(split.inputs).flatten(0, 1), split.targets.flatten().long())
+        logits = smoothed.model(split.inputs)
+    plain = F.cross_entropy(logits.flatten(0, 1), split.targets.flatten().long())
     assert row["val_loss"] == pytest.approx(float(plain), rel=1e-4)
+    right = (logits.argmax(-1) == split.targets).float().mean()
+    assert row["token_accuracy"] == pytest.approx(float(right), abs=1e-3)
 
 
 def test_dropout_is_for_training_alone():
