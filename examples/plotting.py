@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Pen:
 
 #: In drawing order: torch broad and pale, the fused run dashed on top, so that both show where they coincide.
 PENS = {
-    "torch": Pen("#a9b4be", {"linewidth": 4.5}, "s", 9),
+    "torch": Pen("#a9b4be", {"linewidth": 4}, "s", 9),
     "uniform": Pen("#e08a2c", {"linewidth": 1.3}, "D", 5),
     "fused": Pen("#0b5f8a", {"linewidth": 1.5, "linestyle": (0, (4, 2))}, "o", 4),
 }
@@ -107,7 +108,9 @@ def draw_column(axes: Axes, runs: Mapping[str, Sequence[Row]], name: str) -> Non
         axes.plot(column(runs[run], "step"), column(runs[run], name), color=pen.color, **pen.line)
 
 
-def draw_picture(runs: Mapping[str, Sequence[Row]], allowed: float, title: str, path: Path) -> None:
+def draw_picture(
+    runs: Mapping[str, Sequence[Row]], allowed: float, clip: float, title: str, path: Path
+) -> None:
     """Draw the runs of one seed, by name, into a PNG; `allowed` is how far torch and fused may part."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 7.6), layout="constrained")
@@ -116,15 +119,18 @@ def draw_picture(runs: Mapping[str, Sequence[Row]], allowed: float, title: str, 
         draw_losses(losses, runs)
         draw_difference(difference, runs, allowed)
         draw_column(norm, runs, "grad_norm")
+        if math.isfinite(clip):
+            norm.axhline(clip, color="#b83232", linewidth=1, linestyle=":", label=f"clipped above {clip:g}")
+            norm.legend(loc="upper right")
         draw_column(rate, runs, "learning_rate")
         norm.set(title="Gradient norm before the clip", ylabel="L2 norm", yscale="log")
         norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         norm.yaxis.set_major_formatter("{x:g}")
         norm.yaxis.set_minor_formatter(NullFormatter())
-        rate.set(title="Learning rate", ylabel="per step", ylim=(0, None))
+        rate.set(title="Learning rate", ylabel="learning rate", ylim=(0, None))
         rate.yaxis.set_major_formatter("{x:g}")
         for axes in (norm, rate):
             axes.set_xlabel("step")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         figure.align_ylabels()
         figure.savefig(path, dpi=150)

@@ -227,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw_picture(
         {run: results[run, first] for run in TITLES},
         allowed,
+        settings.clip,
         f"{options.model} on {task.data.description}, seed {first}",
         picture,
     )
