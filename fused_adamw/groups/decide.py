@@ -100,12 +100,14 @@ class _Draft:
     chosen: bool = False
 
     def apply(self, options: Mapping[str, Any], rule: Rule, evidence: str) -> None:
+        if "weight_decay" in options:
+            self.options.pop("weight_decay_scale", None)  # a later absolute value is absolute
         self.options.update(options)
-        decay = options.get("weight_decay", options.get("weight_decay_scale"))
-        if decay is None:  # speaks about something else, the learning rate say
+        decays = _says(options, self.decays)
+        if decays is None:  # speaks about something else, the learning rate say
             self.evidence += f"; {evidence}"
             return
-        self.decays, self.rule, self.evidence, self.confidence = decay > 0, rule, evidence, "high"
+        self.decays, self.rule, self.evidence, self.confidence = decays, rule, evidence, "high"
         self.chosen = True
 
 
@@ -214,10 +216,19 @@ def _role_table(
     for name, setting in (roles or {}).items():
         role = as_role(name)
         options = parse_setting(setting, f"roles[{str(role)!r}]")
-        decay = options.get("weight_decay", options.get("weight_decay_scale"))
-        verdict = table[role][0] if decay is None else (decay > 0, f"roles= says so for {role}")
+        decays = _says(options, table[role][0][0])
+        verdict = table[role][0] if decays is None else (decays, f"roles= says so for {role}")
         table[role] = (verdict, options)
     return table
+
+
+def _says(options: Mapping[str, Any], before: bool) -> bool | None:
+    """What options say about decay, or None. A scale of what does not decay leaves it so."""
+    if "weight_decay" in options:
+        return bool(options["weight_decay"] > 0)
+    if "weight_decay_scale" in options:
+        return before and bool(options["weight_decay_scale"] > 0)
+    return None
 
 
 def _depths(
