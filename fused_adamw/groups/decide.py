@@ -82,7 +82,7 @@ class Decision:
     def __str__(self) -> str:
         """One sentence: `transformer.ln_f.weight does not decay: ...`."""
         verb = f"decays ({self.options['weight_decay']:g})" if self.decays else "does not decay"
-        shared = f", shared with {', '.join(self.aliases)}" if self.aliases else ""
+        shared = f", shared with {', '.join(self.aliases)}," if self.aliases else ""
         scale = f"; its learning rate is scaled by {self.lr_scale:.4g}" if self.lr_scale != 1 else ""
         sure = "" if self.confidence == "high" else f" [{self.confidence} confidence]"
         return f"{self.name}{shared} {verb}: {self.evidence}{scale}{sure}."
