@@ -54,6 +54,7 @@ class Decision:
         layer: Layer number under layer-wise decay.
         finding: How the role was found.
         chosen: Whether a person asked for it: an override, a mark, a hook or `roles=`.
+        disputed: Whether the places of a shared tensor speak for decay and against it.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Decision:
     layer: int | None
     finding: Finding
     chosen: bool
+    disputed: bool
 
     @property
     def owner(self) -> str:
@@ -98,6 +100,7 @@ class _Draft:
     confidence: Confidence
     options: dict[str, Any] = field(default_factory=dict)
     chosen: bool = False
+    disputed: bool = False
 
     def apply(self, options: Mapping[str, Any], rule: Rule, evidence: str) -> None:
         if "weight_decay" in options:
@@ -167,6 +170,9 @@ def _draft(
         decays, why = policy.rule(item, listed)
         return _Draft(decays, "policy", f"{policy.name}: {why}", "high")
     (decays, why), extra = table[finding.role]
+    if any(table[role][0][0] != decays for role in finding.others):
+        evidence = f"its places speak for different roles ({finding.places}) and the first decides; {why}"
+        return _Draft(decays, finding.rule, evidence, "low", dict(extra), bool(extra), disputed=True)
     return _Draft(
         decays, finding.rule, f"{finding.evidence}; {why}", finding.confidence, dict(extra), bool(extra)
     )
@@ -199,6 +205,7 @@ def _finish(
         layer=layer,
         finding=finding,
         chosen=draft.chosen,
+        disputed=draft.disputed and not draft.chosen,
     )
 
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -37,14 +37,16 @@ class Finding:
         rule: Which kind of evidence decided.
         evidence: The evidence, as a clause for the report.
         confidence: `high`, `medium` or `low`.
-        disagreement: Set when the places of a shared tensor speak for different roles.
+        others: The roles that other places of a shared tensor speak for.
+        places: What each place of a shared tensor speaks for, in words.
     """
 
     role: Role
     rule: Rule
     evidence: str
     confidence: Confidence
-    disagreement: str = ""
+    others: frozenset[Role] = frozenset()
+    places: str = ""
 
 
 def identify(located: Located) -> Finding:
@@ -54,8 +56,8 @@ def identify(located: Located) -> Finding:
         located: The tensor.
 
     Returns:
-        One finding. An embedding that is also the weight of a linear layer is a `TIED_EMBEDDING`; for any
-        other disagreement the first place decides, and the finding says so.
+        One finding. An embedding that is also the weight of a linear layer is a `TIED_EMBEDDING`; otherwise
+        the first place decides, and the finding lists what the others speak for.
     """
     findings = [_identify_at(place, located) for place in located.places]
     first = findings[0]
@@ -72,7 +74,7 @@ def identify(located: Located) -> Finding:
         return Finding(
             Role.TIED_EMBEDDING, first.rule, f"an embedding and a head share it ({places})", "high"
         )
-    return Finding(first.role, first.rule, first.evidence, "low", disagreement=places)
+    return replace(first, others=frozenset(roles - {first.role}), places=places)
 
 
 def _identify_at(place: Place, located: Located) -> Finding:

@@ -116,12 +116,12 @@ def _kind(located: Located) -> tuple[type, str]:
 
 
 def _aliases_disagree(decisions: Sequence[Decision]) -> Lint | None:
-    split = [d for d in decisions if d.finding.disagreement and not d.chosen]
+    split = [d for d in decisions if d.disputed]
     return _remark("aliases-disagree", "warning", "shared by modules that speak for different roles", split)
 
 
 def _low_confidence(decisions: Sequence[Decision]) -> Lint | None:
-    low = [d for d in decisions if d.confidence == "low" and not d.finding.disagreement]
+    low = [d for d in decisions if d.confidence == "low" and not d.disputed]
     return _remark("low-confidence", "warning", "not recognised, decided with low confidence", low)
 
 

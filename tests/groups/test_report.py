@@ -1,9 +1,11 @@
 """The report, the diff, the remarks and the command line."""
 
 import argparse
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,6 +278,7 @@ class TestCommandLine:
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_as_a_program(self):
         command = [sys.executable, "-m", "fused_adamw.groups.cli", "torch.nn:Linear", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -283,9 +286,21 @@ class TestCommandLine:
         assert "error: target 'torch.nn:Linear'" in done.stderr
 
 
-def test_importing_groups_does_not_import_rich():
-    code = "import sys, fused_adamw.groups; sys.exit('rich' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_groups_is_a_leaf():
+    """Torch and the standard library at import; rich only where tables are drawn, and imported late."""
+    package = Path(cli.__file__).parent
+    allowed = {"torch", *sys.stdlib_module_names}
+    for path in package.glob("*.py"):
+        drawing = {"rich"} if path.name in ("render.py", "cli.py") else set()
+        tree = ast.parse(path.read_text())
+        imported = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+        froms = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        imported += [node.module for node in froms if node.level == 0]
+        assert {name.partition(".")[0] for name in imported} <= allowed | drawing, path.name
+        siblings = {node.module for node in froms if node.level}
+        assert all(node.level <= 1 for node in froms), path.name
+        if path.name not in ("cli.py",):
+            assert not siblings & {"render", "cli"}, path.name
 
 
 @pytest.mark.slow
