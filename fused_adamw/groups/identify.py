@@ -175,7 +175,7 @@ def _by_structure(place: Place, located: Located) -> Finding | None:
     if is_norm and (
         located.is_vector or (_ends_as_norm(name) and local <= {"weight", "gamma", "scale", "g"})
     ):
-        role = Role.BIAS if local & {"bias", "beta", "shift"} else Role.NORM
+        role = Role.BIAS if local & {"bias", "beta", "shift", "b"} else Role.NORM
         if role is Role.NORM and getattr(owner, "zero_centered_gamma", False):
             role = Role.ZERO_CENTERED_NORM
         clause = f"{_owner(place)} is {_article(name)} {name}, built like a norm"
@@ -192,7 +192,7 @@ def _by_name(place: Place, located: Located) -> Finding | None:
     for rule in NAMES:
         if rule.vector_only and not located.is_vector:
             continue
-        if rule.role is Role.MATRIX and located.is_vector and len(located.shape) != 2:
+        if rule.map_only and located.is_vector and len(located.shape) != 2:
             continue
         held = place.owner._parameters
         if (rule.beside and rule.beside not in held) or (rule.not_beside and rule.not_beside in held):
