@@ -275,6 +275,7 @@ class TestEmbeddings:
             ("masked_spec_embed", (4,)),
             ("probe", (1, 1, 4)),
             ("image_newline", (4,)),
+            ("mem_k", (2, 3, 4)),
         ],
     )
     def test_tokens(self, name, shape):
@@ -384,6 +385,9 @@ class TestMatrices:
             ("proj", (8, 4)),  # CLIP
             ("text_projection", (8, 4)),
             ("r_kernel", (8, 2, 4)),
+            ("att_src", (1, 2, 4)),  # graph attention
+            ("att_src", (1, 1, 4)),  # with one head
+            ("root", (4, 4)),
         ],
     )
     def test_raw_matrices(self, name, shape):
