@@ -1,4 +1,4 @@
-"""What several test files share: the backends under test, twins of ours and torch's optimizer, comparisons."""
+"""What several test files share: the backends under test, twins of parameters, comparisons."""
 
 import importlib.util
 import os

@@ -2,8 +2,8 @@
 
 import os
 
-# Triton then interprets its kernels on CPU tensors. Read when triton is first imported, so it comes before any
-# import; `TRITON_INTERPRET=0 pytest -m gpu` runs them compiled, on the GPU.
+# Triton then interprets its kernels on CPU tensors. Read when triton is first imported, so it comes before
+# any import; `TRITON_INTERPRET=0 pytest -m gpu` runs them compiled, on the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
