@@ -55,6 +55,7 @@ def _targets():
 
 
 TARGETS = list(_targets())
+NATIVE = Target("native", "cpu")
 F32 = torch.float32
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from common import TARGETS, array, give_grads, parameters, ulp
+from common import NATIVE, array, give_grads, parameters, ulp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -255,11 +255,10 @@ def test_lr_zero_leaves_parameters_alone(target, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_threads_do_not_change_a_bit(dtype, threads):
     """Enough elements that several threads take part."""
-    target = TARGETS[0].values[0]
     results = []
     for count in (1, 2):
         threads(count)
-        optimizer, _ = pair(target, [(90_001,), (5,), (300, 300)], dtype=dtype, max_grad_norm=1.0)
+        optimizer, _ = pair(NATIVE, [(90_001,), (5,), (300, 300)], dtype=dtype, max_grad_norm=1.0)
         params = optimizer.param_groups[0]["params"]
         for step in range(3):
             give_grads(params, step)
@@ -304,13 +303,12 @@ shape = st.lists(st.integers(0, 9), min_size=0, max_size=3).map(tuple)
 )
 def test_any_groups(small_chunks, groups, max_grad_norm, seed, present):
     """Any shapes, options and missing gradients: the native backend is the oracle, bit for bit."""
-    target = TARGETS[0].values[0]
     lists = [parameters(shapes, seed=seed + i) for i, (shapes, _) in enumerate(groups)]
     expected = oracle.AdamW(
         [([array(p) for p in params], h) for params, (_, h) in zip(lists, groups, strict=True)],
         max_grad_norm=max_grad_norm,
     )
-    optimizer = target.adamw(
+    optimizer = NATIVE.adamw(
         [{"params": params, **vars(h)} for params, (_, h) in zip(lists, groups, strict=True)],
         max_grad_norm=max_grad_norm,
     )
@@ -322,7 +320,7 @@ def test_any_groups(small_chunks, groups, max_grad_norm, seed, present):
                 p.grad = None
         optimizer.step()
         expected.step([None if p.grad is None else array(p.grad) for p in params])
-    compare(target, optimizer, expected, 3)
+    compare(NATIVE, optimizer, expected, 3)
 
 
 def test_ulp_of_the_comparison_is_tight():
