@@ -88,7 +88,8 @@ def test_grad_norm_is_none_without_a_norm(target):
     assert optimizer.grad_norm is None
     plain = target.adamw(params)
     plain.step()
-    assert plain.grad_norm is None and plain.max_grad_norm is None
+    assert plain.grad_norm is None
+    assert plain.max_grad_norm is None
 
 
 def test_grad_norm_is_a_fresh_tensor(target):
@@ -97,7 +98,9 @@ def test_grad_norm_is_a_fresh_tensor(target):
     params[0].grad = torch.tensor([0.0, 3.0, 4.0], device=target.device)
     optimizer.step()
     first, again = optimizer.grad_norm, optimizer.grad_norm
-    assert first.shape == () and first.dtype == torch.float32 and first.device == params[0].device
+    assert first.shape == ()
+    assert first.dtype == torch.float32
+    assert first.device == params[0].device
     assert not first.requires_grad
     again.fill_(-1.0)
     params[0].grad.mul_(2)
@@ -247,7 +250,8 @@ def test_norm_does_not_depend_on_threads(dtype, threads):
         give_grads(params, 0)
         optimizer.step()
         norms.append(optimizer.grad_norm)
-    assert torch.equal(norms[0], norms[1]) and torch.equal(norms[0], norms[2])
+    assert torch.equal(norms[0], norms[1])
+    assert torch.equal(norms[0], norms[2])
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0].device == "cuda"])

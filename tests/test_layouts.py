@@ -130,7 +130,7 @@ def test_expanded_gradient(target):
 
 
 def test_strides_of_single_element_dimensions(target):
-    """autograd gives them any number; they do not change where an element is."""
+    """Autograd gives them any number; they do not change where an element is."""
 
     def odd(x):
         return x.clone().as_strided(x.shape, (6, 99, 1, 1))
