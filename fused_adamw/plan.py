@@ -10,10 +10,12 @@ optimizer builds another.
 
 from __future__ import annotations
 
+import operator
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -163,14 +165,38 @@ def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
     return torch.stack([row, index], dim=1).to(torch.int32)
 
 
-def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """Copy a host table to the device without waiting.
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of the device is being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    The allocator of pinned memory keeps the staging buffer untouched until the copy is done.
+
+class DeviceTable:
+    """Host tables on their way to a device, without the host waiting.
+
+    The allocator of pinned memory keeps a staging buffer untouched until its copy is done. A captured graph
+    copies again at every replay, from the staging buffer into the table of its capture: both are kept, and as
+    pinned memory cannot be allocated during a capture, one buffer is always at hand.
     """
-    if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spare: Tensor | None = None
+        self._kept: list[Tensor] = []
+
+    def upload(self, table: Tensor) -> Tensor:
+        """Return a copy of `table` on the device; on the CPU, the table itself."""
+        if self.device.type == "cpu":
+            return table
+        if not is_capturing(self.device):
+            if self._spare is None:
+                self._spare = torch.empty_like(table, pin_memory=True)
+            return table.pin_memory().to(self.device, non_blocking=True)
+        if self._spare is None:
+            raise RuntimeError("run a step of the optimizer without capture before each capture")
+        staging, self._spare = self._spare.copy_(table), None
+        uploaded = staging.to(self.device, non_blocking=True)
+        self._kept += [staging, uploaded]
+        return uploaded
 
 
 class TableBucket:
@@ -187,24 +213,24 @@ class TableBucket:
         self._hypers_on_host = n_hypers <= backend.max_host_hypers(self.device)
         self._rows_host = torch.tensor([entry.addresses() for entry in entries], dtype=torch.int64)
         self._rows = self._rows_host
-        self._chunks = _upload(chunk_table([e.param.numel() for e in entries], self._chunk_size), self.device)
+        self._rows_table, self._hypers_table = DeviceTable(self.device), DeviceTable(self.device)
+        chunks = chunk_table([entry.param.numel() for entry in entries], self._chunk_size)
+        self._chunks = DeviceTable(self.device).upload(chunks)
         self._workspace = torch.zeros(1 + len(self._chunks), dtype=torch.float64, device=self.device)
         self._hypers = torch.empty(0)
-        self._lrs: list[Tensor] = []
-        self._kept_for_graphs: list[Tensor] = []
+        self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
 
     def set_grads(self, addresses: Sequence[int]) -> None:
         """Write the gradient address of every row: `addresses` has one for each slot of the plan."""
         column = array("q", [addresses[slot] for slot in self.slots])
         self._rows_host[:, GRAD] = torch.frombuffer(column, dtype=torch.int64)
-        self._rows = _upload(self._rows_host, self.device)
-        self._keep_if_capturing(self._rows)
+        self._rows = self._rows_table.upload(self._rows_host)
 
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
         """Write the table of hyper-parameters, one row per group."""
         on_device = self.device.type != "cpu"
         flat = array("d")
-        self._lrs = []  # tensors that the table points to
+        self._lrs = []
         for hyper in hypers:
             lr, address = hyper.lr, 0
             if isinstance(lr, Tensor):
@@ -217,13 +243,7 @@ class TableBucket:
             flat.extend((lr, *hyper[1:5], sign))
             flat.frombytes(address.to_bytes(8, sys.byteorder))
         table = torch.frombuffer(flat, dtype=torch.float64).view(len(hypers), HYPER_WORDS)
-        self._hypers = table if self._hypers_on_host else _upload(table, self.device)
-        self._keep_if_capturing(self._hypers, *self._lrs)
-
-    def _keep_if_capturing(self, *tensors: Tensor) -> None:
-        """A replay of a captured graph reads the tables that it was captured with."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._kept_for_graphs += tensors
+        self._hypers = table if self._hypers_on_host else self._hypers_table.upload(table)
 
     def sum_of_squares(self, grads: Sequence[Tensor | None], out: Tensor) -> None:
         """Write the sum of squares of the bucket's gradients to `out`, float64, one element."""
@@ -352,9 +372,9 @@ def _addresses(params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> 
     """Addresses of all parameters and of everything in their state, in a fixed order."""
     values = [value for s in state.values() for value in s.values()]
     try:
-        return [t.data_ptr() for t in params] + [t.data_ptr() for t in values]
-    except (AttributeError, RuntimeError):
-        return [_address(value) for value in (*params, *values)]
+        return list(map(Tensor.data_ptr, chain(params, values)))
+    except (TypeError, RuntimeError):
+        return [_address(value) for value in chain(params, values)]
 
 
 def _grad_addresses(grads: Sequence[Tensor | None]) -> list[int]:
@@ -363,10 +383,6 @@ def _grad_addresses(grads: Sequence[Tensor | None]) -> list[int]:
         return [0 if g is None else g.data_ptr() or 1 for g in grads]
     except RuntimeError:
         return [0 if g is None else _address(g) for g in grads]
-
-
-def _layout(t: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-    return t.dtype, t.stride()
 
 
 class Plan:
@@ -397,8 +413,10 @@ class Plan:
         self._structure = self._structure_of(groups)
         self._addresses = _addresses(self._params, state)
         grads = [p.grad for p in self._params]
-        # Without a gradient yet: one like the parameter is expected.
-        self._layouts = [_layout(p if g is None else g) for p, g in zip(self._params, grads, strict=True)]
+        # Where there is no gradient, one like the parameter is expected.
+        like_grads = [p if g is None else g for p, g in zip(self._params, grads, strict=True)]
+        self._grad_dtypes = [t.dtype for t in like_grads]
+        self._grad_strides = [t.stride() for t in like_grads]
         self._grad_addresses: list[int] | None = None
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
@@ -459,15 +477,19 @@ class Plan:
             grads: Their gradients now.
             state: The optimizer's state now.
         """
+        dtypes, strides = self._grad_dtypes, self._grad_strides
+        present = [g for g in grads if g is not None]
+        if len(present) < len(grads):
+            is_there = [g is not None for g in grads]
+            dtypes, strides = list(compress(dtypes, is_there)), list(compress(strides, is_there))
         return (
             self._structure_of(groups) == self._structure
-            and list(map(id, params)) == list(map(id, self._params))
+            and len(params) == len(self._params)
+            and all(map(operator.is_, params, self._params))
             and _addresses(params, state) == self._addresses
             and not any(grads[slot] is not None for slot in self._without_state)
-            and not any(
-                g is not None and (g.dtype is not dtype or g.stride() != strides)
-                for g, (dtype, strides) in zip(grads, self._layouts, strict=True)
-            )
+            and [g.dtype for g in present] == dtypes
+            and list(map(Tensor.stride, present)) == strides
         )
 
     def prepare(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor | None]) -> None:
