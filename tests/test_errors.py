@@ -30,7 +30,7 @@ def test_sparse_gradient(target, steps_before):
     give_grads(params, 9)
     params[1].grad = params[1].grad.to_sparse()
     before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match="does not support sparse gradients.*SparseAdam.*'second'"):
+    with pytest.raises(RuntimeError, match=r"does not support sparse gradients.*SparseAdam.*'second'"):
         optimizer.step()
     assert unchanged_since(optimizer, before)
 
@@ -86,9 +86,9 @@ def test_parameters_without_names_are_numbered(target):
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_parameter_listed_twice():
     p, q = parameters([(2,), (2,)])
-    with pytest.raises(ValueError, match="parameter b of group 0 is listed twice.*also as a"):
+    with pytest.raises(ValueError, match=r"parameter b of group 0 is listed twice.*also as a"):
         FusedHygieneAdamW([("a", p), ("c", q), ("b", p)])
-    with pytest.raises(ValueError, match="number 2 of group 1 is listed twice.*number 0"):
+    with pytest.raises(ValueError, match=r"number 2 of group 1 is listed twice.*number 0"):
         FusedHygieneAdamW([{"params": [torch.nn.Parameter(torch.ones(1))]}, {"params": [p, q, p]}])
     with pytest.raises(ValueError, match="more than one parameter group"):
         FusedHygieneAdamW([{"params": [p]}, {"params": [q, p]}])
@@ -174,7 +174,7 @@ def test_max_grad_norm_out_of_range(value):
 
 @pytest.mark.parametrize("value", [torch.float16, torch.int32, "float32"])
 def test_state_dtype_of_another_kind(value):
-    with pytest.raises(ValueError, match="state_dtype must be None, torch.float32 or torch.bfloat16, got"):
+    with pytest.raises(ValueError, match=r"state_dtype must be None, torch.float32 or torch.bfloat16, got"):
         FusedHygieneAdamW(parameters([(2,)]), state_dtype=value)
 
 
@@ -201,14 +201,14 @@ def test_nothing_to_train():
     with pytest.raises(ValueError, match="ReLU has no parameters"):
         FusedHygieneAdamW(torch.nn.ReLU())
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
-    with pytest.raises(ValueError, match="all 2 parameters of Linear are frozen.*'weight'"):
+    with pytest.raises(ValueError, match=r"all 2 parameters of Linear are frozen.*'weight'"):
         FusedHygieneAdamW(frozen)
     with pytest.raises(ValueError, match="empty parameter list"):
         FusedHygieneAdamW([])
 
 
 def test_differentiable():
-    with pytest.raises(RuntimeError, match="does not support `differentiable`.*torch.optim.AdamW"):
+    with pytest.raises(RuntimeError, match=r"does not support `differentiable`.*torch.optim.AdamW"):
         FusedHygieneAdamW(parameters([(2,)]), differentiable=True)
 
 
