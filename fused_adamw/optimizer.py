@@ -171,14 +171,14 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
         dtype = torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
         if self._status is None:  # no parameter has had a gradient
-            return torch.zeros((), dtype=dtype)
+            return torch.zeros((), dtype=dtype, device="cpu")
         return self._status[0].to(dtype, copy=True)
 
     @property
     def skipped_steps(self) -> Tensor:
         """Steps skipped so far, by `skip_nonfinite` or a GradScaler: a new 0-dim int64 tensor."""
         if self._status is None:
-            return torch.zeros((), dtype=torch.int64)
+            return torch.zeros((), dtype=torch.int64, device="cpu")
         return self._status[1].to(torch.int64)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -263,8 +263,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         """Check everything, then create the state that is missing, then lay out the tables."""
         if any(is_capturing(device) for device in {p.device for p in params}):
             raise RuntimeError(
-                "FusedHygieneAdamW cannot allocate its state and tables while a CUDA graph is captured: run a "
-                "step without capture first, with gradients of the same layouts"
+                "FusedHygieneAdamW cannot allocate its state and tables while a CUDA graph is captured: run "
+                "a step without capture first, with gradients of the same layouts"
             )
         for slot, (p, grad) in enumerate(zip(params, grads, strict=True)):
             self._check_step(slot, p, grad)
@@ -298,6 +298,11 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         if grad is not None:
             others["gradient"] = grad
         for what, t in others.items():
+            if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
+                found = f"a tensor of {t.dtype}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+                raise RuntimeError(
+                    f"{what} of parameter {self._name(slot)} is {found}, expected a floating point tensor"
+                )
             if t.device != p.device or t.shape != p.shape:
                 raise RuntimeError(
                     f"{what} of parameter {self._name(slot)} is {tuple(t.shape)} on {t.device}, expected "
@@ -328,7 +333,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     def _step_inputs(self, sums: Tensor | None, status: Tensor) -> StepInputs:
         def on_device(value: Any) -> Tensor | None:
-            return None if value is None else torch.as_tensor(value).to(status.device, torch.float32)
+            if value is None:
+                return None
+            return torch.as_tensor(value, dtype=torch.float32, device=status.device)
 
         return StepInputs(
             sums=sums,
@@ -407,7 +414,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
 def _own_step(step: Any, p: Tensor) -> Tensor:
     """A step count shared with nobody, in the form of torch's fused optimizers: 0-dim float32 beside `p`."""
-    return torch.as_tensor(step).detach().reshape(()).to(p.device, torch.float32, copy=True)
+    return torch.as_tensor(step, dtype=torch.float32, device=p.device).detach().reshape(()).clone()
 
 
 def _check_hypers(group: dict[str, Any], index: int) -> None:
@@ -425,5 +432,5 @@ def _check_hypers(group: dict[str, Any], index: int) -> None:
         if not 0.0 <= float(value) < below:
             limit = f" and below {below}" if below != math.inf else ""
             raise ValueError(
-                f"invalid {name} in parameter group {index}: {value}, expected a number >= 0{limit}"
+                f"invalid {name} in parameter group {index}: {value}, expected a finite number >= 0{limit}"
             )

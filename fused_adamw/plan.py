@@ -15,7 +15,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress
+from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -158,10 +158,10 @@ def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
     Returns:
         int32 (n_chunks, 2): row, index of the chunk within the row. Rows without elements have none.
     """
-    counts = (torch.tensor(numels, dtype=torch.int64) + (chunk_size - 1)) // chunk_size
+    counts = (torch.tensor(numels, dtype=torch.int64, device="cpu") + (chunk_size - 1)) // chunk_size
     row = torch.repeat_interleave(counts)
     first = torch.cumsum(counts, 0) - counts
-    index = torch.arange(row.numel()) - first[row]
+    index = torch.arange(row.numel(), device="cpu") - first[row]
     return torch.stack([row, index], dim=1).to(torch.int32)
 
 
@@ -211,13 +211,15 @@ class TableBucket:
         self._backend = backend
         self._chunk_size = backend.chunk_size(self.device)
         self._hypers_on_host = n_hypers <= backend.max_host_hypers(self.device)
-        self._rows_host = torch.tensor([entry.addresses() for entry in entries], dtype=torch.int64)
+        self._rows_host = torch.tensor(
+            [entry.addresses() for entry in entries], dtype=torch.int64, device="cpu"
+        )
         self._rows = self._rows_host
         self._rows_table, self._hypers_table = DeviceTable(self.device), DeviceTable(self.device)
         chunks = chunk_table([entry.param.numel() for entry in entries], self._chunk_size)
         self._chunks = DeviceTable(self.device).upload(chunks)
         self._workspace = torch.zeros(1 + len(self._chunks), dtype=torch.float64, device=self.device)
-        self._hypers = torch.empty(0)
+        self._hypers = torch.empty(0, device="cpu")
         self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
 
     def set_grads(self, addresses: Sequence[int]) -> None:
@@ -360,21 +362,46 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _address(value: object) -> int:
+def _address(t: Tensor) -> int:
     """Where a tensor's memory starts; an identity for what has no memory of its own."""
     try:
-        return value.data_ptr()  # type: ignore[attr-defined, no-any-return]
-    except (AttributeError, RuntimeError):
-        return id(value)
+        return t.data_ptr()
+    except RuntimeError:
+        return id(t)
 
 
-def _addresses(params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> list[int]:
-    """Addresses of all parameters and of everything in their state, in a fixed order."""
-    values = [value for s in state.values() for value in s.values()]
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     try:
-        return list(map(Tensor.data_ptr, chain(params, values)))
-    except (TypeError, RuntimeError):
-        return [_address(value) for value in chain(params, values)]
+        return list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:
+        return list(map(_address, tensors))
+
+
+def _state_tensors(state: Mapping[Tensor, dict[str, Any]]) -> list[Tensor]:
+    """Every tensor of the state, in a fixed order."""
+    return [t for s in state.values() for t in s.values() if isinstance(t, Tensor)]
+
+
+def _same(a: Sequence[object], b: Sequence[object]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+class _Metadata:
+    """What kernels take for granted of tensors, beside their addresses."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.columns: list[Sequence[object]] = [
+            [t.dtype for t in tensors],
+            [t.layout for t in tensors],
+            [t.shape for t in tensors],
+            list(map(Tensor.stride, tensors)),
+        ]
+
+    def where(self, selected: Sequence[bool]) -> _Metadata:
+        """Of some of the tensors."""
+        part = _Metadata([])
+        part.columns = [list(compress(column, selected)) for column in self.columns]
+        return part
 
 
 def _grad_addresses(grads: Sequence[Tensor | None]) -> list[int]:
@@ -411,12 +438,14 @@ class Plan:
     ) -> None:
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._structure = self._structure_of(groups)
-        self._addresses = _addresses(self._params, state)
+        self._state_tensors = _state_tensors(state)
+        self._addresses = _addresses([*self._params, *self._state_tensors])
+        self._metadata = _Metadata(self._params)
         grads = [p.grad for p in self._params]
         # Where there is no gradient, one like the parameter is expected.
-        like_grads = [p if g is None else g for p, g in zip(self._params, grads, strict=True)]
-        self._grad_dtypes = [t.dtype for t in like_grads]
-        self._grad_strides = [t.stride() for t in like_grads]
+        self._grad_metadata = _Metadata(
+            [p if g is None else g for p, g in zip(self._params, grads, strict=True)]
+        )
         self._grad_addresses: list[int] | None = None
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
@@ -477,19 +506,22 @@ class Plan:
             grads: Their gradients now.
             state: The optimizer's state now.
         """
-        dtypes, strides = self._grad_dtypes, self._grad_strides
-        present = [g for g in grads if g is not None]
-        if len(present) < len(grads):
-            is_there = [g is not None for g in grads]
-            dtypes, strides = list(compress(dtypes, is_there)), list(compress(strides, is_there))
-        return (
+        state_tensors = _state_tensors(state)
+        if not (
             self._structure_of(groups) == self._structure
-            and len(params) == len(self._params)
-            and all(map(operator.is_, params, self._params))
-            and _addresses(params, state) == self._addresses
-            and not any(grads[slot] is not None for slot in self._without_state)
-            and [g.dtype for g in present] == dtypes
-            and list(map(Tensor.stride, present)) == strides
+            and _same(params, self._params)
+            and _same(state_tensors, self._state_tensors)
+            and _addresses([*params, *state_tensors]) == self._addresses
+            and _Metadata(params).columns == self._metadata.columns
+        ):
+            return False
+        present = [g for g in grads if g is not None]
+        expected = self._grad_metadata
+        if len(present) < len(grads):
+            expected = expected.where([g is not None for g in grads])
+        return (
+            not any(grads[slot] is not None for slot in self._without_state)
+            and _Metadata(present).columns == expected.columns
         )
 
     def prepare(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor | None]) -> None:
