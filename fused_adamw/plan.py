@@ -105,8 +105,8 @@ class StepInputs:
 class KernelBackend(Protocol):
     """Kernels that walk the tables: `native` and `triton`."""
 
-    def chunk_size(self, device: torch.device) -> int:
-        """Elements per chunk that suit the device."""
+    def chunk_size(self, device: torch.device, numel: int) -> int:
+        """Elements per chunk that suit the device and the number of elements in all."""
 
     def max_host_hypers(self, device: torch.device) -> int:
         """Up to how many hyper rows may stay in host memory."""
@@ -209,15 +209,15 @@ class TableBucket:
         self.dtypes = (first.param.dtype, first.grad_dtype, first.exp_avg.dtype)
         self._codes = tuple(DTYPE_CODE[dtype] for dtype in self.dtypes)
         self._backend = backend
-        self._chunk_size = backend.chunk_size(self.device)
+        numels = [entry.param.numel() for entry in entries]
+        self._chunk_size = backend.chunk_size(self.device, sum(numels))
         self._hypers_on_host = n_hypers <= backend.max_host_hypers(self.device)
         self._rows_host = torch.tensor(
             [entry.addresses() for entry in entries], dtype=torch.int64, device="cpu"
         )
         self._rows = self._rows_host
         self._rows_table, self._hypers_table = DeviceTable(self.device), DeviceTable(self.device)
-        chunks = chunk_table([entry.param.numel() for entry in entries], self._chunk_size)
-        self._chunks = DeviceTable(self.device).upload(chunks)
+        self._chunks = DeviceTable(self.device).upload(chunk_table(numels, self._chunk_size))
         self._workspace = torch.zeros(1 + len(self._chunks), dtype=torch.float64, device=self.device)
         self._hypers = torch.empty(0, device="cpu")
         self._lrs: list[Tensor] = []  # tensors that the table of hypers points to

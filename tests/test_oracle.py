@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fused_adamw.backends import native
 from fused_adamw.plan import KERNEL_DTYPES
 
-CPU_CHUNK = native.chunk_size(torch.device("cpu"))
+CPU_CHUNK = native.chunk_size(torch.device("cpu"), 0)
 # Relative spacing of stored numbers.
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 

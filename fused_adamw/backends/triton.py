@@ -342,8 +342,8 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def chunk_size(device: torch.device) -> int:
-    """Elements per chunk that suit the device."""
+def chunk_size(device: torch.device, numel: int) -> int:
+    """Elements per chunk that suit the kind of device and the number of elements in all."""
     return CHUNK_SIZE
 
 
