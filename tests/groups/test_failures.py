@@ -7,7 +7,7 @@ always run. The same parameters inside the real models are in test_architectures
 import pytest
 import torch
 from helpers import decays
-from models import RMSNorm
+from sample_models import RMSNorm
 from torch import nn
 from torch.nn.utils import parametrizations
 
