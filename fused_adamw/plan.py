@@ -488,7 +488,7 @@ class Plan:
         self._without_state = [slot for slot in range(len(self._params)) if slot not in stepped]
 
     def _expected_grad(self, slot: int, previous: Plan | None) -> Tensor:
-        """What a parameter's gradient looks like: as it is, as it was, or as the parameter; not its memory."""
+        """What a parameter's gradient looks like, as it is, was, or as the parameter; not its memory."""
         p = self._params[slot]
         if (grad := p.grad) is None:
             known = previous is not None and slot < len(previous._params) and previous._params[slot] is p
