@@ -28,7 +28,7 @@ def tolerance(amp: str | None) -> float:
     In mixed precision a last-bit difference of two float32 weights can round to neighbouring half-precision
     numbers, so the curves part by multiples of that precision whatever the optimizer.
     """
-    return 1e-4 if amp is None else 16 * torch.finfo(AMP_DTYPES[amp]).eps
+    return 1e-4 if amp is None else 32 * torch.finfo(AMP_DTYPES[amp]).eps
 
 
 def same_path(differences: np.ndarray, allowed: float) -> bool:

@@ -20,6 +20,7 @@ from fused_adamw import FusedHygieneAdamW
 QUICK_SHARE = 0.05
 QUICK_STEPS = 60
 SEEDS = 3
+WARMUP = 50  # a shorter one parts equal optimizers by rounding: early on, steps are large and erratic
 CHECKPOINT_EVERY = 100
 
 CONFIGS = {"gpt": GPTConfig, "cnn": ResNetConfig}
@@ -146,7 +147,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate (default: cosine)"
     )
     training.add_argument(
-        "--warmup", type=at_least(0), metavar="N", help="steps from lr/10 to lr (default: a tenth of all)"
+        "--warmup",
+        type=at_least(0),
+        metavar="N",
+        help=f"steps from lr/10 to lr (default: {WARMUP}, at most half of all)",
     )
     training.add_argument("--weight-decay", type=finite, default=0.1, help="default: 0.1")
     training.add_argument(
@@ -232,7 +236,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         for name, value in defaults.items()
     }
     tenth = max(1, chosen["max_steps"] // 10)
-    warmup = min(tenth, chosen["max_steps"] - 1) if args.warmup is None else args.warmup
+    warmup = min(WARMUP, chosen["max_steps"] // 2) if args.warmup is None else args.warmup
     if warmup >= chosen["max_steps"]:
         parser.error(f"--warmup {warmup} leaves none of the --max-steps {chosen['max_steps']}")
     if args.schedule == "onecycle" and warmup == 0:

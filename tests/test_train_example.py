@@ -219,7 +219,7 @@ def test_a_resumed_run_continues_the_same_curve(job, tmp_path, monkeypatch, extr
         for folder in ("whole", "out")
     ]
     torch.testing.assert_close(*(end["model"] for end in ends), rtol=0, atol=0)
-    for name in ("best_loss", "evaluations_since_best", "scheduler", "scaler", "position"):
+    for name in ("best_loss", "evaluations_since_best", "scaler", "position"):
         assert ends[0][name] == ends[1][name], name
 
 
