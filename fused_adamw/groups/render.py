@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -16,8 +16,6 @@ from .decide import Decision
 
 if TYPE_CHECKING:
     from .report import ParamGroupReport, PolicyDiff
-
-T = TypeVar("T")
 
 
 def report_table(report: ParamGroupReport) -> Group:
