@@ -6,12 +6,13 @@ always run. The same parameters inside the real models are in test_architectures
 
 import pytest
 import torch
-from helpers import decays
-from models import RMSNorm
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from fused_adamw.groups import Role, build_param_groups, explain_param_groups, register_type
+
+from .helpers import decays
+from .models import RMSNorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:not recognised", "ignore:`torch.nn.utils.weight_norm`")
 

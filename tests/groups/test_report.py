@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import GPT2, ResNet50, RMSNorm, on_meta
 from torch import nn
 
 from fused_adamw.groups import ParamGroupWarning, build_param_groups, cli, explain_param_groups
+
+from .models import GPT2, ResNet50, RMSNorm, on_meta
 
 
 @pytest.fixture(scope="module")
@@ -274,10 +275,10 @@ class TestCommandLine:
             (["no.such.module:f"], "error: target 'no.such.module:f': No module named 'no'"),
             (["json:loads2"], "has no attribute 'loads2'"),
             (["os:getcwd"], "error: target 'os:getcwd': expected a torch.nn.Module, got str"),
-            (["test_report:tiny", "2.weight"], "error: no trainable parameter is called '2.weight'"),
-            (["test_report:tiny", "--override", "x=1"], "error: override 'x' matches no parameter"),
-            (["test_report:tiny", "--override", "x=yes"], "error: --override 'x=yes': expected NAME=true"),
-            (["test_report:tiny", "--role", "x=1"], "error: unknown role 'x'"),
+            ([f"{__name__}:tiny", "2.weight"], "error: no trainable parameter is called '2.weight'"),
+            ([f"{__name__}:tiny", "--override", "x=1"], "error: override 'x' matches no parameter"),
+            ([f"{__name__}:tiny", "--override", "x=yes"], "error: --override 'x=yes': expected NAME=true"),
+            ([f"{__name__}:tiny", "--role", "x=1"], "error: unknown role 'x'"),
         ],
     )
     def test_errors(self, capsys, arguments, message):
