@@ -1,14 +1,10 @@
 """Helpers shared by the tests of parameter groups."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from torchvision_stub import torchvision_stub
+from .torchvision_stub import torchvision_stub
 
 
 @pytest.fixture(scope="session")
