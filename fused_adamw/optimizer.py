@@ -281,6 +281,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             lambda device: kernels_for(self._backend, device),
             reference,
             self._status,
+            self._plan,
         )
         self._status = plan.buckets[0][2] if plan.buckets else self._status
         for slot, reason in plan.fallbacks.items():
@@ -335,7 +336,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         def on_device(value: Any) -> Tensor | None:
             if value is None:
                 return None
-            return torch.as_tensor(value, dtype=torch.float32, device=status.device)
+            return torch.as_tensor(value, dtype=torch.float32, device=status.device).reshape(())
 
         return StepInputs(
             sums=sums,

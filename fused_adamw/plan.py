@@ -421,6 +421,7 @@ class Plan:
         kernels_for: The kernels that serve a device, None for the reference.
         reference: The reference backend.
         status: What the plan before this one left in the status of its first bucket.
+        previous: The plan before this one: it knows what gradients that are absent now looked like.
 
     Attributes:
         buckets: What to run, each with a place for its sum of squares and one for its status (float64: the
@@ -435,6 +436,7 @@ class Plan:
         kernels_for: Callable[[torch.device], KernelBackend | None],
         reference: ReferenceBackend,
         status: Tensor | None,
+        previous: Plan | None,
     ) -> None:
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._structure = self._structure_of(groups)
@@ -442,10 +444,8 @@ class Plan:
         self._addresses = _addresses([*self._params, *self._state_tensors])
         self._metadata = _Metadata(self._params)
         grads = [p.grad for p in self._params]
-        # Where there is no gradient, one like the parameter is expected.
-        self._grad_metadata = _Metadata(
-            [p if g is None else g for p, g in zip(self._params, grads, strict=True)]
-        )
+        self._expected = [self._expected_grad(slot, previous) for slot in range(len(grads))]
+        self._grad_metadata = _Metadata(self._expected)
         self._grad_addresses: list[int] | None = None
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
@@ -456,9 +456,9 @@ class Plan:
         for slot, (p, group) in enumerate(zip(self._params, group_of, strict=True)):
             if not (s := state.get(p)):
                 continue  # no gradient so far
-            grad = grads[slot]
+            grad = self._expected[slot] if grads[slot] is None else grads[slot]
             v_max = s["max_exp_avg_sq"] if groups[group]["amsgrad"] else None
-            grad_dtype = p.dtype if grad is None else grad.dtype
+            grad_dtype = self._expected[slot].dtype
             entry = Entry(slot, group, p, s["exp_avg"], s["exp_avg_sq"], v_max, s["step"], grad_dtype)
             key: tuple[object, ...] = (p.device,)
             if kernels_for(p.device) is not None:
@@ -486,6 +486,14 @@ class Plan:
                 self.buckets.append((bucket, sums[i : i + 1], status.to(device, sums.dtype, copy=True)))
         stepped = {slot for bucket, _, _ in self.buckets for slot in bucket.slots}
         self._without_state = [slot for slot in range(len(self._params)) if slot not in stepped]
+
+    def _expected_grad(self, slot: int, previous: Plan | None) -> Tensor:
+        """What a parameter's gradient looks like, as it is, was, or as the parameter; not its memory."""
+        p = self._params[slot]
+        if (grad := p.grad) is None:
+            known = previous is not None and slot < len(previous._params) and previous._params[slot] is p
+            return previous._expected[slot] if previous is not None and known else p
+        return torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device="meta")
 
     @staticmethod
     def _structure_of(groups: Sequence[Mapping[str, Any]]) -> list[object]:

@@ -3,7 +3,7 @@
 import pytest
 from architectures import CASES
 from helpers import assert_partition, decays
-from models import on_meta
+from sample_models import on_meta
 
 from fused_adamw.groups import build_param_groups, explain_param_groups
 from fused_adamw.groups.targets import load_target

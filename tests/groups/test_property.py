@@ -6,7 +6,7 @@ import torch
 from helpers import assert_partition, decays
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import RMSNorm
+from sample_models import RMSNorm
 from torch import nn
 
 from fused_adamw.groups import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import GPT2, ResNet50, RMSNorm, on_meta
+from sample_models import GPT2, ResNet50, RMSNorm, on_meta
 from torch import nn
 
 from fused_adamw.groups import ParamGroupWarning, build_param_groups, cli, explain_param_groups
