@@ -7,6 +7,12 @@ import pytest
 from .torchvision_stub import torchvision_stub
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Tables fold to the width of the terminal, which test workers do not have."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 @pytest.fixture(scope="session")
 def timm():
     with torchvision_stub():

@@ -37,7 +37,7 @@ BLOCK = 512  # of float32
 
 @pytest.fixture(autouse=True)
 def vector_accesses(monkeypatch) -> list[int]:
-    """Sizes of the blocks accessed without a mask: a GPU moves 16 bytes at a time, and faults off their grid."""
+    """Sizes of the blocks accessed without a mask: 16 bytes at a time, on whose grid a GPU insists."""
     accessed: list[int] = []
 
     def watch(name: str) -> None:
