@@ -1,7 +1,5 @@
 """Helpers shared by the tests of parameter groups."""
 
-import importlib
-
 import pytest
 
 from .torchvision_stub import torchvision_stub
@@ -34,4 +32,4 @@ def diffusers():
 @pytest.fixture(scope="session")
 def peft():
     pytest.importorskip("transformers")
-    return importlib.import_module("peft") if pytest.importorskip("peft") else None
+    return pytest.importorskip("peft")
