@@ -231,9 +231,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
         Raises:
             RuntimeError: A gradient is sparse; a gradient or a moment is not on its parameter's device or has
-                another shape.
+                another shape; the step is inside a transform of `torch.func`.
         """
         self._check_graph_capture()
+        _check_no_transform()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -411,6 +412,15 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                     dtype = self._moment_dtype(p)
                     moment = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
                     self.state[p][key] = moment.copy_(value)
+
+
+def _check_no_transform() -> None:
+    """Refuse `torch.func`: tensors inside its transforms stand for others, and have no memory to step."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "FusedHygieneAdamW.step() cannot run inside a torch.func transform (grad, vmap, ...): it has no "
+            "derivative and no batching rule. Use the functional torch.optim.adamw.adamw there."
+        )
 
 
 def _own_step(step: Any, p: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The fixtures and helpers of the core tests."""
