@@ -1,1 +1,0 @@
-"""The fixtures and helpers of the core tests."""
