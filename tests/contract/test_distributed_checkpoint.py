@@ -209,10 +209,18 @@ def test_groups_saved_by_position_are_still_compared():
         optimizer.load_state_dict(saved)
 
 
-def test_a_copy_of_an_optimizer_of_a_module_loads_them_too():
+@pytest.mark.parametrize("way", ["copied", "loaded before"])
+def test_an_optimizer_of_a_module_keeps_loading_checkpoints_without_names(way):
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     saved = get_optimizer_state_dict(*trained(ADAMW["torch"]), options=options)
-    model, resumed = copy.deepcopy((other := small_model(), FusedHygieneAdamW(other, **OPTIONS)))
+    model = small_model()
+    resumed = FusedHygieneAdamW(model, **OPTIONS)
+    if way == "copied":
+        model, resumed = copy.deepcopy((model, resumed))
+    else:
+        resumed.load_state_dict(trained(ADAMW["ours, module"])[1].state_dict())
+    for state in resumed.state.values():
+        state["step"].zero_()
     set_optimizer_state_dict(model, resumed, saved, options=options)
     assert all(state["step"].item() == 3 for state in resumed.state.values())
 
