@@ -92,17 +92,19 @@ def test_grad_norm_is_none_without_a_norm(target):
     assert plain.max_grad_norm is None
 
 
-def test_grad_norm_is_a_fresh_tensor(target):
-    params = parameters([(3,)], device=target.device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grad_norm_is_a_fresh_tensor(target, dtype):
+    params = parameters([(3,)], dtype=dtype, device=target.device)
     optimizer = target.adamw(params, max_grad_norm=1.0)
-    params[0].grad = torch.tensor([0.0, 3.0, 4.0], device=target.device)
+    params[0].grad = torch.tensor([0.0, 3.0, 4.0], dtype=dtype, device=target.device)
     optimizer.step()
     first, again = optimizer.grad_norm, optimizer.grad_norm
     assert first.shape == ()
-    assert first.dtype == torch.float32
+    assert first.dtype == dtype
     assert first.device == params[0].device
     assert not first.requires_grad
     again.fill_(-1.0)
+    assert optimizer.grad_norm.item() == 5.0
     params[0].grad.mul_(2)
     optimizer.step()
     assert (first.item(), optimizer.grad_norm.item()) == (5.0, 10.0)
