@@ -8,9 +8,9 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -18,12 +18,6 @@ import torch
 from torch import Tensor
 
 BLOCKS = 3  # the machine is noisy: medians are taken of each third of the rounds
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -37,77 +31,104 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def time_steps(step: Callable[[], object], n: int, device: torch.device) -> float:
-    """Seconds per step of n back-to-back steps, by the wall clock, until the device has finished the last."""
-    synchronize(device)
+def time_steps(step: Callable[[], object], n: int, device: torch.device) -> tuple[float, float]:
+    """Time n back-to-back steps.
+
+    Returns:
+        Seconds per step by the wall clock, until the device has finished the last; and seconds per step
+        between two events on the device. On a CPU both are the same.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(n):
+            step()
+        wall = (time.perf_counter() - start) / n
+        return wall, wall
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
     start = time.perf_counter()
+    first.record()
     for _ in range(n):
         step()
-    synchronize(device)
-    return (time.perf_counter() - start) / n
+    last.record()
+    last.synchronize()
+    return (time.perf_counter() - start) / n, first.elapsed_time(last) * 1e-3 / n
 
 
-def time_on_device(step: Callable[[], object], n: int) -> float:
-    """Seconds per step of n back-to-back steps between two CUDA events."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(n):
-        step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e-3 / n
-
-
-@dataclass
 class Heat:
     """Contestants whose steps are timed in turn, so that a disturbance meets all of them.
 
     Attributes:
-        steps: What to time, by name.
-        device: Where it runs.
-        before: Run before each contestant's turn, outside the time.
-        seconds: Per step, one entry per round.
+        seconds: Wall time per step of each contestant, one entry per round.
+        device_seconds: The same between events on the device.
     """
 
-    steps: dict[str, Callable[[], object]]
-    device: torch.device
-    before: Callable[[], object] = lambda: None
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    # A step shorter than this is preceded by an untimed one: what its code and small tensors left in the
+    # caches, the others have pushed out.
+    WARM_BELOW = 0.02
 
-    def turn(self, name: str, n: int = 1) -> None:
-        """Time one contestant: n steps, after an untimed one that brings code and small tensors to mind."""
-        self.ready(name)
-        self.seconds.setdefault(name, []).append(time_steps(self.steps[name], n, self.device))
+    def __init__(
+        self,
+        steps: Mapping[str, Callable[[], object]],
+        device: torch.device,
+        before: Callable[[], object] = lambda: None,
+        turn_seconds: float = 0.0,
+    ) -> None:
+        """Estimate how long each step takes.
+
+        Args:
+            steps: What to time, by name.
+            device: Where it runs.
+            before: Run before the steps of each turn, outside the time.
+            turn_seconds: A turn is as many back-to-back steps as take so long, at least one.
+        """
+        self._steps = steps
+        self._device = device
+        self._before = before
+        self._estimates: dict[str, float] = {}
+        for name, step in steps.items():
+            step()  # builds state and tables
+            self._estimates[name] = min(time_steps(step, 1, device)[0] for _ in range(2))
+        self._batches = {name: max(1, int(turn_seconds / s)) for name, s in self._estimates.items()}
+        self.seconds: dict[str, list[float]] = {name: [] for name in steps}
+        self.device_seconds: dict[str, list[float]] = {name: [] for name in steps}
+
+    def rounds_in(self, seconds: float, least: int, most: int) -> int:
+        """How many rounds take so long; divisible by the number of blocks."""
+        batches = [(self._batches[name] + self._is_warmed(name)) * s for name, s in self._estimates.items()]
+        rounds = max(least, min(most, int(seconds / sum(batches))))
+        return -(-rounds // BLOCKS) * BLOCKS
+
+    def _is_warmed(self, name: str) -> bool:
+        return self._estimates[name] < self.WARM_BELOW
 
     def ready(self, name: str) -> None:
         """What precedes the timed steps of a turn."""
-        self.before()
-        self.steps[name]()
-        self.before()
+        if self._is_warmed(name):
+            self._before()
+            self._steps[name]()
+        self._before()
 
-    def run(self, seconds: float, least_rounds: int = BLOCKS, batch_seconds: float = 0.0) -> None:
-        """Run rounds for about so many seconds; a turn lasts at least `batch_seconds`."""
-        batches = {}
-        for name, step in self.steps.items():
-            once = max(time_steps(step, 1, self.device) for _ in range(2))
-            batches[name] = max(1, int(batch_seconds / max(once, 1e-7)))
-        deadline = time.perf_counter() + seconds
-        rounds = 0
-        while rounds < least_rounds or time.perf_counter() < deadline:
-            for name, n in batches.items():
-                self.turn(name, n)
-            rounds += 1
+    def turn(self, name: str) -> None:
+        """Time one contestant."""
+        self.ready(name)
+        wall, on_device = time_steps(self._steps[name], self._batches[name], self._device)
+        self.seconds[name].append(wall)
+        self.device_seconds[name].append(on_device)
+
+    def run(self, rounds: int) -> None:
+        """Let every contestant have so many turns."""
+        for _ in range(rounds):
+            for name in self._steps:
+                self.turn(name)
 
 
 def block_medians(seconds: Sequence[float]) -> list[float]:
-    """The median of each third of the rounds."""
-    size = max(1, len(seconds) // BLOCKS)
-    return [median(seconds[i : i + size]) for i in range(0, size * BLOCKS, size) if seconds[i : i + size]]
-
-
-def block_ratios(ours: Sequence[float], peer: Sequence[float]) -> list[float]:
-    """The ratio of medians peer / ours in each third of the rounds."""
-    return [b / a for a, b in zip(block_medians(ours), block_medians(peer), strict=False)]
+    """The median of each third of the rounds; of all where there are fewer than three."""
+    size = len(seconds) // BLOCKS
+    if size == 0:
+        return [median(seconds)]
+    return [median(seconds[i : i + size]) for i in range(0, size * BLOCKS, size)]
 
 
 @dataclass(frozen=True)
@@ -152,13 +173,12 @@ def bandwidth(device: torch.device, numel: int | None = None, rounds: int = 5) -
         rounds: How often.
     """
     numel = numel or (1 << 29 if device.type == "cuda" else 1 << 25)
-    tensors = [torch.zeros(numel, device=device) for _ in range(4)]
+    tensors = [torch.rand(numel, device=device) for _ in range(4)]
     p, g, _, _ = tensors
-    timer = time_on_device if device.type == "cuda" else functools.partial(time_steps, device=device)
 
     def best(step: Callable[[], object]) -> float:
         step()
-        return min(timer(step, n=1) for _ in range(rounds))
+        return min(time_steps(step, 1, device)[1] for _ in range(rounds))
 
     nbytes = p.numel() * p.element_size()
     return Bandwidth(

@@ -74,10 +74,6 @@ class Problem:
         for p, grad in zip(self.params, self._grads, strict=True):
             p.grad = grad
 
-    def forget_start(self) -> None:
-        """Free what only `reset` and `set_gradients` need."""
-        self.start, self.gradients = [], []
-
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups: layer-wise learning rates, every other group without weight decay."""
         return [
