@@ -81,7 +81,7 @@ def check_equal_results(problem: Problem, peers: Sequence[Peer], reference: str 
             difference, index = _largest_difference(tensors, expected[key])
             if not difference <= allowed:  # not `>`: false for NaN
                 raise AssertionError(
-                    f"{problem.case.name}: after {len(GRADIENT_SCALES)} steps {key} of tensor {index} differs "
-                    f"between {peer.name} and {reference} by {difference:.1e}, allowed {allowed:.1e}"
+                    f"{problem.case.name}: {peer.name} and {reference} differ after {len(GRADIENT_SCALES)} "
+                    f"steps: {key} of tensor {index} by {difference:.1e}, allowed {allowed:.1e}"
                 )
     problem.set_gradients(1.0)

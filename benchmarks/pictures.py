@@ -99,7 +99,9 @@ def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Pat
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         unique["wanted"] = plt.Line2D([], [], marker="|", ls="", ms=12, mew=2.2, color=WANTED)
-        figure.subplots_adjust(left=0.27, right=0.98, top=1 - 1.0 / figure.get_figheight(), bottom=0.55 / figure.get_figheight())
+        figure.subplots_adjust(
+            left=0.27, right=0.98, top=1 - 1.0 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
+        )
         figure.legend(
             unique.values(),
             unique,
@@ -180,7 +182,9 @@ def plot_roofline(results: Sequence[Result], provenance: dict[str, Any], path: P
         axes.legend(
             handles=[
                 plt.Line2D([], [], marker="o", ls="", color=OURS, label="FusedHygieneAdamW"),
-                plt.Line2D([], [], marker="o", ls="", color=PEER_COLORS["fused"], label="clip + AdamW(fused=True)"),
+                plt.Line2D(
+                    [], [], marker="o", ls="", color=PEER_COLORS["fused"], label="clip + AdamW(fused=True)"
+                ),
                 plt.Line2D([], [], ls=":", color=INK, label="time of a step that moves nothing"),
             ],
             loc="lower right",

@@ -137,6 +137,16 @@ def evaluate(
     return results
 
 
+def thread_scaling(results: Sequence[Result]) -> dict[str, float]:
+    """Our time with one thread over that with several, for each case that was run with both."""
+    ours = {
+        (result.detail["case"], result.detail["threads"]): result.ours_ms
+        for result in results
+        if result.detail["clip"] and result.detail["peer"] == "fused" and "moved" not in result.name
+    }
+    return {case: ours[case, 1] / ms for (case, n), ms in ours.items() if n != 1 and (case, 1) in ours}
+
+
 def to_json(results: Sequence[Result], provenance: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Provenance, `cases` with the keys of `CASE_KEYS`, and `details` of each case by name."""
     return {
@@ -167,7 +177,12 @@ def _verdict(value: float, wanted: float | None, spec: str, unit: str = "") -> T
     return text
 
 
-def print_table(results: Sequence[Result], title: str, console: Console | None = None) -> None:
+def console() -> Console:
+    """Where tables go; wide enough for them in a log."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def print_table(results: Sequence[Result], title: str) -> None:
     """One line per race, one column of ratios per peer."""
     peers = list(dict.fromkeys(result.detail["peer"] for result in results))
     table = Table(title=title, caption="ratio: peer's time / ours; of copy, of stream: share of bandwidth")
@@ -196,4 +211,4 @@ def print_table(results: Sequence[Result], title: str, console: Console | None =
                 for peer in peers
             ),
         )
-    (console or Console(width=None if sys.stdout.isatty() else 140)).print(table)
+    console().print(table)
