@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,12 +31,19 @@ from benchmarks.cases import (
     Race,
 )
 from benchmarks.equality import check_equal_results
-from benchmarks.measure import Bandwidth, Heat, block_medians
+from benchmarks.measure import Bandwidth, Heat, block_medians, threads
 from benchmarks.peers import PASSES, PEERS, Problem, line_up
 from benchmarks.results import CASE_KEYS, evaluate, from_json, to_json
 
 CPU = torch.device("cpu")
 FEW = Case("few", ((3, 5), (7,), (4, 2, 3), (1,)), group_of=(0, 1, 0, 1))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Nothing here is large: a second thread only waits."""
+    with threads(1):
+        yield
 
 
 @pytest.mark.parametrize(
