@@ -249,10 +249,14 @@ def _race(run: Acceptance, problem: Problem, race: Race, seconds: float) -> list
     peers = list(line_up(problem, PEERS, clip=race.clip, backends=run.backends))
     check_equal_results(problem, peers)
 
-    def with_moved(step: Callable[[], object]) -> Callable[[], object]:
-        return lambda: (problem.move_gradients(), step())
+    def moving(step: Callable[[], object]) -> Callable[[], object]:
+        def move_and_step() -> None:
+            problem.move_gradients()
+            step()
 
-    steps = {peer.name: with_moved(peer.step) if race.moved_grads else peer.step for peer in peers}
+        return move_and_step
+
+    steps = {peer.name: moving(peer.step) if race.moved_grads else peer.step for peer in peers}
     heat = Heat(steps, run.device, turn_seconds=0.001 if run.dry_run else 0.05)
     heat.run(heat.rounds_in(seconds, least=3, most=60))
     assert run.bandwidth is not None

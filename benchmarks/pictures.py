@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .results import Result
 
@@ -98,7 +99,7 @@ def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Pat
         axes.set_xlabel("time of torch / time of FusedHygieneAdamW")
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        unique["wanted"] = plt.Line2D([], [], marker="|", ls="", ms=12, mew=2.2, color=WANTED)
+        unique["wanted"] = Line2D([], [], marker="|", ls="", ms=12, mew=2.2, color=WANTED)
         figure.subplots_adjust(
             left=0.27, right=0.98, top=1 - 1.0 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
         )
@@ -121,9 +122,15 @@ def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Pat
 
 def plot_roofline(results: Sequence[Result], provenance: dict[str, Any], path: Path) -> None:
     """Bytes per second against bytes per step: memory is the roof, the time of an empty step the slope."""
-    against = [r for r in results if r.detail["peer"] == "fused" and r.detail["clip"]]
-    if not against:
+    # One point per case and backend: with the most threads, gradients where they are.
+    points = {
+        (r.detail["case"], r.detail["backend"]): r
+        for r in sorted(results, key=lambda r: r.detail["threads"] or 0)
+        if r.detail["peer"] == "fused" and r.detail["clip"] and "moved" not in r.name
+    }
+    if not points:
         return
+    against = list(points.values())
     copy = max(r.detail["copy_gbps"] for r in against)
     stream = max(r.detail["stream_gbps"] for r in against)
     with plt.rc_context(_STYLE):
@@ -157,10 +164,10 @@ def plot_roofline(results: Sequence[Result], provenance: dict[str, Any], path: P
         for result in against:
             detail = result.detail
             peer_speed = detail["peer_bytes"] / (result.peer_ms * 1e-3) / 1e9
-            points = [(result.bytes, detail["gbps"]), (detail["peer_bytes"], peer_speed)]
-            axes.plot(*zip(*points, strict=True), color=GRID, linewidth=1, zorder=1)
-            axes.scatter(*points[0], s=58, color=OURS, edgecolor="white", zorder=3)
-            axes.scatter(*points[1], s=40, color=PEER_COLORS["fused"], edgecolor="white", zorder=2)
+            ours, peer = (result.bytes, detail["gbps"]), (detail["peer_bytes"], peer_speed)
+            axes.plot(*zip(ours, peer, strict=True), color=GRID, linewidth=1, zorder=1)
+            axes.scatter(*ours, s=58, color=OURS, edgecolor="white", zorder=3)
+            axes.scatter(*peer, s=40, color=PEER_COLORS["fused"], edgecolor="white", zorder=2)
         labelled: set[str] = set()
         for result in sorted(against, key=lambda r: -r.detail["gbps"]):
             if result.detail["case"] not in labelled:
@@ -181,11 +188,11 @@ def plot_roofline(results: Sequence[Result], provenance: dict[str, Any], path: P
         axes.set_ylabel("GB/s")
         axes.legend(
             handles=[
-                plt.Line2D([], [], marker="o", ls="", color=OURS, label="FusedHygieneAdamW"),
-                plt.Line2D(
+                Line2D([], [], marker="o", ls="", color=OURS, label="FusedHygieneAdamW"),
+                Line2D(
                     [], [], marker="o", ls="", color=PEER_COLORS["fused"], label="clip + AdamW(fused=True)"
                 ),
-                plt.Line2D([], [], ls=":", color=INK, label="time of a step that moves nothing"),
+                Line2D([], [], ls=":", color=INK, label="time of a step that moves nothing"),
             ],
             loc="lower right",
             frameon=False,
