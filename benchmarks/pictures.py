@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ _STYLE = {
     "axes.edgecolor": GRID,
     "xtick.color": INK,
     "ytick.color": INK,
-    "svg.fonttype": "none",
+    "lines.solid_capstyle": "butt",
 }
 
 
@@ -70,8 +71,8 @@ def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Pat
                 color = PEER_COLORS.get(peer, INK)
                 runs = result.detail["ratios"]
                 if peer == "fused":
-                    axes.plot([1, result.ratio], [row, row], color=color, linewidth=7, alpha=0.25, zorder=1)
-                    axes.plot([min(runs), max(runs)], [row, row], color=color, linewidth=2, zorder=2)
+                    axes.plot([1, result.ratio], [row, row], color=color, linewidth=7, alpha=0.25)
+                    axes.plot([min(runs), max(runs)], [row, row], color=color, linewidth=2)
                 axes.scatter(result.ratio, row, s=46, color=color, zorder=3, label=peer, edgecolor="white")
                 if result.wanted_ratio is not None:
                     axes.scatter(
@@ -81,7 +82,7 @@ def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Pat
             axes.annotate(
                 f"{fused.ratio:.2f}×",
                 (fused.ratio, row),
-                xytext=(0, 6),
+                xytext=(0, 7.5),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8.5,
@@ -120,79 +121,104 @@ def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Pat
         plt.close(figure)
 
 
+def _label_points(axes: Axes, points: Sequence[tuple[float, float, str]], gap: float) -> None:
+    """Names of points: upright in a row under those near the roof, at least `gap` decades apart."""
+    roof = max(y for _, y, _ in points)
+    row = min(y for _, y, _ in points if y > roof / 10) / 12
+    last = -math.inf
+    for x, y, name in sorted(points):
+        if y <= roof / 10:
+            axes.annotate(name, (x, y), (-7, 5), textcoords="offset points", ha="right", fontsize=8.5)
+            continue
+        last = max(math.log10(x), last + gap)
+        axes.plot([x, 10**last], [y, row], color=INK, linewidth=0.5, alpha=0.5, zorder=1)
+        axes.annotate(
+            name,
+            (10**last, row),
+            (0, -3),
+            textcoords="offset points",
+            rotation=90,
+            ha="center",
+            va="top",
+            fontsize=8.5,
+        )
+
+
+def _bytes(value: float, _: object = None) -> str:
+    """A power of ten as people say it."""
+    power = round(math.log10(value)) // 3
+    return f"{value / 1000**power:g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
 def plot_roofline(results: Sequence[Result], provenance: dict[str, Any], path: Path) -> None:
     """Bytes per second against bytes per step: memory is the roof, the time of an empty step the slope."""
     # One point per case and backend: with the most threads, gradients where they are.
-    points = {
+    chosen = {
         (r.detail["case"], r.detail["backend"]): r
         for r in sorted(results, key=lambda r: r.detail["threads"] or 0)
         if r.detail["peer"] == "fused" and r.detail["clip"] and "moved" not in r.name
     }
-    if not points:
+    if not chosen:
         return
-    against = list(points.values())
+    against = list(chosen.values())
     copy = max(r.detail["copy_gbps"] for r in against)
     stream = max(r.detail["stream_gbps"] for r in against)
+    roof = max(copy, stream)
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 6.2))
         _plain_axes(axes)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.minorticks_off()
         axes.grid(color=GRID, linewidth=0.6)
-        lowest, highest = min(r.bytes for r in against) / 3, max(r.bytes for r in against) * 6
+        least, most = min(r.bytes for r in against) / 3, max(r.bytes for r in against) * 6
+        axes.set_xlim(least, most)
         for level, text in ((copy, "copy"), (stream, "4 reads, 3 writes")):
             axes.axhline(level, color=INK, linewidth=1.2, linestyle="-" if text == "copy" else "--")
             axes.annotate(
-                f"{text}: {level:,.0f} GB/s",
-                (highest, level),
-                xytext=(-4, 3 if level == max(copy, stream) else -12),
+                f"{text}: {level:,.1f} GB/s",
+                (least, level),
+                xytext=(4, 4 if level == roof else -12),
                 textcoords="offset points",
-                ha="right",
                 fontsize=9,
             )
         # The time that a step takes however little it moves: that of the smallest case.
         smallest = min(against, key=lambda r: r.bytes)
         for ms, color in ((smallest.ours_ms, OURS), (smallest.peer_ms, PEER_COLORS["fused"])):
-            ends = (lowest, min(highest, ms * 1e-3 * max(copy, stream) * 1e9))
-            axes.plot(ends, [x / (ms * 1e-3) / 1e9 for x in ends], color=color, linewidth=1, linestyle=":")
+            gbps_per_byte = 1e-6 / ms
+            right = min(most, roof / gbps_per_byte)
+            axes.plot(
+                [least, right], [least * gbps_per_byte, right * gbps_per_byte], color=color, ls=":", lw=1
+            )
             axes.annotate(
                 f"{ms:.2g} ms",
-                (ends[0], ends[0] / (ms * 1e-3) / 1e9),
-                xytext=(2, 8),
+                (least, least * gbps_per_byte),
+                xytext=(4, 20),
                 textcoords="offset points",
                 color=color,
                 fontsize=9,
             )
         for result in against:
             detail = result.detail
-            peer_speed = detail["peer_bytes"] / (result.peer_ms * 1e-3) / 1e9
-            ours, peer = (result.bytes, detail["gbps"]), (detail["peer_bytes"], peer_speed)
-            axes.plot(*zip(ours, peer, strict=True), color=GRID, linewidth=1, zorder=1)
+            ours = (result.bytes, detail["gbps"])
+            peer = (detail["peer_bytes"], detail["peer_bytes"] * 1e-6 / result.peer_ms)
+            axes.plot(*zip(ours, peer, strict=True), color=PEER_COLORS["trick"], linewidth=1, zorder=1)
             axes.scatter(*ours, s=58, color=OURS, edgecolor="white", zorder=3)
             axes.scatter(*peer, s=40, color=PEER_COLORS["fused"], edgecolor="white", zorder=2)
-        labelled: set[str] = set()
-        for result in sorted(against, key=lambda r: -r.detail["gbps"]):
-            if result.detail["case"] not in labelled:
-                labelled.add(result.detail["case"])
-                axes.annotate(
-                    result.detail["case"],
-                    (result.bytes, result.detail["gbps"]),
-                    xytext=(0, 8),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8.5,
-                )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(lowest, highest)
-        axes.set_ylim(top=max(copy, stream, *(r.detail["gbps"] for r in against)) * 2)
+        axes.set_ylim(top=2.5 * max(roof, *(r.detail["gbps"] for r in against)))
+        names: dict[str, tuple[float, float, str]] = {}
+        for r in against:
+            names.setdefault(r.detail["case"], (r.bytes, r.detail["gbps"], r.detail["case"]))
+        _label_points(axes, list(names.values()), gap=0.024 * math.log10(most / least))
+        axes.xaxis.set_major_formatter(_bytes)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("bytes that a step moves (clip included)")
         axes.set_ylabel("GB/s")
         axes.legend(
             handles=[
                 Line2D([], [], marker="o", ls="", color=OURS, label="FusedHygieneAdamW"),
-                Line2D(
-                    [], [], marker="o", ls="", color=PEER_COLORS["fused"], label="clip + AdamW(fused=True)"
-                ),
-                Line2D([], [], ls=":", color=INK, label="time of a step that moves nothing"),
+                Line2D([], [], marker="o", ls="", color=PEER_COLORS["fused"], label="clip + fused AdamW"),
+                Line2D([], [], ls=":", color=INK, label="time of the smallest step"),
             ],
             loc="lower right",
             frameon=False,
