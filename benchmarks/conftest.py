@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options."""
     group = parser.getgroup("fused_adamw benchmarks")
     group.addoption("--quick", action="store_true", help="few values and rounds: tries the machinery only")
-    group.addoption("--seconds", type=float, default=12.0, help="time for the rounds of one race [12]")
+    group.addoption("--seconds", type=float, default=8.0, help="time for the rounds of one race [8]")
     group.addoption("--out", type=Path, default=Path("runs/bench"), help="folder for JSON and PNG")
 
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +59,15 @@ class Heat:
     """Contestants whose steps are timed in turn, so that a disturbance meets all of them.
 
     Attributes:
-        seconds: Wall time per step of each contestant, one entry per round.
+        seconds: Wall time per step of each contestant, one entry per turn.
         device_seconds: The same between events on the device.
     """
 
     # A step shorter than this is preceded by an untimed one: what its code and small tensors left in the
     # caches, the others have pushed out.
     WARM_BELOW = 0.02
+    # Contestants slower than this, and than twice the fastest, take their turn in every third round.
+    RARE_ABOVE = 0.2
 
     def __init__(
         self,
@@ -88,15 +90,21 @@ class Heat:
         self._estimates: dict[str, float] = {}
         for name, step in steps.items():
             step()  # builds state and tables
-            self._estimates[name] = min(time_steps(step, 1, device)[0] for _ in range(2))
+            self._estimates[name] = time_steps(step, 1, device)[0]
+        slow = max(self.RARE_ABOVE, 2 * min(self._estimates.values()))
+        self._every = {name: 3 if s > slow else 1 for name, s in self._estimates.items()}
+        self._rounds = 0
         self._batches = {name: max(1, int(turn_seconds / s)) for name, s in self._estimates.items()}
         self.seconds: dict[str, list[float]] = {name: [] for name in steps}
         self.device_seconds: dict[str, list[float]] = {name: [] for name in steps}
 
     def rounds_in(self, seconds: float, least: int, most: int) -> int:
         """How many rounds take so long; divisible by the number of blocks."""
-        batches = [(self._batches[name] + self._is_warmed(name)) * s for name, s in self._estimates.items()]
-        rounds = max(least, min(most, int(seconds / sum(batches))))
+        turns = [
+            (self._batches[name] + self._is_warmed(name)) * s / self._every[name]
+            for name, s in self._estimates.items()
+        ]
+        rounds = max(least, min(most, int(seconds / sum(turns))))
         return -(-rounds // BLOCKS) * BLOCKS
 
     def _is_warmed(self, name: str) -> bool:
@@ -116,18 +124,24 @@ class Heat:
         self.seconds[name].append(wall)
         self.device_seconds[name].append(on_device)
 
-    def run(self, rounds: int) -> None:
-        """Let every contestant have so many turns."""
-        for _ in range(rounds):
-            for name in self._steps:
+    def round(self, names: Iterable[str]) -> None:
+        """Let each of these have its turn, if this is one of its rounds."""
+        for name in names:
+            if self._rounds % self._every[name] == 0:
                 self.turn(name)
+        self._rounds += 1
+
+    def run(self, rounds: int) -> None:
+        """Run so many rounds of all contestants."""
+        for _ in range(rounds):
+            self.round(self._steps)
 
 
 def block_medians(seconds: Sequence[float]) -> list[float]:
     """The median of each third of the rounds; of all where there are fewer than three."""
     size = len(seconds) // BLOCKS
     if size == 0:
-        return [median(seconds)]
+        return [median(seconds)] * BLOCKS
     return [median(seconds[i : i + size]) for i in range(0, size * BLOCKS, size)]
 
 

@@ -63,9 +63,7 @@ def test_step(
         )
 
         def others_then_ready() -> None:
-            for name in peers:
-                if name != "ours":
-                    heat.turn(name)
+            heat.round(name for name in peers if name != "ours")
             heat.ready("ours")
 
         rounds = 3 if quick else heat.rounds_in(pytestconfig.getoption("--seconds"), least=9, most=600)

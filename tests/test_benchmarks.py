@@ -154,7 +154,7 @@ def test_a_heat_times_all_in_turn() -> None:
 
 def test_medians_by_thirds() -> None:
     assert block_medians([1, 2, 9, 4, 4, 5, 6, 6, 7]) == [2, 4, 6]
-    assert block_medians([3, 1]) == [2]
+    assert block_medians([3, 1]) == [2, 2, 2]
 
 
 def _evaluated(ours: list[float], **more: object) -> list:  # type: ignore[type-arg]
