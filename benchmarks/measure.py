@@ -186,7 +186,7 @@ def bandwidth(device: torch.device, numel: int | None = None, rounds: int = 5) -
         numel: Values per tensor; by default far more than any cache holds.
         rounds: How often.
     """
-    numel = numel or (1 << 29 if device.type == "cuda" else 1 << 25)
+    numel = numel or (1 << 29 if device.type == "cuda" else 1 << 24)
     tensors = [torch.rand(numel, device=device) for _ in range(4)]
     p, g, _, _ = tensors
 

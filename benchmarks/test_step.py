@@ -11,7 +11,7 @@ import torch
 
 from .cases import CPU_RACES, Case, Race
 from .equality import check_equal_results
-from .measure import Bandwidth, Heat, bandwidth, threads
+from .measure import Heat, bandwidth, threads
 from .peers import Peer, Problem, line_up
 from .results import Result, evaluate
 
@@ -33,12 +33,6 @@ def _checked_peers(case: Case, clip: bool) -> tuple[Peer, ...]:
     return peers
 
 
-@functools.cache
-def _bandwidth(count: int, numel: int | None) -> Bandwidth:
-    with threads(count):
-        return bandwidth(CPU, numel)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _free_memory() -> Iterator[None]:
     yield
@@ -53,8 +47,8 @@ def test_step(
     quick = pytestconfig.getoption("--quick")
     if quick:
         race = race.tiny()
-    memory = _bandwidth(race.threads or 1, 1 << 20 if quick else None)
     with threads(race.threads):
+        memory = bandwidth(CPU, 1 << 20 if quick else None)
         peers = {peer.name: peer for peer in _checked_peers(race.case, race.clip)}
         heat = Heat(
             {name: peer.step for name, peer in peers.items()},
