@@ -1,7 +1,7 @@
 """AdamW done right in one line: the right parameters decay, clipping happens inside one fused update."""
 
 from .backends import available_backends
-from .groups import build_param_groups, get_optimizer_grouped_parameters
+from .groups import build_param_groups, explain_param_groups, get_optimizer_grouped_parameters
 from .optimizer import FusedHygieneAdamW
 from .version import __version__
 
@@ -10,5 +10,6 @@ __all__ = [
     "__version__",
     "available_backends",
     "build_param_groups",
+    "explain_param_groups",
     "get_optimizer_grouped_parameters",
 ]

@@ -13,14 +13,14 @@ from torch._compile import _disable_dynamo
 
 from .backends import check_backend, kernels_for, reference
 from .groups import build_param_groups, compare_param_names, summarize_param_groups
-from .plan import Plan, StepInputs
+from .plan import Plan, StepInputs, is_capturing
 
 logger = logging.getLogger("fused_adamw")
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # Attributes that a copy of the optimizer keeps; the plan, full of addresses, it makes itself.
-_COPIED = ("_backend", "_max_grad_norm", "_state_dtype", "_status", "_has_norm")
+_COPIED = ("_backend", "_max_grad_norm", "_skip_nonfinite", "_state_dtype", "_status", "_has_norm")
 
 
 class FusedHygieneAdamW(torch.optim.AdamW):
@@ -46,11 +46,15 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         amsgrad: Use the running maximum of `exp_avg_sq` (https://arxiv.org/abs/1904.09237).
         maximize: Ascend.
         foreach: Accepted for compatibility; changes nothing.
-        capturable: The step may be captured in a CUDA graph.
+        capturable: The step may be captured in a CUDA graph, after one step without capture. A replay follows
+            a tensor `lr`, not a float.
         differentiable: Refused: the step is not differentiable.
         fused: Accepted for compatibility; changes nothing.
         max_grad_norm: Clip to this global norm over all groups, as `torch.nn.utils.clip_grad_norm_` would.
             None: no clipping, and no pass over the gradients for a norm. `math.inf`: measure, never clip.
+        skip_nonfinite: A step whose gradient norm is infinite or NaN changes nothing, step counts included,
+            and `skipped_steps` counts it; decided on the device, by a norm that is then measured even without
+            `max_grad_norm`. By default such gradients do what they do in torch.
         state_dtype: Dtype of the moments, `torch.float32` or `torch.bfloat16`; None: that of each parameter,
             as in torch. Kept through `state_dict` and `load_state_dict`.
         backend: "auto", "native" (C++ on CPU, CUDA on GPU), "triton" or "reference" (plain PyTorch).
@@ -79,6 +83,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
@@ -94,6 +99,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             )
         self._backend = backend
         self._state_dtype = state_dtype
+        self._skip_nonfinite = skip_nonfinite
         self._plan: Plan | None = None
         self._status: Tensor | None = None  # float64: norm of the last step, steps skipped so far
         self._has_norm = False
@@ -149,19 +155,31 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         return self._state_dtype
 
     @property
+    def skip_nonfinite(self) -> bool:
+        """Whether steps with a gradient norm that is not finite are skipped."""
+        return self._skip_nonfinite
+
+    @property
     def grad_norm(self) -> Tensor | None:
         """Global gradient norm of the last step, before clipping and without any loss scale.
 
         A new 0-dim tensor on the parameters' device, float32 (float64 where a parameter is float64); None
-        before the first step and without `max_grad_norm`. Nothing waits for the device until it is read.
+        before the first step and without a norm pass. Nothing waits for the device until it is read.
         """
         if not self._has_norm:
             return None
         dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
         dtype = torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
         if self._status is None:  # no parameter has had a gradient
-            return torch.zeros((), dtype=dtype)
+            return torch.zeros((), dtype=dtype, device="cpu")
         return self._status[0].to(dtype, copy=True)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """Steps skipped so far, by `skip_nonfinite` or a GradScaler: a new 0-dim int64 tensor."""
+        if self._status is None:
+            return torch.zeros((), dtype=torch.int64, device="cpu")
+        return self._status[1].to(torch.int64)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
@@ -228,7 +246,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             plan = self._plan = self._new_plan(params, grads)
         plan.prepare(self.param_groups, grads)
 
-        self._has_norm = self._max_grad_norm is not None
+        self._has_norm = self._max_grad_norm is not None or self._skip_nonfinite
         sums = plan.sum_of_squares(grads) if self._has_norm else {}
         for bucket, _, status in plan.buckets:
             bucket.update(grads, self._step_inputs(sums.get(bucket.device), status))
@@ -243,6 +261,11 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     def _new_plan(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Plan:
         """Check everything, then create the state that is missing, then lay out the tables."""
+        if any(is_capturing(device) for device in {p.device for p in params}):
+            raise RuntimeError(
+                "FusedHygieneAdamW cannot allocate its state and tables while a CUDA graph is captured: run "
+                "a step without capture first, with gradients of the same layouts"
+            )
         for slot, (p, grad) in enumerate(zip(params, grads, strict=True)):
             self._check_step(slot, p, grad)
         steps: set[int] = set()
@@ -258,6 +281,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             lambda device: kernels_for(self._backend, device),
             reference,
             self._status,
+            self._plan,
         )
         self._status = plan.buckets[0][2] if plan.buckets else self._status
         for slot, reason in plan.fallbacks.items():
@@ -275,6 +299,11 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         if grad is not None:
             others["gradient"] = grad
         for what, t in others.items():
+            if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
+                found = f"a tensor of {t.dtype}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+                raise RuntimeError(
+                    f"{what} of parameter {self._name(slot)} is {found}, expected a floating point tensor"
+                )
             if t.device != p.device or t.shape != p.shape:
                 raise RuntimeError(
                     f"{what} of parameter {self._name(slot)} is {tuple(t.shape)} on {t.device}, expected "
@@ -305,14 +334,16 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     def _step_inputs(self, sums: Tensor | None, status: Tensor) -> StepInputs:
         def on_device(value: Any) -> Tensor | None:
-            return None if value is None else torch.as_tensor(value).to(status.device, torch.float32)
+            if value is None:
+                return None
+            return torch.as_tensor(value, dtype=torch.float32, device=status.device).reshape(())
 
         return StepInputs(
             sums=sums,
-            max_grad_norm=0.0 if self._max_grad_norm is None else self._max_grad_norm,
+            max_grad_norm=math.inf if self._max_grad_norm is None else self._max_grad_norm,
             grad_scale=on_device(getattr(self, "grad_scale", None)),
             found_inf=on_device(getattr(self, "found_inf", None)),
-            skip_nonfinite=False,
+            skip_nonfinite=self._skip_nonfinite,
             status=status,
         )
 
@@ -384,7 +415,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
 def _own_step(step: Any, p: Tensor) -> Tensor:
     """A step count shared with nobody, in the form of torch's fused optimizers: 0-dim float32 beside `p`."""
-    return torch.as_tensor(step).detach().reshape(()).to(p.device, torch.float32, copy=True)
+    return torch.as_tensor(step, dtype=torch.float32, device=p.device).detach().reshape(()).clone()
 
 
 def _check_hypers(group: dict[str, Any], index: int) -> None:
@@ -402,5 +433,5 @@ def _check_hypers(group: dict[str, Any], index: int) -> None:
         if not 0.0 <= float(value) < below:
             limit = f" and below {below}" if below != math.inf else ""
             raise ValueError(
-                f"invalid {name} in parameter group {index}: {value}, expected a number >= 0{limit}"
+                f"invalid {name} in parameter group {index}: {value}, expected a finite number >= 0{limit}"
             )

@@ -10,10 +10,12 @@ optimizer builds another.
 
 from __future__ import annotations
 
+import operator
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -103,8 +105,8 @@ class StepInputs:
 class KernelBackend(Protocol):
     """Kernels that walk the tables: `native` and `triton`."""
 
-    def chunk_size(self, device: torch.device) -> int:
-        """Elements per chunk that suit the device."""
+    def chunk_size(self, device: torch.device, numel: int) -> int:
+        """Elements per chunk that suit the device and the number of elements in all."""
 
     def max_host_hypers(self, device: torch.device) -> int:
         """Up to how many hyper rows may stay in host memory."""
@@ -156,21 +158,45 @@ def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
     Returns:
         int32 (n_chunks, 2): row, index of the chunk within the row. Rows without elements have none.
     """
-    counts = (torch.tensor(numels, dtype=torch.int64) + (chunk_size - 1)) // chunk_size
+    counts = (torch.tensor(numels, dtype=torch.int64, device="cpu") + (chunk_size - 1)) // chunk_size
     row = torch.repeat_interleave(counts)
     first = torch.cumsum(counts, 0) - counts
-    index = torch.arange(row.numel()) - first[row]
+    index = torch.arange(row.numel(), device="cpu") - first[row]
     return torch.stack([row, index], dim=1).to(torch.int32)
 
 
-def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """Copy a host table to the device without waiting.
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of the device is being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    The allocator of pinned memory keeps the staging buffer untouched until the copy is done.
+
+class DeviceTable:
+    """Host tables on their way to a device, without the host waiting.
+
+    The allocator of pinned memory keeps a staging buffer untouched until its copy is done. A captured graph
+    copies again at every replay, from the staging buffer into the table of its capture: both are kept, and as
+    pinned memory cannot be allocated during a capture, one buffer is always at hand.
     """
-    if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spare: Tensor | None = None
+        self._kept: list[Tensor] = []
+
+    def upload(self, table: Tensor) -> Tensor:
+        """Return a copy of `table` on the device; on the CPU, the table itself."""
+        if self.device.type == "cpu":
+            return table
+        if not is_capturing(self.device):
+            if self._spare is None:
+                self._spare = torch.empty_like(table, pin_memory=True)
+            return table.pin_memory().to(self.device, non_blocking=True)
+        if self._spare is None:
+            raise RuntimeError("run a step of the optimizer without capture before each capture")
+        staging, self._spare = self._spare.copy_(table), None
+        uploaded = staging.to(self.device, non_blocking=True)
+        self._kept += [staging, uploaded]
+        return uploaded
 
 
 class TableBucket:
@@ -183,28 +209,30 @@ class TableBucket:
         self.dtypes = (first.param.dtype, first.grad_dtype, first.exp_avg.dtype)
         self._codes = tuple(DTYPE_CODE[dtype] for dtype in self.dtypes)
         self._backend = backend
-        self._chunk_size = backend.chunk_size(self.device)
+        numels = [entry.param.numel() for entry in entries]
+        self._chunk_size = backend.chunk_size(self.device, sum(numels))
         self._hypers_on_host = n_hypers <= backend.max_host_hypers(self.device)
-        self._rows_host = torch.tensor([entry.addresses() for entry in entries], dtype=torch.int64)
+        self._rows_host = torch.tensor(
+            [entry.addresses() for entry in entries], dtype=torch.int64, device="cpu"
+        )
         self._rows = self._rows_host
-        self._chunks = _upload(chunk_table([e.param.numel() for e in entries], self._chunk_size), self.device)
+        self._rows_table, self._hypers_table = DeviceTable(self.device), DeviceTable(self.device)
+        self._chunks = DeviceTable(self.device).upload(chunk_table(numels, self._chunk_size))
         self._workspace = torch.zeros(1 + len(self._chunks), dtype=torch.float64, device=self.device)
-        self._hypers = torch.empty(0)
-        self._lrs: list[Tensor] = []
-        self._kept_for_graphs: list[Tensor] = []
+        self._hypers = torch.empty(0, device="cpu")
+        self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
 
     def set_grads(self, addresses: Sequence[int]) -> None:
         """Write the gradient address of every row: `addresses` has one for each slot of the plan."""
         column = array("q", [addresses[slot] for slot in self.slots])
         self._rows_host[:, GRAD] = torch.frombuffer(column, dtype=torch.int64)
-        self._rows = _upload(self._rows_host, self.device)
-        self._keep_if_capturing(self._rows)
+        self._rows = self._rows_table.upload(self._rows_host)
 
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
         """Write the table of hyper-parameters, one row per group."""
         on_device = self.device.type != "cpu"
         flat = array("d")
-        self._lrs = []  # tensors that the table points to
+        self._lrs = []
         for hyper in hypers:
             lr, address = hyper.lr, 0
             if isinstance(lr, Tensor):
@@ -217,13 +245,7 @@ class TableBucket:
             flat.extend((lr, *hyper[1:5], sign))
             flat.frombytes(address.to_bytes(8, sys.byteorder))
         table = torch.frombuffer(flat, dtype=torch.float64).view(len(hypers), HYPER_WORDS)
-        self._hypers = table if self._hypers_on_host else _upload(table, self.device)
-        self._keep_if_capturing(self._hypers, *self._lrs)
-
-    def _keep_if_capturing(self, *tensors: Tensor) -> None:
-        """A replay of a captured graph reads the tables that it was captured with."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._kept_for_graphs += tensors
+        self._hypers = table if self._hypers_on_host else self._hypers_table.upload(table)
 
     def sum_of_squares(self, grads: Sequence[Tensor | None], out: Tensor) -> None:
         """Write the sum of squares of the bucket's gradients to `out`, float64, one element."""
@@ -340,21 +362,46 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _address(value: object) -> int:
+def _address(t: Tensor) -> int:
     """Where a tensor's memory starts; an identity for what has no memory of its own."""
     try:
-        return value.data_ptr()  # type: ignore[attr-defined, no-any-return]
-    except (AttributeError, RuntimeError):
-        return id(value)
+        return t.data_ptr()
+    except RuntimeError:
+        return id(t)
 
 
-def _addresses(params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> list[int]:
-    """Addresses of all parameters and of everything in their state, in a fixed order."""
-    values = [value for s in state.values() for value in s.values()]
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     try:
-        return [t.data_ptr() for t in params] + [t.data_ptr() for t in values]
-    except (AttributeError, RuntimeError):
-        return [_address(value) for value in (*params, *values)]
+        return list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:
+        return list(map(_address, tensors))
+
+
+def _state_tensors(state: Mapping[Tensor, dict[str, Any]]) -> list[Tensor]:
+    """Every tensor of the state, in a fixed order."""
+    return [t for s in state.values() for t in s.values() if isinstance(t, Tensor)]
+
+
+def _same(a: Sequence[object], b: Sequence[object]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+class _Metadata:
+    """What kernels take for granted of tensors, beside their addresses."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.columns: list[Sequence[object]] = [
+            [t.dtype for t in tensors],
+            [t.layout for t in tensors],
+            [t.shape for t in tensors],
+            list(map(Tensor.stride, tensors)),
+        ]
+
+    def where(self, selected: Sequence[bool]) -> _Metadata:
+        """Of some of the tensors."""
+        part = _Metadata([])
+        part.columns = [list(compress(column, selected)) for column in self.columns]
+        return part
 
 
 def _grad_addresses(grads: Sequence[Tensor | None]) -> list[int]:
@@ -363,10 +410,6 @@ def _grad_addresses(grads: Sequence[Tensor | None]) -> list[int]:
         return [0 if g is None else g.data_ptr() or 1 for g in grads]
     except RuntimeError:
         return [0 if g is None else _address(g) for g in grads]
-
-
-def _layout(t: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-    return t.dtype, t.stride()
 
 
 class Plan:
@@ -378,6 +421,7 @@ class Plan:
         kernels_for: The kernels that serve a device, None for the reference.
         reference: The reference backend.
         status: What the plan before this one left in the status of its first bucket.
+        previous: The plan before this one: it knows what gradients that are absent now looked like.
 
     Attributes:
         buckets: What to run, each with a place for its sum of squares and one for its status (float64: the
@@ -392,13 +436,16 @@ class Plan:
         kernels_for: Callable[[torch.device], KernelBackend | None],
         reference: ReferenceBackend,
         status: Tensor | None,
+        previous: Plan | None,
     ) -> None:
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._structure = self._structure_of(groups)
-        self._addresses = _addresses(self._params, state)
+        self._state_tensors = _state_tensors(state)
+        self._addresses = _addresses([*self._params, *self._state_tensors])
+        self._metadata = _Metadata(self._params)
         grads = [p.grad for p in self._params]
-        # Without a gradient yet: one like the parameter is expected.
-        self._layouts = [_layout(p if g is None else g) for p, g in zip(self._params, grads, strict=True)]
+        self._expected = [self._expected_grad(slot, previous) for slot in range(len(grads))]
+        self._grad_metadata = _Metadata(self._expected)
         self._grad_addresses: list[int] | None = None
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
@@ -409,9 +456,9 @@ class Plan:
         for slot, (p, group) in enumerate(zip(self._params, group_of, strict=True)):
             if not (s := state.get(p)):
                 continue  # no gradient so far
-            grad = grads[slot]
+            grad = self._expected[slot] if grads[slot] is None else grads[slot]
             v_max = s["max_exp_avg_sq"] if groups[group]["amsgrad"] else None
-            grad_dtype = p.dtype if grad is None else grad.dtype
+            grad_dtype = self._expected[slot].dtype
             entry = Entry(slot, group, p, s["exp_avg"], s["exp_avg_sq"], v_max, s["step"], grad_dtype)
             key: tuple[object, ...] = (p.device,)
             if kernels_for(p.device) is not None:
@@ -440,6 +487,14 @@ class Plan:
         stepped = {slot for bucket, _, _ in self.buckets for slot in bucket.slots}
         self._without_state = [slot for slot in range(len(self._params)) if slot not in stepped]
 
+    def _expected_grad(self, slot: int, previous: Plan | None) -> Tensor:
+        """What a parameter's gradient looks like, as it is, was, or as the parameter; not its memory."""
+        p = self._params[slot]
+        if (grad := p.grad) is None:
+            known = previous is not None and slot < len(previous._params) and previous._params[slot] is p
+            return previous._expected[slot] if previous is not None and known else p
+        return torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device="meta")
+
     @staticmethod
     def _structure_of(groups: Sequence[Mapping[str, Any]]) -> list[object]:
         return [(len(group["params"]), bool(group["amsgrad"])) for group in groups]
@@ -459,15 +514,22 @@ class Plan:
             grads: Their gradients now.
             state: The optimizer's state now.
         """
-        return (
+        state_tensors = _state_tensors(state)
+        if not (
             self._structure_of(groups) == self._structure
-            and list(map(id, params)) == list(map(id, self._params))
-            and _addresses(params, state) == self._addresses
-            and not any(grads[slot] is not None for slot in self._without_state)
-            and not any(
-                g is not None and (g.dtype is not dtype or g.stride() != strides)
-                for g, (dtype, strides) in zip(grads, self._layouts, strict=True)
-            )
+            and _same(params, self._params)
+            and _same(state_tensors, self._state_tensors)
+            and _addresses([*params, *state_tensors]) == self._addresses
+            and _Metadata(params).columns == self._metadata.columns
+        ):
+            return False
+        present = [g for g in grads if g is not None]
+        expected = self._grad_metadata
+        if len(present) < len(grads):
+            expected = expected.where([g is not None for g in grads])
+        return (
+            not any(grads[slot] is not None for slot in self._without_state)
+            and _Metadata(present).columns == expected.columns
         )
 
     def prepare(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor | None]) -> None:

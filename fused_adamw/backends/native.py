@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import torch
 
-# Elements per chunk. CPU: large enough that the walk costs nothing, small enough to share out one tensor.
-# CUDA: many chunks per block, so that the last wave of a persistent grid is short.
-_CPU_CHUNK_SIZE = 1 << 15
-_CUDA_CHUNK_SIZE = 1 << 13
+# Elements per chunk: large enough that the walk costs nothing, small enough to share out one tensor. On a
+# GPU, below so many elements in all, smaller ones, so that every processor has some.
+_CHUNK_SIZE = 1 << 15
+_SMALL_CHUNK_SIZE = 1 << 13
+_SMALL_MODEL = 1 << 24
 # kMaxInlineHypers: these travel as kernel parameters.
 _MAX_INLINE_HYPERS = 64
 
@@ -69,9 +70,12 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def chunk_size(device: torch.device) -> int:
-    """Elements per chunk that suit the device."""
-    return _CPU_CHUNK_SIZE if device.type == "cpu" else _CUDA_CHUNK_SIZE
+def chunk_size(device: torch.device, numel: int) -> int:
+    """Elements per chunk that suit the kind of device and the number of elements in all.
+
+    Never the model of a GPU: the last bits of the norm depend on it.
+    """
+    return _SMALL_CHUNK_SIZE if device.type == "cuda" and numel < _SMALL_MODEL else _CHUNK_SIZE
 
 
 def max_host_hypers(device: torch.device) -> int:

@@ -54,6 +54,7 @@ class Decision:
         layer: Layer number under layer-wise decay.
         finding: How the role was found.
         chosen: Whether a person asked for it: an override, a mark, a hook or `roles=`.
+        disputed: Whether the places of a shared tensor speak for decay and against it.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Decision:
     layer: int | None
     finding: Finding
     chosen: bool
+    disputed: bool
 
     @property
     def owner(self) -> str:
@@ -82,7 +84,7 @@ class Decision:
     def __str__(self) -> str:
         """One sentence: `transformer.ln_f.weight does not decay: ...`."""
         verb = f"decays ({self.options['weight_decay']:g})" if self.decays else "does not decay"
-        shared = f", shared with {', '.join(self.aliases)}" if self.aliases else ""
+        shared = f", shared with {', '.join(self.aliases)}," if self.aliases else ""
         scale = f"; its learning rate is scaled by {self.lr_scale:.4g}" if self.lr_scale != 1 else ""
         sure = "" if self.confidence == "high" else f" [{self.confidence} confidence]"
         return f"{self.name}{shared} {verb}: {self.evidence}{scale}{sure}."
@@ -98,14 +100,17 @@ class _Draft:
     confidence: Confidence
     options: dict[str, Any] = field(default_factory=dict)
     chosen: bool = False
+    disputed: bool = False
 
     def apply(self, options: Mapping[str, Any], rule: Rule, evidence: str) -> None:
+        if "weight_decay" in options:
+            self.options.pop("weight_decay_scale", None)  # a later absolute value is absolute
         self.options.update(options)
-        decay = options.get("weight_decay", options.get("weight_decay_scale"))
-        if decay is None:  # speaks about something else, the learning rate say
+        decays = _says(options, self.decays)
+        if decays is None:  # speaks about something else, the learning rate say
             self.evidence += f"; {evidence}"
             return
-        self.decays, self.rule, self.evidence, self.confidence = decay > 0, rule, evidence, "high"
+        self.decays, self.rule, self.evidence, self.confidence = decays, rule, evidence, "high"
         self.chosen = True
 
 
@@ -165,6 +170,9 @@ def _draft(
         decays, why = policy.rule(item, listed)
         return _Draft(decays, "policy", f"{policy.name}: {why}", "high")
     (decays, why), extra = table[finding.role]
+    if any(table[role][0][0] != decays for role in finding.others):
+        evidence = f"its places speak for different roles ({finding.places}) and the first decides; {why}"
+        return _Draft(decays, finding.rule, evidence, "low", dict(extra), bool(extra), disputed=True)
     return _Draft(
         decays, finding.rule, f"{finding.evidence}; {why}", finding.confidence, dict(extra), bool(extra)
     )
@@ -197,6 +205,7 @@ def _finish(
         layer=layer,
         finding=finding,
         chosen=draft.chosen,
+        disputed=draft.disputed and not draft.chosen,
     )
 
 
@@ -214,10 +223,19 @@ def _role_table(
     for name, setting in (roles or {}).items():
         role = as_role(name)
         options = parse_setting(setting, f"roles[{str(role)!r}]")
-        decay = options.get("weight_decay", options.get("weight_decay_scale"))
-        verdict = table[role][0] if decay is None else (decay > 0, f"roles= says so for {role}")
+        decays = _says(options, table[role][0][0])
+        verdict = table[role][0] if decays is None else (decays, f"roles= says so for {role}")
         table[role] = (verdict, options)
     return table
+
+
+def _says(options: Mapping[str, Any], before: bool) -> bool | None:
+    """What options say about decay, or None. A scale of what does not decay leaves it so."""
+    if "weight_decay" in options:
+        return bool(options["weight_decay"] > 0)
+    if "weight_decay_scale" in options:
+        return before and bool(options["weight_decay_scale"] > 0)
+    return None
 
 
 def _depths(

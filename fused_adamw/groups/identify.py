@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -37,14 +37,16 @@ class Finding:
         rule: Which kind of evidence decided.
         evidence: The evidence, as a clause for the report.
         confidence: `high`, `medium` or `low`.
-        disagreement: Set when the places of a shared tensor speak for different roles.
+        others: The roles that other places of a shared tensor speak for.
+        places: What each place of a shared tensor speaks for, in words.
     """
 
     role: Role
     rule: Rule
     evidence: str
     confidence: Confidence
-    disagreement: str = ""
+    others: frozenset[Role] = frozenset()
+    places: str = ""
 
 
 def identify(located: Located) -> Finding:
@@ -54,8 +56,8 @@ def identify(located: Located) -> Finding:
         located: The tensor.
 
     Returns:
-        One finding. An embedding that is also the weight of a linear layer is a `TIED_EMBEDDING`; for any
-        other disagreement the first place decides, and the finding says so.
+        One finding. An embedding that is also the weight of a linear layer is a `TIED_EMBEDDING`; otherwise
+        the first place decides, and the finding lists what the others speak for.
     """
     findings = [_identify_at(place, located) for place in located.places]
     first = findings[0]
@@ -72,7 +74,7 @@ def identify(located: Located) -> Finding:
         return Finding(
             Role.TIED_EMBEDDING, first.rule, f"an embedding and a head share it ({places})", "high"
         )
-    return Finding(first.role, first.rule, first.evidence, "low", disagreement=places)
+    return replace(first, others=frozenset(roles - {first.role}), places=places)
 
 
 def _identify_at(place: Place, located: Located) -> Finding:
@@ -173,7 +175,7 @@ def _by_structure(place: Place, located: Located) -> Finding | None:
     if is_norm and (
         located.is_vector or (_ends_as_norm(name) and local <= {"weight", "gamma", "scale", "g"})
     ):
-        role = Role.BIAS if local & {"bias", "beta", "shift"} else Role.NORM
+        role = Role.BIAS if local & {"bias", "beta", "shift", "b"} else Role.NORM
         if role is Role.NORM and getattr(owner, "zero_centered_gamma", False):
             role = Role.ZERO_CENTERED_NORM
         clause = f"{_owner(place)} is {_article(name)} {name}, built like a norm"
@@ -190,7 +192,7 @@ def _by_name(place: Place, located: Located) -> Finding | None:
     for rule in NAMES:
         if rule.vector_only and not located.is_vector:
             continue
-        if rule.role is Role.MATRIX and located.is_vector and len(located.shape) != 2:
+        if rule.map_only and located.is_vector and len(located.shape) != 2:
             continue
         held = place.owner._parameters
         if (rule.beside and rule.beside not in held) or (rule.not_beside and rule.not_beside in held):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from .roles import Role
-from .walk import Located, Place, unwrap
+from .walk import Located, Place, class_of, unwrap
 
 _MATCH_PREVIOUS = 99999  # timm: "belongs to the group before"
 _BOTTOM = frozenset({Role.EMBEDDING, Role.TIED_EMBEDDING, Role.POSITION, Role.TOKEN})
@@ -102,6 +102,6 @@ def _block_of(place: Place) -> nn.Module | None:
     for (_, parent), (_, child) in zip(place.ancestors, place.ancestors[1:], strict=False):
         if isinstance(parent, (nn.ModuleList, nn.Sequential)) and any(True for _ in child.children()):
             siblings = [m for m in parent.children() if any(True for _ in m.parameters())]
-            if len(siblings) > 1 and len({type(sibling) for sibling in siblings}) == 1:
+            if len(siblings) > 1 and len({class_of(unwrap(sibling)) for sibling in siblings}) == 1:
                 return child
     return None

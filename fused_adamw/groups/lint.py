@@ -103,9 +103,9 @@ def _lost_mark(decisions: Sequence[Decision]) -> Lint | None:
 
     `copy.deepcopy`, `load_state_dict(assign=True)`, `to_empty` and `fully_shard` drop attributes of tensors.
     """
-    marked = {_kind(d.located) for d in decisions if mark_of_tensor(d.param)}
-    lost = [d for d in decisions if _kind(d.located) in marked and not mark_of_tensor(d.param)]
-    lost = [d for d in lost if d.decays]
+    raw = [d for d in decisions if not d.located.places[0].owner.__module__.startswith("torch.")]
+    marked = {_kind(d.located) for d in raw if mark_of_tensor(d.param)}
+    lost = [d for d in raw if d.decays and _kind(d.located) in marked and not mark_of_tensor(d.param)]
     return _remark(
         "lost-mark", "warning", "decays, but the same tensor of a sibling carries _no_weight_decay", lost
     )
@@ -116,12 +116,12 @@ def _kind(located: Located) -> tuple[type, str]:
 
 
 def _aliases_disagree(decisions: Sequence[Decision]) -> Lint | None:
-    split = [d for d in decisions if d.finding.disagreement and not d.chosen]
+    split = [d for d in decisions if d.disputed]
     return _remark("aliases-disagree", "warning", "shared by modules that speak for different roles", split)
 
 
 def _low_confidence(decisions: Sequence[Decision]) -> Lint | None:
-    low = [d for d in decisions if d.confidence == "low" and not d.finding.disagreement]
+    low = [d for d in decisions if d.confidence == "low" and not d.disputed]
     return _remark("low-confidence", "warning", "not recognised, decided with low confidence", low)
 
 

@@ -46,7 +46,7 @@ def compare_param_names(
     if new:
         problems.append(f"{_count(len(new))} only in the optimizer: {_list(new)}")
     if len(before) != len(now):
-        problems.append(f"the checkpoint has {len(before)} groups, the optimizer {len(now)}")
+        problems.append(f"the checkpoint has {_count(len(before), 'group')}, the optimizer {len(now)}")
     if not problems:  # the same name twice, or the like
         problems.append("the lists of names differ")
     return (
@@ -62,8 +62,8 @@ def _positions(groups: Sequence[Sequence[str]]) -> dict[str, tuple[int, int]]:
     return {name: (g, i) for g, names in enumerate(groups) for i, name in enumerate(names)}
 
 
-def _count(number: int) -> str:
-    return f"{number} parameter" + ("" if number == 1 else "s")
+def _count(number: int, noun: str = "parameter") -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _list(items: Iterable[str], limit: int = 5) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -128,6 +128,7 @@ class NameRule(NamedTuple):
         role: What such a name means.
         pattern: Matched against the whole name, lower case, words joined by `_`, numbers dropped.
         vector_only: Only for tensors with at most one dimension larger than one.
+        map_only: Only for tensors that may be a matrix: two dimensions, or two larger than one.
         beside: Only if the owner holds a tensor of this name too.
         not_beside: Only if the owner holds no tensor of this name.
     """
@@ -135,14 +136,13 @@ class NameRule(NamedTuple):
     role: Role
     pattern: re.Pattern[str]
     vector_only: bool = False
+    map_only: bool = False
     beside: str = ""
     not_beside: str = ""
 
 
-def _name(
-    role: Role, pattern: str, *, vector_only: bool = False, beside: str = "", not_beside: str = ""
-) -> NameRule:
-    return NameRule(role, re.compile(pattern), vector_only, beside, not_beside)
+def _name(role: Role, pattern: str, **conditions: Any) -> NameRule:
+    return NameRule(role, re.compile(pattern), **conditions)
 
 
 _EMBED = "(emb|embs|embed|embeds|embedding|embeddings|encoding|encodings|enc)"
@@ -184,6 +184,7 @@ NAMES: tuple[NameRule, ...] = (
         Role.TOKEN, rf"(cls|class|masked|mask|sep|eos|sos|bos|pad)_(.*_)?{_EMBED}|(no|not|null|missing)_.*"
     ),
     _name(Role.TOKEN, r"(.*_)?tokens?_.*|image_(begin|end|sep)", vector_only=True),
+    _name(Role.TOKEN, r"(mem|memory|null)_(k|v|kv)"),
     _name(Role.EMBEDDING, rf"(.*_)?({_EMBED}|table|codebook|codevectors)|modulation|embed_.*|wte"),
     _name(Role.EMBEDDING, r"(.*_)?embeddings_(?!.*(weight|proj|kernel)).*"),
     _name(Role.ADAPTER_MATRIX, r"lora_[ab]"),
@@ -195,8 +196,9 @@ NAMES: tuple[NameRule, ...] = (
     ),
     _name(Role.GAIN, r"rezero|resweight|ls|(.*_)?strength", vector_only=True),
     # matrices held directly
-    _name(Role.MATRIX, r"(.*_)?(weights?|w|kernels?|matrix|proj|projection|experts?)(_.*)?"),
-    _name(Role.MATRIX, r"[qkvor]"),
+    _name(Role.MATRIX, r"(.*_)?(weights?|w|kernels?|matrix|proj|projection|experts?)(_.*)?", map_only=True),
+    _name(Role.MATRIX, r"[qkvor]|root", map_only=True),
+    _name(Role.MATRIX, r"att(_.*)?"),  # graph attention: a vector per head, multiplied like a matrix
 )
 
 

@@ -5,6 +5,7 @@ Nothing is downloaded and no memory is spent on values: library models are built
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -48,7 +49,10 @@ def _from_factory(source: str, name: str) -> nn.Module:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"target '{source}:{name}': {error}") from error
-    model = found() if callable(found) and not isinstance(found, nn.Module) else found
+    try:
+        model = found() if callable(found) and not isinstance(found, nn.Module) else found
+    except TypeError as error:
+        raise ValueError(f"target '{source}:{name}': {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"target '{source}:{name}': expected a torch.nn.Module, got {type(model).__name__}")
     return model
@@ -64,7 +68,7 @@ def _library(name: str) -> Any:
 def _timm(name: str) -> nn.Module:
     timm = _library("timm")
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name}*")[:5]
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ValueError(f"target 'timm:{name}': timm has no such model{hint}")
     with torch.device("meta"):

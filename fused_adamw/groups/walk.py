@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -67,6 +68,7 @@ class Located:
 
     param: Tensor
     places: list[Place]
+    shape: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -75,11 +77,6 @@ class Located:
     @property
     def aliases(self) -> tuple[str, ...]:
         return tuple(place.name for place in self.places[1:])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        # DeepSpeed ZeRO-3 empties the tensor and keeps its shape aside.
-        return tuple(getattr(self.param, "ds_shape", self.param.shape))
 
     @property
     def is_vector(self) -> bool:
@@ -97,8 +94,11 @@ def walk(model: nn.Module) -> list[Located]:
         One `Located` per tensor, frozen ones included; a tied tensor has several places.
     """
     found: dict[int, Located] = {}
+    sharded = _shapes_before_fsdp1(model)
     for place, param in _places(model):
-        found.setdefault(id(param), Located(param, [])).places.append(place)
+        if id(param) not in found:
+            found[id(param)] = Located(param, [], sharded.get(id(param)) or _shape(param))
+        found[id(param)].places.append(place)
     return list(found.values())
 
 
@@ -132,11 +132,30 @@ def class_of(module: nn.Module) -> type:
     return type(module)
 
 
-def words(name: str) -> list[str]:
+@lru_cache(maxsize=4096)
+def words(name: str) -> tuple[str, ...]:
     """Splits an identifier into lower-case words: `A_log`, `LayerNorm2d`, `pos_embed1` lose their numbers."""
     name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name))
     found = (re.sub(r"(?<=[a-z])\d+d?$|^\d+d?$", "", word) for word in name.lower().split("_"))
-    return [word for word in found if word]
+    return tuple(word for word in found if word)
+
+
+def _shape(param: Tensor) -> tuple[int, ...]:
+    if isinstance(param, UninitializedParameter):
+        return ()
+    # DeepSpeed ZeRO-3 empties the tensor and keeps its shape aside.
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def _shapes_before_fsdp1(model: nn.Module) -> dict[int, tuple[int, ...]]:
+    """FSDP1 with `use_orig_params=True` flattens every parameter; its flat parameter remembers the shapes."""
+    shapes: dict[int, tuple[int, ...]] = {}
+    for module in model.modules():
+        flat = getattr(vars(module).get("_handle"), "flat_param", None)
+        params, kept = getattr(flat, "_params", None), getattr(flat, "_shapes", None)
+        if params and kept:
+            shapes.update({id(p): tuple(shape) for p, shape in zip(params, kept, strict=False)})
+    return shapes
 
 
 def _is_wrapping(module: nn.Module, component: str) -> bool:

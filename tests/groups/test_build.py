@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from helpers import assert_partition, counts, decays
-from models import GPT2, ResNet50, RMSNorm, on_meta
+from sample_models import GPT2, ResNet50, RMSNorm, on_meta
 from torch import nn
 
 from fused_adamw.groups import (

@@ -7,7 +7,7 @@ always run. The same parameters inside the real models are in test_architectures
 import pytest
 import torch
 from helpers import decays
-from models import RMSNorm
+from sample_models import RMSNorm
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -104,6 +104,11 @@ class TestNorms:
         norm.norm = nn.LayerNorm(4)
         expected = {"linear.weight": True, "linear.bias": False, "norm.weight": False, "norm.bias": False}
         assert answers(norm) == expected
+
+    def test_a_matrix_of_a_norm_with_children_decays(self):
+        norm = raw("ConditionalNorm", weight=(4, 4))
+        norm.projection = nn.Linear(4, 4)
+        assert answers(norm) == {"weight": True, "projection.weight": True, "projection.bias": False}
 
     def test_fused_norm_and_linear(self):
         fused = raw("LayerNormLinear", layer_norm_weight=(4,), layer_norm_bias=(4,), weight=(8, 4), bias=(8,))
@@ -275,6 +280,7 @@ class TestEmbeddings:
             ("masked_spec_embed", (4,)),
             ("probe", (1, 1, 4)),
             ("image_newline", (4,)),
+            ("mem_k", (2, 3, 4)),
         ],
     )
     def test_tokens(self, name, shape):
@@ -337,6 +343,10 @@ class TestGains:
         assert answers(nn.PReLU(4)) == {"weight": False}
         assert answers(raw("Snake1d", alpha=(1, 4, 1))) == {"alpha": False}
         assert answers(raw("StarReLU", scale=(1,), bias=(1,))) == {"scale": False, "bias": False}
+        for name in ("PReLU", "Snake1d", "SnakeBeta", "StarReLU", "XIELUActivation"):
+            assert role(raw(name, alpha=(1, 4, 1)), "alpha") is Role.ACTIVATION
+        assert role(raw("StarReLU", bias=(1,)), "bias") is Role.BIAS
+        assert role(raw("Contract", alpha=(1,)), "alpha") is Role.GAIN  # ends with "act", is none
 
 
 class TestRecurrence:
@@ -384,6 +394,9 @@ class TestMatrices:
             ("proj", (8, 4)),  # CLIP
             ("text_projection", (8, 4)),
             ("r_kernel", (8, 2, 4)),
+            ("att_src", (1, 2, 4)),  # graph attention
+            ("att_src", (1, 1, 4)),  # with one head
+            ("root", (4, 4)),
         ],
     )
     def test_raw_matrices(self, name, shape):

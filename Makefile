@@ -1,0 +1,47 @@
+# Two commands matter: `make train` and `make test`. Each sets up its own .venv and builds the extension.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BUILT := $(VENV)/.built
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all bench lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): requirements.txt requirements-triton.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -c "import triton" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-triton.txt
+	touch $@
+
+$(BUILT): $(READY) $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+train: $(BUILT) ## train the example against torch's AdamW (ARGS="--model cnn" ...)
+	$(BIN)/python examples/train.py $(ARGS)
+
+test: $(BUILT) ## the tests, without the slow ones (ARGS="-k clip" ...)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(BUILT) ## all tests, with those of real models from other libraries
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-integrations.txt
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(BUILT) ## time clip + step against torch (ARGS="--quick" ...)
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(BUILT) ## ruff, mypy and clang-format, through pre-commit
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
+
+format: $(READY) ## let ruff and clang-format rewrite the files
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu
+
+clean: ## remove what was built and installed
+	rm -rf $(VENV) build dist *.egg-info fused_adamw/*.so

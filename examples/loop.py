@@ -1,0 +1,240 @@
+"""The training loop: a `Trainer` is one run, yields a row of metrics per step, can be saved and resumed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from data import Batches, Data, Split
+from models import GPT, GPTConfig, ResNet, ResNetConfig
+from recipes import build_recipe
+from schedules import build_scheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+#: The metrics of one step. Those of a validation are None at steps without one.
+Row = dict[str, Any]
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; with the model's sizes, the data and the seed, all that shapes a loss curve."""
+
+    max_steps: int
+    warmup: int
+    eval_every: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    accumulate: int = 1
+    clip: float = 1.0
+    schedule: str = "cosine"
+    label_smoothing: float = 0.0
+    amp: str | None = None
+    patience: int | None = None
+    gradient_checkpointing: bool = False
+    device: str = "cpu"
+    backend: str = "auto"
+
+    #: What a resumed run may change: how long it goes on, how it is watched, where and how it is computed.
+    CHANGEABLE: ClassVar = frozenset(
+        ("max_steps", "warmup", "eval_every", "patience", "gradient_checkpointing", "device", "backend")
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to train and the data to train it on."""
+
+    config: GPTConfig | ResNetConfig
+    data: Data
+
+    @property
+    def score(self) -> str:
+        """Name the metric by which two runs of this task are compared."""
+        return "perplexity" if isinstance(self.config, GPTConfig) else "accuracy"
+
+    def build_model(self, gradient_checkpointing: bool) -> nn.Module:
+        if isinstance(self.config, GPTConfig):
+            return GPT(self.config, gradient_checkpointing)
+        return ResNet(self.config, gradient_checkpointing)
+
+    def validation_metrics(self, loss: float | None, accuracy: float | None) -> Row:
+        if self.score == "accuracy":
+            return {"val_loss": loss, "accuracy": accuracy}
+        perplexity = None if loss is None else torch.tensor(loss, dtype=torch.float64).exp().item()
+        return {"val_loss": loss, "perplexity": perplexity, "token_accuracy": accuracy}
+
+
+def identity(run: str, seed: int, task: Task, settings: Settings) -> dict[str, Any]:
+    """Describe a run by all that must stay the same when it is resumed."""
+    return {
+        "run": run,
+        "seed": seed,
+        "model": type(task.config).__name__.removesuffix("Config"),
+        **asdict(task.config),
+        "data": task.data.fingerprint,
+        **{name: value for name, value in asdict(settings).items() if name not in Settings.CHANGEABLE},
+    }
+
+
+class Trainer:
+    """One run: a model, its optimizer and schedule, and the history of its metrics."""
+
+    def __init__(self, run: str, seed: int, task: Task, settings: Settings) -> None:
+        self.run = run
+        self.seed = seed
+        self.task = task
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        self.step = 0
+        self.position = 0  # in the data, counted in batches
+        self.best_loss = math.inf
+        self.evaluations_since_best = 0
+        self.history: list[Row] = []
+
+        torch.manual_seed(seed)  # initial weights and dropout: the same in every run of a seed
+        self.model = task.build_model(settings.gradient_checkpointing).to(self.device)
+        self.recipe = build_recipe(
+            run, self.model, settings.lr, settings.weight_decay, settings.clip, settings.backend
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+        self.scheduler = self._scheduler(start=0)
+        self.batches = Batches(task.data.train, settings.batch_size, seed)
+
+    def rows(self) -> Iterator[Row]:
+        """Train to the last step, or until validation stops improving; yield the metrics of each step."""
+        while self.step < self.settings.max_steps and not self.out_of_patience:
+            row = self._train_step()
+            last = self.step == self.settings.max_steps
+            if last or self.step % self.settings.eval_every == 0:
+                row |= self._validate()
+            self.history.append(row)
+            yield row
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether validation has not improved for as long as the settings allow."""
+        patience = self.settings.patience
+        return patience is not None and self.evaluations_since_best >= patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the rest of the run depends on, in types that load with `weights_only=True`."""
+        return {
+            "identity": identity(self.run, self.seed, self.task, self.settings),
+            "max_steps": self.settings.max_steps,
+            "model": self.model.state_dict(),
+            "optimizer": self.recipe.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "step": self.step,
+            "position": self.position,
+            "best_loss": self.best_loss,
+            "evaluations_since_best": self.evaluations_since_best,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`, on the same curve if `max_steps` is the same."""
+        self.model.load_state_dict(state["model"])
+        self.recipe.optimizer.load_state_dict(state["optimizer"])
+        # The schedules are functions of the step: drawn anew, they also fit a run made longer or shorter.
+        self.scheduler = self._scheduler(start=state["scheduler"]["last_epoch"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.step = state["step"]
+        self.position = state["position"]
+        self.best_loss = state["best_loss"]
+        self.evaluations_since_best = state["evaluations_since_best"]
+        self.history = state["history"]
+
+    def _scheduler(self, start: int) -> LRScheduler:
+        settings = self.settings
+        return build_scheduler(
+            self.recipe.optimizer, settings.schedule, settings.lr, settings.warmup, settings.max_steps, start
+        )
+
+    def _autocast(self) -> torch.autocast:
+        amp = self.settings.amp
+        return torch.autocast(self.device.type, AMP_DTYPES.get(amp or ""), enabled=amp is not None)
+
+    def _loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(
+            logits.flatten(0, -2).float(), targets.flatten().long(), label_smoothing=label_smoothing
+        )
+
+    def _now(self) -> float:
+        """Read the clock after all work given to the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _train_step(self) -> Row:
+        """Take one step: `accumulate` batches forward and backward, then clip and update."""
+        settings, optimizer = self.settings, self.recipe.optimizer
+        learning_rate = float(optimizer.param_groups[0]["lr"])
+        started = self._now()
+        self.model.train()
+        losses = []
+        for _ in range(settings.accumulate):
+            inputs, targets = (part.to(self.device) for part in self.batches[self.position])
+            self.position += 1
+            with self._autocast():
+                logits = self.model(inputs)
+            loss = self._loss(logits, targets, settings.label_smoothing) / settings.accumulate
+            self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        before = self._now()
+        grad_norm = self.recipe.step(self.scaler)
+        after = self._now()
+        optimizer.zero_grad()
+        self.scheduler.step()
+        finished = self._now()
+        self.step += 1
+        return {
+            "step": self.step,
+            "run": self.run,
+            "seed": self.seed,
+            "train_loss": float(sum(losses)),
+            **self.task.validation_metrics(None, None),
+            "learning_rate": learning_rate,
+            "grad_norm": float(grad_norm),
+            "param_norm": float(torch.nn.utils.get_total_norm(list(self.model.parameters()))),
+            "seconds": (self.history[-1]["seconds"] if self.history else 0.0) + finished - started,
+            "step_ms": (finished - started) * 1e3,
+            "optimizer_ms": (after - before) * 1e3,
+        }
+
+    def _validate(self) -> Row:
+        """Evaluate on all validation examples, and keep the account that early stopping goes by."""
+        loss, accuracy = self._evaluate(self.task.data.validation)
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.evaluations_since_best = 0
+        else:
+            self.evaluations_since_best += 1
+        return self.task.validation_metrics(loss, accuracy)
+
+    @torch.no_grad()
+    def _evaluate(self, split: Split) -> tuple[float, float]:
+        """Return the mean loss (without label smoothing) and the share of right predictions."""
+        self.model.eval()
+        loss = correct = 0.0
+        for inputs, targets in zip(split.inputs.split(128), split.targets.split(128), strict=True):
+            targets = targets.to(self.device)
+            with self._autocast():
+                logits = self.model(inputs.to(self.device))
+            loss += float(self._loss(logits, targets)) * targets.numel()
+            correct += int((logits.argmax(-1) == targets).sum())
+        return loss / split.targets.numel(), correct / split.targets.numel()

@@ -1,0 +1,138 @@
+"""What several test files share: the backends under test, twins of parameters, comparisons."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from fused_adamw import FusedHygieneAdamW
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend on a device."""
+
+    backend: str
+    device: str
+
+    @property
+    def slow(self):
+        """Whether every launch takes long: Triton's interpreter."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def bitwise(self):
+        """Whether it rounds exactly as a chain of numpy operations: no fused multiply-add, exact sqrt."""
+        return self.backend == "native"
+
+    @property
+    def bitwise_states(self):
+        """As `bitwise`, for the moments: the reference, too, as it is one torch operator per operation."""
+        return self.backend in ("native", "reference")
+
+    def adamw(self, params, **options):
+        """Our optimizer on this backend."""
+        return FusedHygieneAdamW(params, backend=self.backend, **options)
+
+
+def _targets():
+    has_triton = importlib.util.find_spec("fused_adamw.backends.triton") and importlib.util.find_spec(
+        "triton"
+    )
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for backend in ("native", "reference", *(["triton"] if has_triton else [])):
+        if backend != "triton" or interpreted:
+            yield pytest.param(Target(backend, "cpu"), id=f"{backend}-cpu")
+        if backend != "triton" or not interpreted:
+            marks = [
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ]
+            yield pytest.param(Target(backend, "cuda"), id=f"{backend}-cuda", marks=marks)
+
+
+TARGETS = list(_targets())
+NATIVE = Target("native", "cpu")
+F32 = torch.float32
+
+
+def randn(*shape, seed=0, dtype=F32, device="cpu"):
+    """Normal numbers, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def parameters(shapes, seed=0, dtype=F32, device="cpu"):
+    """A parameter for each shape."""
+    return [
+        torch.nn.Parameter(randn(*shape, seed=1000 * seed + i, dtype=dtype, device=device))
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def twins(params):
+    """Copies of parameters: equal values, dtypes and strides, other memory."""
+    return [torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in params]
+
+
+def give_grads(params, step, dtype=None, scale=1.0):
+    """Give every parameter the gradient that belongs to a step: the same for the same shapes."""
+    for i, p in enumerate(params):
+        p.grad = (scale * randn(*p.shape, seed=7919 * step + i + 1)).to(p.device, dtype or p.dtype)
+
+
+def array(t):
+    """A tensor's values in numpy; bfloat16 and float16 as float32."""
+    t = t.detach().cpu()
+    return (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t).numpy()
+
+
+def snapshot(optimizer):
+    """Copies of everything that a step may change, to compare with `unchanged_since`."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [
+        (p, p.detach().clone(), {key: value.clone() for key, value in optimizer.state.get(p, {}).items()})
+        for p in params
+    ]
+
+
+def unchanged_since(optimizer, before):
+    """Whether parameters, moments and step counts are bit for bit as in a snapshot."""
+    return all(
+        torch.equal(p, value)
+        and optimizer.state.get(p, {}).keys() == state.keys()
+        and all(torch.equal(optimizer.state[p][key], old) for key, old in state.items())
+        for p, value, state in before
+    )
+
+
+def ulp(x, dtype=np.float32):
+    """Spacing of the numbers at the largest magnitude of `x`."""
+    x = np.abs(np.asarray(x)[np.isfinite(x)])
+    return float(np.spacing(dtype(x.max()))) if x.size else 0.0
+
+
+def assert_states_equal(optimizer, peer, params, peers):
+    """Our state and torch's have the same keys and dtypes, and bitwise equal values."""
+    for p, q in zip(params, peers, strict=True):
+        ours, theirs = optimizer.state.get(p, {}), peer.state.get(q, {})
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key].dtype == value.dtype
+            torch.testing.assert_close(ours[key], value, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_same_path(params, peers, steps, grad_error=0.0):
+    """Parameters agree with those of a peer after `steps` float32 (or float64) updates.
+
+    Both chains round a parameter twice per step, and may do so in opposite directions: two units in the last
+    place per step. `grad_error`, the relative error of what gradients were multiplied by, moves Adam's
+    scale-free update far less than its own size; an lr of at most 1e-1 is assumed.
+    """
+    for p, q in zip(params, peers, strict=True):
+        eps = np.finfo(array(q).dtype).eps
+        biggest = max(1.0, float(q.detach().abs().max())) if q.numel() else 1.0
+        atol = steps * (2 * eps * biggest + 1e-1 * grad_error)
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=atol, equal_nan=True)

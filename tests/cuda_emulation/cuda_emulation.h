@@ -1,0 +1,290 @@
+// Just enough CUDA for g++ to compile csrc/adamw_cuda.cu as it stands and to run its kernels on the CPU.
+//
+// A block is a thread of the operating system, so that __shared__ is thread_local; a CUDA thread is a fiber
+// in it. Fibers run until a barrier or a shuffle and are resumed in random order, some warps far behind
+// others; blocks run one after the other, in random order too. A barrier that not all threads reach is an
+// error.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+#define __CUDACC_VER_MAJOR__ 0
+#define __CUDACC_VER_MINOR__ 0
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emulation {
+
+// What tests look at, and the order in which blocks and threads run.
+struct Device {
+  unsigned seed = 0;
+  int launches = 0;
+  int last_grid = 0;
+};
+inline Device device;
+
+struct Fiber {
+  ucontext_t context;
+  int shuffles = 0;
+  bool waiting = false;
+  bool done = false;
+};
+
+// Who is expected, and how many of them have come.
+struct Barrier {
+  unsigned begin, end, arrived = 0;
+};
+
+struct Block {
+  static constexpr size_t kStackBytes = 32 << 10;
+  ucontext_t scheduler;
+  std::vector<Fiber> fibers;
+  Fiber* running = nullptr;
+  Barrier all;
+  std::vector<Barrier> warps;
+  std::vector<double> shuffled[2];  // by parity, so that one shuffle's values outlive the next one's start
+};
+inline thread_local Block* block = nullptr;
+
+inline void meet(Barrier* barrier) {
+  if (++barrier->arrived == barrier->end - barrier->begin) {
+    barrier->arrived = 0;
+    for (unsigned t = barrier->begin; t < barrier->end; ++t) block->fibers[t].waiting = false;
+  } else {
+    block->running->waiting = true;
+    swapcontext(&block->running->context, &block->scheduler);
+  }
+}
+
+}  // namespace emulation
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+template <typename F>
+void run_block(const F& body, unsigned threads, unsigned seed) {
+  static const F* entry;
+  static std::vector<char> stacks;
+  entry = &body;
+  stacks.resize(threads * Block::kStackBytes);
+  Block here;
+  block = &here;
+  here.fibers.resize(threads);
+  here.all = {0, threads};
+  for (unsigned t = 0; t < threads; t += 32) here.warps.push_back({t, t + 32});
+  for (auto& values : here.shuffled) values.resize(threads);
+  for (unsigned t = 0; t < threads; ++t) {
+    ucontext_t& context = here.fibers[t].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks.data() + t * Block::kStackBytes;
+    context.uc_stack.ss_size = Block::kStackBytes;
+    context.uc_link = &here.scheduler;
+    const auto start = +[] {
+      (*entry)();
+      block->running->done = true;
+    };
+    makecontext(&context, start, 0);
+  }
+  std::mt19937 random(seed);
+  std::vector<unsigned> order(threads);
+  std::iota(order.begin(), order.end(), 0u);
+  std::vector<unsigned> asleep(here.warps.size());  // rounds that a warp falls behind by
+  for (unsigned left = threads; left;) {
+    std::shuffle(order.begin(), order.end(), random);
+    bool stuck = true;
+    for (unsigned& rounds : asleep) {
+      rounds = rounds ? rounds - 1 : random() % 8 ? 0 : random() % 16;
+      stuck &= rounds == 0;
+    }
+    for (unsigned t : order) {
+      Fiber& f = here.fibers[t];
+      if (f.done || f.waiting || asleep[t / 32]) continue;
+      stuck = false;
+      here.running = &f;
+      threadIdx.x = t;
+      swapcontext(&here.scheduler, &f.context);
+      left -= f.done;
+    }
+    if (stuck) {
+      std::fprintf(stderr, "cuda_emulation: not all threads reach a barrier or shuffle\n");
+      std::abort();
+    }
+  }
+}
+
+template <typename Kernel>
+void run_grid(const Kernel& kernel, dim3 grid, dim3 threads) {
+  std::mt19937 random(device.seed++);
+  std::vector<unsigned> order(grid.x);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), random);
+  for (unsigned b : order) {
+    const unsigned seed = random();
+    std::thread([&] {
+      blockIdx.x = b;
+      gridDim = grid;
+      blockDim = threads;
+      run_block(kernel, threads.x, seed);
+    }).join();
+  }
+}
+
+}  // namespace emulation
+
+// ---- Device functions
+
+inline void __syncthreads() { emulation::meet(&emulation::block->all); }
+inline void __threadfence() {}
+
+inline double __shfl_xor_sync(unsigned mask, double x, int lanes) {
+  if (mask != 0xffffffff) std::abort();
+  emulation::Block& block = *emulation::block;
+  const unsigned self = threadIdx.x;
+  auto& values = block.shuffled[block.running->shuffles++ % 2];
+  values[self] = x;
+  emulation::meet(&block.warps[self / 32]);
+  return values[self ^ lanes];
+}
+
+inline unsigned atomicInc(unsigned* at, unsigned limit) {
+  const unsigned old = *at;
+  *at = old >= limit ? 0 : old + 1;
+  return old;
+}
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+// An access that is not aligned to its size faults on a GPU.
+template <typename T>
+T* checked(T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) {
+    std::fprintf(stderr, "cuda_emulation: misaligned access of %zu bytes\n", sizeof(T));
+    std::abort();
+  }
+  return p;
+}
+template <typename T>
+T __ldca(const T* p) {
+  T x;
+  std::memcpy(&x, checked(p), sizeof x);
+  return x;
+}
+template <typename T>
+T __ldcg(const T* p) {
+  return *checked(p);
+}
+template <typename T>
+void __stwb(T* p, T x) {
+  std::memcpy(checked(p), &x, sizeof x);
+}
+
+// ---- 16-bit floats: rounding to nearest even, through the definition rather than through clever bits.
+
+template <int kMantissaBits, int kMinExponent, int kMaxExponent>
+struct Float16Bits {
+  uint16_t bits;
+
+  Float16Bits() = default;
+  explicit Float16Bits(float x) {
+    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    const uint16_t infinity = static_cast<uint16_t>((kMaxExponent - kMinExponent + 2) << kMantissaBits);
+    if (std::isnan(x)) {
+      bits = sign | infinity | (infinity >> 1) | 1;
+    } else if (std::isinf(x)) {
+      bits = sign | infinity;
+    } else {
+      const double magnitude = std::fabs(static_cast<double>(x));
+      const int exponent = magnitude == 0.0 ? kMinExponent : std::max(std::ilogb(magnitude), kMinExponent);
+      // In units of the last place; nearbyint rounds halves to even, and a carry moves into the exponent.
+      const auto units =
+          static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, kMantissaBits - exponent)));
+      const uint32_t whole = units + (static_cast<uint32_t>(exponent - kMinExponent) << kMantissaBits);
+      bits = static_cast<uint16_t>(sign | std::min<uint32_t>(whole, infinity));
+    }
+  }
+  explicit operator float() const {
+    const int field = (bits & 0x7fff) >> kMantissaBits, mantissa = bits & ((1 << kMantissaBits) - 1);
+    double x;
+    if (field == kMaxExponent - kMinExponent + 2) {
+      x = mantissa ? NAN : INFINITY;
+    } else if (field == 0) {
+      x = std::ldexp(mantissa, kMinExponent - kMantissaBits);
+    } else {
+      x = std::ldexp(mantissa + (1 << kMantissaBits), kMinExponent + field - 1 - kMantissaBits);
+    }
+    return static_cast<float>(bits & 0x8000 ? -x : x);
+  }
+};
+using __nv_bfloat16 = Float16Bits<7, -126, 127>;
+using __half = Float16Bits<10, -14, 15>;
+
+// ---- The host's side
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+namespace emulation {
+constexpr int kDevices = 4;  // device d holds d + 1 blocks at once
+inline thread_local int current_device = 0;
+}  // namespace emulation
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error ? "invalid device ordinal" : "no error";
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = emulation::current_device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= emulation::kDevices) return cudaErrorInvalidDevice;
+  emulation::current_device = device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  if (device < 0 || device >= emulation::kDevices) return cudaErrorInvalidDevice;
+  *value = device + 1;
+  return cudaSuccess;
+}
+template <typename F>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+template <typename Params>
+cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 threads, void** arguments, size_t,
+                             cudaStream_t) {
+  const Params params = *static_cast<const Params*>(arguments[0]);  // a launch copies its arguments
+  ++emulation::device.launches;
+  emulation::device.last_grid = grid.x;
+  emulation::run_grid([&] { kernel(params); }, grid, threads);
+  return cudaSuccess;
+}

@@ -1,0 +1,77 @@
+"""Real models: hand-written answers for the tricky parameters, and how often other tools agree with them."""
+
+import pytest
+from architectures import CASES
+from helpers import assert_partition, decays
+from sample_models import on_meta
+
+from fused_adamw.groups import build_param_groups, explain_param_groups
+from fused_adamw.groups.targets import load_target
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def build(timm, transformers, diffusers):
+    made = {}
+
+    def build(target):
+        if target not in made:
+            made[target] = detr(transformers) if target == "transformers:detr" else load_target(target)
+        return made[target]
+
+    return build
+
+
+def detr(transformers):
+    """DETR's default backbone is timm's; this is the same model on transformers' ResNet."""
+    backbone = transformers.ResNetConfig(depths=[1, 1, 1, 1], out_features=["stage4"])
+    config = transformers.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone_config=backbone
+    )
+    return on_meta(transformers.DetrForObjectDetection, config)
+
+
+def certain(case):
+    """Name -> answer, for the parameters on which there is no choice."""
+    return dict.fromkeys(case.decay.split(), True) | dict.fromkeys(case.no_decay.split(), False)
+
+
+def convention(case):
+    return {name: answer == "D" for name, _, answer in (item.rpartition("=") for item in case.policy.split())}
+
+
+def test_the_table_is_large_enough():
+    assert len(CASES) >= 40
+    assert len({case.family for case in CASES}) >= 15
+    assert all(len(certain(case)) + len(convention(case)) >= 5 for case in CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.target)
+def test_answers(build, case):
+    model = build(case.target)
+    groups = build_param_groups(model, 0.1)
+    answers = decays(groups)
+    expected = certain(case) | convention(case)
+    assert {name: answers[name] for name in expected} == expected
+    assert_partition(model, groups)
+    report = explain_param_groups(model)
+    assert not [d.name for d in report.decisions if d.confidence == "low"]
+
+
+def test_accuracy(build, capsys):
+    """The share of the certain answers that each policy gets right; ours must be at least 99 %."""
+    policies = ("hygiene", "timm", "huggingface", "nanogpt", "megatron", "all")
+    right, total = dict.fromkeys(policies, 0), 0
+    for case in CASES:
+        model, expected = build(case.target), certain(case)
+        total += len(expected)
+        for policy in policies:
+            answers = decays(build_param_groups(model, 0.1, policy=policy))
+            right[policy] += sum(answers[name] is answer for name, answer in expected.items())
+    shares = {policy: right[policy] / total for policy in policies}
+    with capsys.disabled():
+        said = ", ".join(f"{policy} {share:.1%}" for policy, share in shares.items())
+        print(f"\n{total} tricky parameters of {len(CASES)} models: {said}")
+    assert shares["hygiene"] >= 0.99
+    assert shares["hygiene"] > max(share for policy, share in shares.items() if policy != "hygiene")

@@ -1,0 +1,114 @@
+"""AdamW in numpy, written from the paper and from torch's documentation. Imports nothing of ours.
+
+Arithmetic is a plain chain of float32 (or float64) operations, each rounded once, in the order of
+torch.optim.AdamW's for-loop implementation. Storage may be narrower: values are rounded to nearest even
+whenever they are stored, as bfloat16 or float16 tensors do. Arrays hold stored values in the dtype of the
+arithmetic.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def round_to(x, storage):
+    """`x` after a round trip through a storage dtype, named as torch does."""
+    x = np.asarray(x)
+    if storage == "float64":
+        return x.astype(np.float64)
+    x = x.astype(np.float32)
+    if storage == "float16":
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(np.float32)
+    if storage == "bfloat16":
+        bits = x.view(np.uint32)
+        kept = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return np.where(np.isnan(x), x, (kept & np.uint32(0xFFFF0000)).view(np.float32))
+    assert storage == "float32", storage
+    return x
+
+
+@dataclass
+class Hypers:
+    """The options of one group."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    amsgrad: bool = False
+    maximize: bool = False
+
+
+class Slot:
+    """One parameter with its state."""
+
+    def __init__(self, p, param_dtype, state_dtype, step):
+        self.param_dtype, self.state_dtype = param_dtype, state_dtype or param_dtype
+        self.wide = np.float64 if param_dtype == "float64" else np.float32
+        self.p = round_to(p, param_dtype)
+        self.m, self.v, self.v_max = (np.zeros_like(self.p) for _ in range(3))
+        self.step = step
+
+    def update(self, grad, hypers, grad_scale):
+        """One step, for a gradient that is to be multiplied by `grad_scale`."""
+        T = self.wide
+        lr, (beta1, beta2) = hypers.lr, hypers.betas
+        self.step += 1
+        bias_correction1 = 1 - beta1**self.step
+        bias_correction2 = 1 - beta2**self.step
+
+        g = np.asarray(grad).astype(T) * T(-grad_scale if hypers.maximize else grad_scale)
+        p = self.p * T(1 - lr * hypers.weight_decay)
+        weight = 1 - beta1
+        if weight < 0.5:
+            m = self.m + T(weight) * (g - self.m)
+        else:  # as torch.lerp
+            m = g + T(weight - 1) * (g - self.m)
+        v = self.v * T(beta2) + T(1 - beta2) * g * g
+        v_max = np.maximum(self.v_max, v)
+        root = np.sqrt(v_max if hypers.amsgrad else v)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            p = p - T(lr / bias_correction1) * m / (root / T(math.sqrt(bias_correction2)) + T(hypers.eps))
+
+        self.p = round_to(p, self.param_dtype)
+        self.m, self.v, self.v_max = (round_to(x, self.state_dtype) for x in (m, v, v_max))
+
+
+class AdamW:
+    """The optimizer: `groups` are pairs of a list of arrays and `Hypers`.
+
+    Args:
+        groups: Parameters, a list for each group, with the group's options.
+        param_dtype: Storage of the parameters, the same for all; "float64" is computed in float64.
+        state_dtype: Storage of the moments; None: that of the parameters.
+        max_grad_norm: Clip to this norm over all groups; None: do not.
+        step: Updates made so far.
+    """
+
+    def __init__(self, groups, param_dtype="float32", state_dtype=None, max_grad_norm=None, step=0):
+        self.groups = [
+            ([Slot(p, param_dtype, state_dtype, step) for p in params], hypers) for params, hypers in groups
+        ]
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm = None
+
+    @property
+    def slots(self):
+        """All parameters in order."""
+        return [slot for slots, _ in self.groups for slot in slots]
+
+    def step(self, grads, loss_scale=1.0, found_inf=False):
+        """One step with a gradient, or None, for each of `slots`."""
+        scale = 1.0 / loss_scale
+        if self.max_grad_norm is not None:
+            squares = (np.asarray(g, np.float64).ravel() ** 2 for g in grads if g is not None)
+            self.grad_norm = math.sqrt(math.fsum(x for square in squares for x in square)) / loss_scale
+            scale *= min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6))
+        if found_inf:
+            return
+        hypers = [hypers for slots, hypers in self.groups for _ in slots]
+        for slot, hyper, grad in zip(self.slots, hypers, grads, strict=True):
+            if grad is not None:
+                slot.update(grad, hyper, scale)

@@ -1,0 +1,359 @@
+"""Which backend runs, what is logged, what the rest of torch sees of a step, and the operators themselves."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from common import NATIVE, give_grads, parameters
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fused_adamw import FusedHygieneAdamW, available_backends, backends, plan
+from fused_adamw.backends import native, reference
+
+CPU = torch.device("cpu")
+
+
+# Choice
+
+
+def test_available_backends():
+    statuses = {(s.backend, s.device): s for s in available_backends()}
+    assert set(statuses) == {(b, d) for b in ("native", "triton", "reference") for d in ("cpu", "cuda")}
+    assert statuses["native", "cpu"].available
+    assert statuses["reference", "cpu"].available
+    assert all(s.available == (s.reason is None) for s in statuses.values())
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in statuses["native", "cuda"].reason
+
+
+def test_auto_takes_native_then_the_reference(monkeypatch):
+    assert backends.kernels_for("auto", CPU) is native
+    monkeypatch.setattr(native, "_load_error", lambda: "not built")
+    # Never Triton: on the CPU it only interprets.
+    assert backends.kernels_for("auto", CPU) is None
+
+
+def test_a_step_without_the_extension(monkeypatch):
+    monkeypatch.setattr(native, "_load_error", lambda: "not built")
+    results = []
+    for backend in ("auto", "reference"):
+        params = parameters([(5,)])
+        optimizer = FusedHygieneAdamW(params, backend=backend)
+        give_grads(params, 0)
+        optimizer.step()
+        results.append(params[0])
+    assert torch.equal(*results)
+
+
+def test_the_chosen_backend_does_the_work(target, monkeypatch):
+    calls = []
+    for module in (native, reference):
+        update = module.update
+        monkeypatch.setattr(
+            module, "update", lambda *args, u=update, m=module: (calls.append(m.__name__), u(*args))
+        )
+    params = parameters([(5,)], device=target.device)
+    optimizer = target.adamw(params)
+    give_grads(params, 0)
+    optimizer.step()
+    expected = {"triton": []}.get(target.backend, [f"fused_adamw.backends.{target.backend}"])
+    assert calls == expected
+    assert optimizer.backend == target.backend
+
+
+def test_a_gpu_runs_code_for_its_major_version_or_older_ptx():
+    archs = ["sm_80", "sm_90", "compute_90"]
+    served = {c: native._serves(c, archs) for c in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]}
+    assert [c for c, ok in served.items() if not ok] == [(7, 5)]
+    assert not native._serves((10, 0), ["sm_90"])
+    assert not native._serves((8, 0), ["sm_86"])
+    assert native._serves((9, 0), ["sm_90a"])
+
+
+# Logging
+
+
+def test_a_model_logs_its_groups(caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    with caplog.at_level(logging.INFO, "fused_adamw"):
+        FusedHygieneAdamW(model)
+    assert [r.getMessage() for r in caplog.records] == ["[AdamW Groups] decay: 1 params, no_decay: 3 params"]
+    assert [r.levelname for r in caplog.records] == ["INFO"]
+
+
+def test_bare_parameters_log_that_no_hygiene_was_applied(caplog):
+    with caplog.at_level(logging.INFO, "fused_adamw"):
+        FusedHygieneAdamW(parameters([(2,), (3,)]), weight_decay=0.25)
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line.startswith(
+        "[AdamW Groups] 2 params in one group, weight_decay=0.25 for all: no hygiene applied"
+    )
+    assert "Pass the model" in line
+
+
+def test_groups_of_the_user_log_nothing(caplog):
+    a, b = parameters([(2,), (3,)])
+    with caplog.at_level(logging.INFO, "fused_adamw"):
+        FusedHygieneAdamW([{"params": [a], "weight_decay": 0.1}, {"params": [b], "weight_decay": 0.0}])
+    assert not caplog.records
+
+
+# What torch sees of a step
+
+
+def test_is_a_torch_adamw():
+    optimizer = FusedHygieneAdamW(parameters([(2,)]))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert "FusedHygieneAdamW" in repr(optimizer)
+    assert "weight_decay: 0.01" in repr(optimizer)
+
+
+def test_backward_through_an_old_graph_is_refused(target):
+    """Torch's fused AdamW does not count as a change of its parameters, and such a gradient is then wrong."""
+    w = torch.nn.Parameter(torch.tensor([2.0], device=target.device))
+    optimizer = target.adamw([w])
+    loss = (w * w).sum()
+    loss.backward(retain_graph=True)
+    version = w._version
+    optimizer.step()
+    assert w._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_parameters_without_a_gradient_are_not_marked_as_changed(target):
+    params = parameters([(2,), (2,)], device=target.device)
+    optimizer = target.adamw(params)
+    params[0].grad = torch.ones_like(params[0])
+    version = params[1]._version
+    optimizer.step()
+    assert params[1]._version == version
+
+
+def test_hooks_fire_once(target):
+    """Also after a plain AdamW, whose class torch has then wrapped as well, was built."""
+    torch.optim.AdamW(parameters([(2,)]))
+    params = parameters([(2,)], device=target.device)
+    optimizer = target.adamw(params)
+    give_grads(params, 0)
+    calls = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append("before"))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append("after"))
+    everywhere = register_optimizer_step_post_hook(lambda *_: calls.append("global"))
+    try:
+        optimizer.step()
+    finally:
+        everywhere.remove()
+    assert calls == ["before", "after", "global"]
+
+
+def test_state_made_by_a_hook_is_used(target):
+    """As frameworks do that choose the dtype of moments themselves."""
+    (p,) = parameters([(70,)], device=target.device)
+    optimizer = target.adamw([p])
+
+    def fill(optimizer, args, kwargs):
+        if not optimizer.state[p]:
+            optimizer.state[p] = {
+                "step": torch.tensor(0.0, device=p.device),
+                "exp_avg": torch.zeros_like(p, dtype=torch.bfloat16),
+                "exp_avg_sq": torch.zeros_like(p, dtype=torch.bfloat16),
+            }
+
+    optimizer.register_step_pre_hook(fill)
+    give_grads([p], 0)
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].dtype == torch.bfloat16
+    assert optimizer.state[p]["exp_avg"].any()
+
+
+@pytest.mark.parametrize("scheduler", [lambda o: StepLR(o, 1), lambda o: OneCycleLR(o, 0.1, total_steps=5)])
+def test_schedulers_do_not_warn(scheduler):
+    params = parameters([(2,)])
+    optimizer = NATIVE.adamw(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule = scheduler(optimizer)
+        for step in range(3):
+            give_grads(params, step)
+            optimizer.step()
+            schedule.step()
+
+
+def test_scheduler_called_first_warns_as_with_torch():
+    optimizer = NATIVE.adamw(parameters([(2,)]))
+    schedule = StepLR(optimizer, 1)
+    with pytest.warns(UserWarning, match="lr_scheduler.step.* before .*optimizer.step"):
+        schedule.step()
+
+
+def test_zero_grad(target):
+    params = parameters([(2,), (3,)], device=target.device)
+    optimizer = target.adamw(params)
+    give_grads(params, 0)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(not p.grad.any() for p in params)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+def test_step_in_inference_mode(target):
+    (p,) = parameters([(3,)], device=target.device)
+    p.grad = torch.ones_like(p)
+    before = p.detach().clone()
+    optimizer = target.adamw([p])
+    with torch.no_grad():
+        optimizer.step()
+    assert not torch.equal(p, before)
+    assert p.requires_grad
+
+
+def test_tensor_subclasses_are_stepped_by_the_reference():
+    """A kernel must not take the address of what is a tensor only by name."""
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    p = torch.nn.Parameter(torch.ones(3).as_subclass(Wrapped))
+    q = torch.nn.Parameter(torch.ones(3))
+    results = []
+    for param in (p, q):
+        optimizer = NATIVE.adamw([param])
+        param.grad = torch.full_like(param, 2.0)
+        optimizer.step()
+        results.append(optimizer._plan.fallbacks)
+    assert "is a" in results[0][0]
+    assert not results[1]
+    assert torch.equal(p.detach().as_subclass(torch.Tensor), q.detach())
+
+
+# The operators
+
+
+def tables(chunk_size=4):
+    """The arguments of both operators, for two parameters, and what they point to."""
+    params = [torch.ones(6), torch.ones(3)]
+    grads = [torch.full((6,), 2.0), torch.full((3,), -1.0)]
+    states = [[torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())] for p in params]
+    rows = torch.tensor(
+        [
+            [p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), 0, step.data_ptr(), p.numel(), 0]
+            for p, g, (m, v, step) in zip(params, grads, states, strict=True)
+        ]
+    )
+    return {
+        "rows": rows,
+        "chunks": plan.chunk_table([6, 3], chunk_size),
+        "chunk_size": chunk_size,
+        "hypers": torch.tensor([[0.1, 0.9, 0.999, 1e-8, 0.0, 1.0, 0.0]], dtype=torch.float64),
+        "workspace": torch.zeros(4, dtype=torch.float64),
+        "sum": torch.zeros(1, dtype=torch.float64),
+        "status": torch.zeros(2, dtype=torch.float64),
+    }, (params, grads, states)
+
+
+def sum_args(t):
+    return t["rows"], t["chunks"], t["chunk_size"], 0, t["workspace"], t["sum"]
+
+
+def update_args(t, dtypes=(0, 0, 0), sums=None, grad_scale=None, found_inf=None):
+    return (
+        *(t["rows"], t["chunks"], t["chunk_size"], t["hypers"]),
+        *(*dtypes, sums, 1.0, False, grad_scale, found_inf, t["status"], t["workspace"]),
+    )
+
+
+@pytest.fixture
+def ops():
+    assert native.why_not(CPU) is None
+    return torch.ops.fused_adamw
+
+
+def test_operators_on_tables(ops):
+    t, (params, _, states) = tables()
+    ops.sum_of_squares(*sum_args(t))
+    assert t["sum"].item() == 6 * 4 + 3
+    ops.update(*update_args(t, sums=t["sum"]))
+    assert t["status"][0].item() == 27**0.5
+    assert all(step.item() == 1 for _, _, step in states)
+    torch.testing.assert_close(torch.cat(params), torch.tensor([0.9] * 6 + [1.1] * 3))
+
+
+def test_opcheck(ops):
+    """Schema, fake tensors and functionalisation: that the declared mutation is all there is to see."""
+    t, keep = tables()
+    torch.library.opcheck(ops.sum_of_squares.default, sum_args(t))
+    torch.library.opcheck(ops.update.default, update_args(t))
+    torch.library.opcheck(ops.update.default, update_args(t, sums=t["sum"]))
+    del keep
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rows", torch.zeros(2, 8)),
+        ("rows", torch.zeros(2, 7, dtype=torch.int64)),
+        ("rows", torch.zeros(16, dtype=torch.int64)),
+        ("rows", torch.zeros(8, 2, dtype=torch.int64).t()),
+        ("chunks", torch.zeros(3, 2, dtype=torch.int64)),
+        ("chunks", torch.zeros(3, 3, dtype=torch.int32)),
+        ("hypers", torch.zeros(1, 7)),
+        ("hypers", torch.zeros(1, 6, dtype=torch.float64)),
+        ("workspace", torch.zeros(4)),
+        ("workspace", torch.zeros(0, dtype=torch.float64)),
+        ("status", torch.zeros(2)),
+        ("status", torch.zeros(1, dtype=torch.float64)),
+        ("sum", torch.zeros(1)),
+        ("sum", torch.zeros(0, dtype=torch.float64)),
+        ("chunk_size", 0),
+        ("chunk_size", -4),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_malformed_tables_are_refused(ops, name, value):
+    t, (params, _, _) = tables()
+    t[name] = value
+    if name == "sum":
+        with pytest.raises(RuntimeError, match=f"fused_adamw: {name}"):
+            ops.sum_of_squares(*sum_args(t))
+        return
+    with pytest.raises(RuntimeError, match=f"fused_adamw: {name}"):
+        ops.update(*update_args(t))
+    assert params[0].eq(1).all()
+
+
+def test_a_workspace_without_a_place_for_every_chunk_is_refused(ops):
+    t, _ = tables()
+    t["workspace"] = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"workspace must be .* with at least 4 elements"):
+        ops.sum_of_squares(*sum_args(t))
+
+
+def test_scalars_of_another_type_are_refused(ops):
+    t, _ = tables()
+    for name in ("grad_scale", "found_inf"):
+        with pytest.raises(RuntimeError, match=f"fused_adamw: {name}"):
+            ops.update(*update_args(t, **{name: torch.zeros((), dtype=torch.float64)}))
+    with pytest.raises(RuntimeError, match="fused_adamw: sums"):
+        ops.update(*update_args(t, sums=torch.zeros(1)))
+
+
+def test_dtypes_without_a_kernel_are_refused(ops):
+    t, (params, _, states) = tables()
+    with pytest.raises(RuntimeError, match="no update kernel for dtypes 0, 3, 0"):
+        ops.update(*update_args(t, dtypes=(0, 3, 0)))
+    with pytest.raises(RuntimeError, match="no norm kernel for gradient dtype 9"):
+        ops.sum_of_squares(t["rows"], t["chunks"], 4, 9, t["workspace"], t["sum"])
+    assert params[0].eq(1).all()
+    assert all(step.item() == 0 for _, _, step in states)
+
+
+def test_tables_without_rows(ops):
+    t, _ = tables()
+    t["rows"], t["chunks"] = t["rows"][:0], t["chunks"][:0]
+    t["sum"].fill_(5.0)
+    ops.sum_of_squares(*sum_args(t))
+    ops.update(*update_args(t, sums=t["sum"]))
+    assert t["sum"].item() == t["status"][0].item() == 0.0

@@ -1,0 +1,114 @@
+"""The build: what the extension links to, where it imports, and that an archive without git installs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "fused_adamw" / "_C.abi3.so"
+
+INFO = "import torch, fused_adamw._C; print(torch.ops.fused_adamw.build_info())"
+
+
+# An editable install would offer its own extension to the copy under test.
+ONLY_HERE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+
+
+def run(*command, **kwargs):
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+    return done.stdout
+
+
+def copy_sources(to: Path) -> None:
+    """What a source archive holds: no .git, nothing built."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in ("csrc", "fused_adamw"):
+        shutil.copytree(ROOT / name, to / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, to / name)
+
+
+def without_nvcc() -> dict[str, str]:
+    return {**os.environ, "FUSED_ADAMW_CUDA": "0"}
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
+def test_library_needs_no_cuda_driver_nor_libpython():
+    needed = re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "-d", str(LIBRARY)))
+    assert "libtorch.so" in needed
+    assert not [name for name in needed if re.search("cuda|nvidia|python|torch_python", name)]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
+def test_library_uses_the_stable_abi_alone():
+    undefined = run("nm", "-D", "--undefined-only", "--demangle", str(LIBRARY))
+    assert not re.search(r"\b(c10|at|caffe2)::", undefined)
+    # Absent from a CPU-only torch: a weak symbol, or the import would fail there.
+    for line in undefined.splitlines():
+        if "cuda_stream" in line:
+            assert line.split()[0] == "w"
+
+
+def test_python_api_is_limited_to_module_creation():
+    undefined = run("nm", "-D", "--undefined-only", str(LIBRARY))
+    assert set(re.findall(r"\bPy\w+", undefined)) <= {"PyModule_Create2"}
+
+
+def test_archive_without_git_installs_and_imports(tmp_path):
+    copy_sources(tmp_path)
+    site = tmp_path / "site"
+    log = run(
+        *(sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v"),
+        *("--disable-pip-version-check", "--target", str(site), str(tmp_path)),
+        env=without_nvcc(),
+    )
+    assert "no nvcc found" in log
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    out = run(
+        sys.executable, "-c", ONLY_HERE + INFO + "; print(fused_adamw.__file__)", cwd=tmp_path.parent, env=env
+    )
+    assert '"cuda": ""' in out
+    assert str(site) in out
+    assert (site / "fused_adamw" / "py.typed").exists()
+    # Without CUDA kernels, a GPU is told why.
+    why = (
+        ONLY_HERE
+        + "from fused_adamw.backends import native; import torch; print(native.why_not(torch.device('cuda')))"
+    )
+    assert "no nvcc was found" in run(sys.executable, "-c", why, cwd=tmp_path.parent, env=env)
+
+
+def test_without_the_extension_the_reference_serves(tmp_path):
+    copy_sources(tmp_path)
+    code = ONLY_HERE + (
+        "import torch, fused_adamw; from fused_adamw import FusedHygieneAdamW\n"
+        "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
+        "FusedHygieneAdamW([p]).step(); assert p[0] < 1\n"
+        "try: FusedHygieneAdamW([p], backend='native')\n"
+        "except RuntimeError as e: print(e)\n"
+    )
+    out = run(sys.executable, "-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert "the extension is not built or does not load" in out
+    assert "Available: reference" in out
+
+
+def test_import_writes_nothing_and_starts_nothing():
+    code = (
+        "import sys, torch\n"
+        "def hook(event, args):\n"
+        "    if event in ('subprocess.Popen', 'os.system', 'socket.connect'): raise SystemExit(event)\n"
+        "    if event == 'open' and isinstance(args[1], str) and set(args[1]) & set('wax+'):\n"
+        "        if '__pycache__' not in str(args[0]): raise SystemExit(f'writes {args[0]}')\n"
+        "sys.addaudithook(hook)\n"
+        "import fused_adamw; fused_adamw.available_backends()"
+    )
+    subprocess.run([sys.executable, "-B", "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,228 @@
+"""Bad input: a message that says what and where, before anything has changed."""
+
+import math
+import re
+
+import pytest
+import torch
+from common import NATIVE, give_grads, parameters, snapshot, unchanged_since
+
+from fused_adamw import FusedHygieneAdamW, backends
+
+
+def two_params(target, **options):
+    """A named pair with state, and gradients for the next step."""
+    params = parameters([(3, 3), (3, 3)], device=target.device)
+    optimizer = target.adamw(list(zip(["first", "second"], params, strict=True)), **options)
+    for step in range(2):
+        give_grads(params, step)
+        optimizer.step()
+    return optimizer, params
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_sparse_gradient(target, steps_before):
+    params = parameters([(3, 3), (3, 3)], device=target.device)
+    optimizer = target.adamw(list(zip(["first", "second"], params, strict=True)), max_grad_norm=1.0)
+    for step in range(steps_before):
+        give_grads(params, step)
+        optimizer.step()
+    give_grads(params, 9)
+    params[1].grad = params[1].grad.to_sparse()
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"does not support sparse gradients.*SparseAdam.*'second'"):
+        optimizer.step()
+    assert unchanged_since(optimizer, before)
+
+
+def test_sparse_gradient_after_an_expanded_one(target):
+    (p,) = parameters([(3, 3)], device=target.device)
+    optimizer = target.adamw([p])
+    p.grad = torch.ones(1, device=target.device).expand(3, 3)
+    optimizer.step()
+    p.grad = torch.eye(3, device=target.device).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+@pytest.mark.parametrize(
+    "moment",
+    [torch.zeros(9), torch.zeros(3, 4), torch.zeros(3, 3, device="meta")],
+    ids=["1-dim", "larger", "elsewhere"],
+)
+def test_moment_of_another_shape_or_device(target, key, moment):
+    """A model that was moved or resized: named, and the parameter before it is not stepped either."""
+    optimizer, params = two_params(target, amsgrad=True, max_grad_norm=1.0)
+    before = snapshot(optimizer)
+    kept = optimizer.state[params[1]][key]
+    optimizer.state[params[1]][key] = moment.to(params[1].device) if not moment.is_meta else moment
+    wrong = f"{key} of parameter 'second' is .*expected .* like the parameter"
+    with pytest.raises(RuntimeError, match=wrong):
+        optimizer.step()
+    optimizer.state[params[1]][key] = kept
+    assert unchanged_since(optimizer, before)
+    optimizer.step()
+
+
+def test_parameter_replaced_by_a_smaller_one(target):
+    optimizer, params = two_params(target)
+    params[1].data = torch.ones(2, 2, device=target.device)
+    params[1].grad = torch.ones(2, 2, device=target.device)
+    with pytest.raises(RuntimeError, match=r"exp_avg of parameter 'second' is \(3, 3\).* expected \(2, 2\)"):
+        optimizer.step()
+
+
+def test_parameters_without_names_are_numbered(target):
+    params = parameters([(3,), (3,), (3,)], device=target.device)
+    optimizer = target.adamw([{"params": params[:1]}, {"params": params[1:]}])
+    give_grads(params, 0)
+    params[2].grad = params[2].grad.to_sparse()
+    with pytest.raises(RuntimeError, match="number 1 of group 1"):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_parameter_listed_twice():
+    p, q = parameters([(2,), (2,)])
+    with pytest.raises(ValueError, match=r"parameter b of group 0 is listed twice.*also as a"):
+        FusedHygieneAdamW([("a", p), ("c", q), ("b", p)])
+    with pytest.raises(ValueError, match=r"number 2 of group 1 is listed twice.*number 0"):
+        FusedHygieneAdamW([{"params": [torch.nn.Parameter(torch.ones(1))]}, {"params": [p, q, p]}])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        FusedHygieneAdamW([{"params": [p]}, {"params": [q, p]}])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+def test_parameter_that_is_not_a_number_on_a_line(dtype):
+    p = torch.zeros(3, dtype=dtype)
+    with pytest.raises(ValueError, match=f"parameter ids of group 0 has dtype {dtype}"):
+        FusedHygieneAdamW([("weight", torch.zeros(2)), ("ids", p)])
+
+
+BAD_HYPERS = [
+    {"lr": -1.0},
+    {"lr": math.nan},
+    {"lr": math.inf},
+    {"lr": torch.tensor(-1.0)},
+    {"betas": (-0.1, 0.9)},
+    {"betas": (1.0, 0.9)},
+    {"betas": (math.nan, 0.9)},
+    {"betas": (0.9, 1.0)},
+    {"betas": (0.9, -1.0)},
+    {"betas": (0.9, math.nan)},
+    {"eps": -1e-8},
+    {"eps": math.nan},
+    {"weight_decay": -0.1},
+    {"weight_decay": math.nan},
+    {"weight_decay": math.inf},
+]
+
+
+@pytest.mark.parametrize("hypers", BAD_HYPERS, ids=str)
+def test_hyper_parameter_out_of_range(hypers):
+    (value,) = hypers.values()
+    number = f"{float(next(x for x in value if not 0 <= x < 1) if isinstance(value, tuple) else value):g}"
+    for params in (parameters([(2,)]), torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match=rf"(?i)(invalid|expected).*{re.escape(number)}"):
+            FusedHygieneAdamW(params, **hypers)
+
+
+@pytest.mark.parametrize("hypers", BAD_HYPERS, ids=str)
+def test_hyper_parameter_of_a_group_out_of_range(hypers):
+    """Torch checks its defaults alone."""
+    (name,) = hypers
+    name = {"betas": r"betas\[[01]\]"}.get(name, name)
+    p, q = parameters([(2,), (2,)])
+    with pytest.raises(ValueError, match=f"invalid {name} in parameter group 1: .*expected"):
+        FusedHygieneAdamW([{"params": [p]}, {"params": [q], **hypers}])
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda old, new: {"params": [new], "lr": -1.0},
+        lambda old, new: {"params": [new, new]},
+        lambda old, new: {"params": [new, torch.zeros(2, dtype=torch.int32)]},
+        lambda old, new: {"params": [torch.zeros(2, device="meta")]},
+        lambda old, new: {"params": [new, old]},
+    ],
+    ids=["lr", "duplicate", "dtype", "device", "in another group"],
+)
+def test_refused_group_is_not_added(make):
+    old, new = parameters([(2,), (2,)])
+    optimizer = NATIVE.adamw([old])
+    groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer.add_param_group(make(old, new))
+    assert optimizer.param_groups == groups
+    optimizer.add_param_group({"params": [new]})
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, -math.inf])
+def test_max_grad_norm_out_of_range(value):
+    params = parameters([(2,)])
+    with pytest.raises(ValueError, match="max_grad_norm must be None or a number >= 0, got"):
+        FusedHygieneAdamW(params, max_grad_norm=value)
+    optimizer = FusedHygieneAdamW(params, max_grad_norm=2.0)
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        optimizer.max_grad_norm = value
+    assert optimizer.max_grad_norm == 2.0
+
+
+@pytest.mark.parametrize("value", [torch.float16, torch.int32, "float32"])
+def test_state_dtype_of_another_kind(value):
+    with pytest.raises(ValueError, match=r"state_dtype must be None, torch.float32 or torch.bfloat16, got"):
+        FusedHygieneAdamW(parameters([(2,)]), state_dtype=value)
+
+
+def test_unknown_backend():
+    known = "'auto', 'native', 'triton', 'reference'"
+    with pytest.raises(ValueError, match=f"unknown backend 'cuda': expected one of {known}"):
+        FusedHygieneAdamW(parameters([(2,)]), backend="cuda")
+
+
+def test_unavailable_backend_says_why_and_what_is_available(monkeypatch):
+    monkeypatch.setattr(backends.native, "_load_error", lambda: "the extension is not built")
+    wrong = "'native' cannot run on cpu: the extension is not built.* Available: .*reference"
+    with pytest.raises(RuntimeError, match=wrong):
+        FusedHygieneAdamW(parameters([(2,)]), backend="native")
+
+
+def test_backend_without_kernels_for_a_device():
+    p = torch.nn.Parameter(torch.ones(2, device="meta"))
+    with pytest.raises(RuntimeError, match="'native' cannot run on meta: no kernels for meta devices"):
+        FusedHygieneAdamW([p], backend="native")
+
+
+def test_nothing_to_train():
+    with pytest.raises(ValueError, match="ReLU has no parameters"):
+        FusedHygieneAdamW(torch.nn.ReLU())
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"all 2 parameters of Linear are frozen.*'weight'"):
+        FusedHygieneAdamW(frozen)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        FusedHygieneAdamW([])
+
+
+def test_differentiable():
+    with pytest.raises(RuntimeError, match=r"does not support `differentiable`.*torch.optim.AdamW"):
+        FusedHygieneAdamW(parameters([(2,)]), differentiable=True)
+
+
+def test_what_torch_refuses():
+    (p,) = parameters([(2,)])
+    with pytest.raises(RuntimeError, match="cannot be `True` together"):
+        FusedHygieneAdamW([p], foreach=True, fused=True)
+    with pytest.raises(TypeError, match="should be an iterable"):
+        FusedHygieneAdamW(p)
+    with pytest.raises(ValueError, match="non-leaf"):
+        FusedHygieneAdamW([p * 2])
+    with pytest.raises(ValueError, match="1-element"):
+        FusedHygieneAdamW([p], lr=torch.tensor([1.0, 2.0]))
+
+
+def test_message_of_an_infinite_lr_says_finite():
+    with pytest.raises(ValueError, match="expected a finite number"):
+        FusedHygieneAdamW(parameters([(2,)]), lr=math.inf)

@@ -1,0 +1,238 @@
+"""Whatever the strides, offsets and alignment of parameter, gradient and moments, a step is the same step.
+
+torch's own fused CPU kernel computes wrong values, outside of views too, unless all share one dense layout.
+"""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from common import array, randn
+
+SHAPE = (4, 3, 2, 6)
+GUARD = 777.0
+
+
+def contiguous(x):
+    return x.clone()
+
+
+def transposed(x):
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def sliced(x):
+    """Every second column of something wider."""
+    out = torch.full((*x.shape[:-1], 2 * x.shape[-1]), GUARD, dtype=x.dtype, device=x.device)[..., ::2]
+    return out.copy_(x)
+
+
+def rows_of_wider(x):
+    """Rows with gaps between them."""
+    out = torch.full((*x.shape[:-1], x.shape[-1] + 3), GUARD, dtype=x.dtype, device=x.device)[..., 1:-2]
+    return out.copy_(x)
+
+
+def flipped(x):
+    """Values of a flip: torch has no negative strides, it copies."""
+    return x.flip(0).contiguous().flip(0)
+
+
+def at_offset(x, offset=1):
+    """Inside a longer buffer, as a gradient in a DDP bucket: not aligned to a vector."""
+    buffer = torch.full((x.numel() + 16,), GUARD, dtype=x.dtype, device=x.device)
+    return buffer[offset : offset + x.numel()].view(x.shape).copy_(x)
+
+
+LAYOUTS = [contiguous, transposed, channels_last, sliced, rows_of_wider, at_offset]
+
+
+def whole_buffer(t):
+    """All of the memory that a tensor is a view of."""
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+
+
+def guards(t):
+    """The elements of a view's buffer that are not the view's."""
+    buffer = whole_buffer(t.detach())
+    mask = torch.ones_like(buffer, dtype=torch.bool)
+    mask.as_strided(t.size(), t.stride(), t.storage_offset()).fill_(False)
+    return buffer[mask]
+
+
+def check(target, layouts, shape=SHAPE, steps=2, dtype=torch.float32, moments=None, **options):
+    """Step a parameter whose tensors are laid out by `layouts`: param, grad, exp_avg, exp_avg_sq."""
+    lay_p, lay_g, lay_m, lay_v = layouts
+    start = randn(*shape, dtype=dtype, device=target.device)
+    p = torch.nn.Parameter(lay_p(start))
+    optimizer = target.adamw([p], lr=1e-2, weight_decay=0.1, max_grad_norm=1.0, **options)
+    zeros = torch.zeros_like(start, memory_format=torch.contiguous_format)
+    optimizer.state[p] = {"exp_avg": lay_m(zeros), "exp_avg_sq": lay_v(zeros)}
+    tensors = [p, *optimizer.state[p].values()]
+    hypers = oracle.Hypers(lr=1e-2, weight_decay=0.1)
+    expected = oracle.AdamW([([array(start).astype(np.float64)], hypers)], "float64", max_grad_norm=1.0)
+    for step in range(steps):
+        grad = randn(*shape, seed=step + 1, dtype=dtype, device=target.device)
+        p.grad = lay_g(grad)
+        optimizer.step()
+        expected.step([array(p.grad)])
+        assert (guards(p.grad) == GUARD).all()
+    (slot,) = expected.slots
+    state = optimizer.state[p]
+    for actual, value in ((p, slot.p), (state["exp_avg"], slot.m), (state["exp_avg_sq"], slot.v)):
+        # float32 against float64: the two roundings of every step, and those of the clipped gradient.
+        np.testing.assert_allclose(
+            array(actual), value, rtol=0, atol=steps * 4 * 2**-23 * max(1, abs(value).max())
+        )
+    for t in tensors:
+        assert (guards(t) == GUARD).all()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "layouts", list(itertools.product(LAYOUTS, repeat=2)), ids=lambda x: "-".join(f.__name__ for f in x)
+)
+def test_parameter_and_gradient(target, layouts):
+    check(target, (*layouts, contiguous, contiguous))
+
+
+@pytest.mark.parametrize("param", LAYOUTS, ids=lambda f: f.__name__)
+def test_moments_like_the_parameter(target, param):
+    check(target, (param,) * 4)
+
+
+@pytest.mark.parametrize("lay_m", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("param", [contiguous, channels_last], ids=lambda f: f.__name__)
+def test_moments_with_other_strides(target, param, lay_m):
+    check(target, (param, param, lay_m, contiguous))
+    check(target, (param, param, param, lay_m))
+
+
+def test_expanded_gradient(target):
+    """As autograd hands out for a sum: one element with strides of 0."""
+    for shape in ((5,), (3, 4)):
+        p = torch.nn.Parameter(randn(*shape, device=target.device))
+        copy = torch.nn.Parameter(p.detach().clone())
+        optimizer = target.adamw([p], max_grad_norm=1.0)
+        other = target.adamw([copy], max_grad_norm=1.0)
+        for step in (1, 2):
+            p.grad = torch.full((), float(step), device=target.device).expand(shape)
+            copy.grad = p.grad.contiguous()
+            optimizer.step()
+            other.step()
+        torch.testing.assert_close(p, copy, rtol=0, atol=2 * 2 * 2**-23 * 4)
+
+
+def test_strides_of_single_element_dimensions(target):
+    """Autograd gives them any number; they do not change where an element is."""
+
+    def odd(x):
+        return x.clone().as_strided(x.shape, (6, 99, 1, 1))
+
+    shape = (4, 1, 6, 1)
+    optimizer = check(target, (contiguous, odd, odd, contiguous), shape=shape)
+    assert not optimizer._plan.fallbacks
+    check(target, (odd, contiguous, odd, odd), shape=shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("offset", range(1, 8))
+def test_misaligned_storage(target, offset, dtype):
+    """Every tensor at another offset: the result is that of aligned ones, bit for bit."""
+    numel = 141
+    results = []
+    for lay in (lambda x, _: x.clone(), at_offset):
+        p = torch.nn.Parameter(lay(randn(numel, dtype=dtype, device=target.device), offset))
+        optimizer = target.adamw([p], max_grad_norm=1.0)
+        zeros = torch.zeros_like(p.detach())
+        moments = {"exp_avg": lay(zeros, (offset + 3) % 8), "exp_avg_sq": lay(zeros, 8 - offset)}
+        optimizer.state[p] = moments
+        for step in range(2):
+            p.grad = lay(randn(numel, seed=step, dtype=dtype, device=target.device), (offset + 1) % 8)
+            optimizer.step()
+        assert not optimizer._plan.fallbacks
+        results.append([p, *moments.values()])
+    for aligned, moved in zip(*results, strict=True):
+        assert torch.equal(aligned, moved)
+        assert (guards(moved) == GUARD).all()
+
+
+def test_gradients_in_one_bucket(target):
+    """As under DDP: views of one flat buffer, which is refilled in place."""
+    shapes = [(3,), (5, 2), (), (7,), (1, 1)]
+    params = [torch.nn.Parameter(randn(*s, seed=i, device=target.device)) for i, s in enumerate(shapes)]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    bucket = torch.zeros(sum(p.numel() for p in params), device=target.device)
+    offset = 0
+    for p in params:
+        p.grad = bucket[offset : offset + p.numel()].view(p.shape)
+        offset += p.numel()
+    ours, plain = target.adamw(params, max_grad_norm=1.0), target.adamw(copies, max_grad_norm=1.0)
+    for step in range(3):
+        bucket.copy_(randn(bucket.numel(), seed=step))
+        for p, q in zip(params, copies, strict=True):
+            q.grad = p.grad.clone()
+        ours.step()
+        plain.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+
+
+def test_parameters_in_one_flat_buffer(target):
+    """Views of one storage as parameters: each element is stepped once, the gaps never."""
+    flat = torch.full((64,), GUARD, device=target.device)
+    places = [(1, (3,)), (6, (2, 5)), (20, ()), (30, (4, 4))]
+    params, expected = [], flat.clone()
+    for start, shape in places:
+        numel = torch.Size(shape).numel()
+        params.append(torch.nn.Parameter(flat[start : start + numel].view(shape)))
+        expected[start : start + numel] = GUARD - 1.0
+        params[-1].grad = torch.ones_like(params[-1])
+    target.adamw(params, lr=1.0, weight_decay=0.0).step()
+    torch.testing.assert_close(flat, expected, rtol=0, atol=1e-4)
+    untouched = expected == GUARD
+    assert (flat[untouched] == GUARD).all()
+
+
+def test_scalar_parameter(target):
+    check(target, (contiguous,) * 4, shape=())
+
+
+def test_flips(target):
+    check(target, (flipped, flipped, contiguous, flipped))
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_moments_restrided_by_a_checkpoint(target, amsgrad):
+    """A channels-last model that loads a file with contiguous moments, and the other way round."""
+    for live, saved in itertools.permutations((contiguous, channels_last)):
+        p = torch.nn.Parameter(live(randn(*SHAPE, device=target.device)))
+        q = torch.nn.Parameter(saved(randn(*SHAPE, device=target.device)))
+        optimizer, other = (target.adamw([t], amsgrad=amsgrad) for t in (p, q))
+        for t in (p, q):
+            t.grad = torch.empty_like(t).copy_(randn(*SHAPE, seed=1))
+        other.step()
+        optimizer.load_state_dict(other.state_dict())
+        p.data.copy_(q.data)
+        for o in (optimizer, other):
+            o.step()
+        assert optimizer.state[p]["exp_avg"].stride() == p.stride()
+        assert not optimizer._plan.fallbacks
+        torch.testing.assert_close(p, q, rtol=0, atol=2 * 2**-23 * 4)
+
+
+def test_layout_of_the_gradient_changes_between_steps(target):
+    p = torch.nn.Parameter(randn(4, 5, device=target.device))
+    q = torch.nn.Parameter(p.detach().clone())
+    optimizer, plain = target.adamw([p]), target.adamw([q])
+    for step, lay in enumerate((contiguous, transposed, sliced, contiguous, at_offset)):
+        grad = randn(4, 5, seed=step, device=target.device)
+        p.grad, q.grad = lay(grad), grad
+        optimizer.step()
+        plain.step()
+    torch.testing.assert_close(p, q, rtol=0, atol=5 * 2 * 2**-23 * 4)

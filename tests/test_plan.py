@@ -1,0 +1,377 @@
+"""The plan: its tables, and that it is rebuilt when, and only when, it is no longer true."""
+
+import itertools
+import logging
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from common import NATIVE, assert_same_path, give_grads, parameters, twins
+from torch.optim.lr_scheduler import LambdaLR
+
+from fused_adamw import optimizer as optimizer_module
+from fused_adamw import plan
+
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """A list that grows by one with every plan that is built."""
+    plans = []
+
+    class Counted(plan.Plan):
+        def __init__(self, *args, **kwargs):
+            plans.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(optimizer_module, "Plan", Counted)
+    return plans
+
+
+class Pair:
+    """Our optimizer beside torch's, to see that a step after a change is right."""
+
+    def __init__(self, target, shapes=((5, 5), (70,), (5, 5)), **options):
+        self.params = parameters(shapes, device=target.device)
+        self.copies = twins(self.params)
+        self.ours = target.adamw(self.params, lr=1e-2, max_grad_norm=1e9, **options)
+        self.theirs = torch.optim.AdamW(self.copies, lr=1e-2, foreach=False, **options)
+        self.steps = 0
+
+    def both(self):
+        """Each optimizer with its parameters: changes are made to both."""
+        return (self.ours, self.params), (self.theirs, self.copies)
+
+    def step(self, steps=1, without=()):
+        for _ in range(steps):
+            for optimizer, params in self.both():
+                give_grads(params, self.steps)
+                for i in without:
+                    params[i].grad = None
+                optimizer.step()
+            self.steps += 1
+        assert_same_path(self.params, self.copies, self.steps, grad_error=1e-6)
+
+
+# Tables
+
+
+def test_chunk_table():
+    table = plan.chunk_table([0, 1, 4, 5, 0, 9], 4)
+    assert table.dtype == torch.int32
+    assert table.tolist() == [[1, 0], [2, 0], [3, 0], [3, 1], [5, 0], [5, 1], [5, 2]]
+    assert plan.chunk_table([], 4).shape == plan.chunk_table([0, 0], 4).shape == (0, 2)
+
+
+def test_chunk_table_of_more_elements_than_32_bits_count():
+    numel = 2**32 + 1
+    table = plan.chunk_table([numel, 3], 1 << 15)
+    assert table[-1].tolist() == [1, 0]
+    assert table[-2].tolist() == [0, 2**17]
+    assert len(table) == 2**17 + 2
+
+
+def test_layouts_are_those_of_the_c_structs(tmp_path):
+    """Compiles tables.h and asks it where everything is."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler, "the tests need the C++ compiler that the extension was built with"
+    rows = ["param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "numel", "hyper"]
+    hypers = ["lr", "beta1", "beta2", "eps", "weight_decay", "grad_sign", "lr_address"]
+    dtypes = ["kFloat32", "kBFloat16", "kFloat16", "kFloat64"]
+    prints = [
+        *(f'std::printf("{s} %zu\\n", sizeof({s}));' for s in ("Row", "Chunk", "Hyper")),
+        *(f'std::printf("Row.{f} %zu\\n", offsetof(Row, {f}));' for f in rows),
+        *(f'std::printf("Hyper.{f} %zu\\n", offsetof(Hyper, {f}));' for f in hypers),
+        *(f'std::printf("Chunk.{f} %zu\\n", offsetof(Chunk, {f}));' for f in ("row", "index")),
+        *(f'std::printf("{d} %d\\n", static_cast<int>({d}));' for d in dtypes),
+        '#define X(P, G, S) std::printf("built %d,%d,%d\\n", int(P), int(G), int(S));',
+        "FUSED_ADAMW_FOR_EACH_DTYPES(X)",
+    ]
+    source = tmp_path / "layout.cpp"
+    source.write_text(
+        '#include <cstddef>\n#include <cstdio>\n#include "tables.h"\n'
+        "using namespace fused_adamw;\nint main() {\n" + "\n".join(prints) + "\n}\n"
+    )
+    subprocess.run([compiler, "-std=c++17", f"-I{CSRC}", source, "-o", tmp_path / "layout"], check=True)
+    output = subprocess.run([tmp_path / "layout"], check=True, capture_output=True, text=True).stdout
+    pairs = [line.split() for line in output.splitlines()]
+    facts = {key: int(value) for key, value in pairs if key != "built"}
+
+    assert facts["Row"] == 8 * plan.ROW_WORDS
+    assert facts["Hyper"] == 8 * plan.HYPER_WORDS
+    assert facts["Chunk"] == 4 * plan.chunk_table([1], 1).shape[1]
+    assert [facts[f"Row.{f}"] for f in rows] == [8 * getattr(plan, f.upper()) for f in rows]
+    assert [facts[f"Hyper.{f}"] for f in hypers] == [8 * i for i in range(plan.HYPER_WORDS)]
+    assert facts["Hyper.lr_address"] == 8 * plan.LR_ADDRESS
+    assert (facts["Chunk.row"], facts["Chunk.index"]) == (0, 4)
+    # The order in which Python fills a row of hypers.
+    assert plan.Hyper._fields[:5] == tuple(hypers[:5])
+    codes = dict(zip((torch.float32, torch.bfloat16, torch.float16, torch.float64), dtypes, strict=True))
+    assert {dtype: facts[name] for dtype, name in codes.items()} == plan.DTYPE_CODE
+    built = {tuple(map(int, value.split(","))) for key, value in pairs if key == "built"}
+    assert built == {tuple(plan.DTYPE_CODE[d] for d in dtypes) for dtypes in plan.KERNEL_DTYPES}
+
+
+def test_one_bucket_for_all_groups(built):
+    """One launch per device and dtypes, whatever the number of tensors and groups."""
+    params = parameters([(3,)] * 40) + parameters([(3,)] * 4, dtype=torch.bfloat16)
+    optimizer = NATIVE.adamw([{"params": [p], "lr": 0.1 * i} for i, p in enumerate(params)])
+    give_grads(params, 0)
+    optimizer.step()
+    (only,) = built
+    assert [len(bucket.slots) for bucket, _, _ in only.buckets] == [40, 4]
+    assert not only.fallbacks
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        (torch.empty(3, 4), torch.empty(3, 4), True),
+        (torch.empty(3, 4), torch.empty(4, 3).t(), False),
+        (torch.empty(3, 1), torch.empty(3, 7)[:, :1], False),
+        (torch.empty(1, 4), torch.empty(5, 4)[:1], True),
+        (torch.empty(1, 4).as_strided((1, 4), (99, 1)), torch.empty(1, 4), True),
+        (torch.empty(4), torch.empty(2, 2), False),
+        (torch.empty(()), torch.empty(()), True),
+    ],
+)
+def test_same_layout(a, b, same):
+    assert plan.same_layout(a, b) == plan.same_layout(b, a) == same
+
+
+@pytest.mark.parametrize(
+    ("t", "dense"),
+    [
+        (torch.empty(3, 4, 5), True),
+        (torch.empty(3, 4, 5).permute(2, 0, 1), True),
+        (torch.empty(2, 3, 4, 4).to(memory_format=torch.channels_last), True),
+        (torch.empty(3, 4)[:, :3], False),
+        (torch.empty(3, 4)[1:], True),
+        (torch.empty(3, 4)[::2], False),
+        (torch.empty(1).expand(3), False),
+        (torch.empty(3, 1).expand(3, 4), False),
+        (torch.empty(0, 4)[:, ::2], True),
+        (torch.empty(()), True),
+        (torch.empty(8).as_strided((3, 3), (2, 1)), False),
+    ],
+)
+def test_is_dense(t, dense):
+    assert plan.is_dense(t) == dense
+
+
+def test_fallbacks_are_logged_once_with_their_reason(caplog):
+    params = parameters([(3, 4), (3, 4), (5,)])
+    optimizer = NATIVE.adamw(list(zip("abc", params, strict=True)))
+    for step in range(3):
+        give_grads(params, step)
+        params[1].grad = torch.ones(4, 3).t()
+        with caplog.at_level(logging.DEBUG, "fused_adamw"):
+            optimizer.step()
+    lines = [r.getMessage() for r in caplog.records if "reference" in r.getMessage()]
+    assert lines == [
+        "parameter 'b' is stepped by the reference: gradient has strides (1, 3), the parameter (4, 1)"
+    ]
+
+
+# Staleness
+
+
+def test_one_plan_for_a_steady_training(target, built):
+    pair = Pair(target)
+    scheduler = LambdaLR(pair.ours, lambda step: 0.9**step)
+    peer = LambdaLR(pair.theirs, lambda step: 0.9**step)
+    for _ in range(4):
+        pair.step()  # with new gradient tensors every time
+        scheduler.step()
+        peer.step()
+    for optimizer, _ in pair.both():
+        optimizer.param_groups[0].update(betas=(0.5, 0.6), weight_decay=0.3, eps=1e-3, maximize=True)
+    pair.ours.max_grad_norm = 1e6
+    pair.step()
+    assert len(built) == 1
+
+
+def test_one_plan_while_gradients_come_and_go(target, built):
+    pair = Pair(target)
+    pair.step()
+    for present in itertools.product([True, False], repeat=3):
+        pair.step(without=[i for i in range(3) if not present[i]])
+    assert len(built) == 1
+
+
+def test_a_first_gradient_needs_a_plan(target, built):
+    pair = Pair(target)
+    pair.step(without=[0, 1])
+    pair.step(without=[0])
+    pair.step()
+    pair.step(2)
+    assert len(built) == 3
+
+
+@pytest.mark.xfail(reason="a plan forgets the layout of a gradient that is absent when it is built")
+def test_plans_settle_when_gradients_of_an_odd_layout_come_and_go(target, built):
+    params = parameters([(4, 5), (4, 5)], device=target.device)
+    optimizer = target.adamw(params)
+    for step in range(12):
+        for i, p in enumerate(params):
+            p.grad = torch.ones(5, 4, device=target.device).t() if (step + i) % 2 else None
+        optimizer.step()
+    assert len(built) <= 4
+
+
+def test_data_swapped(target, built):
+    """As by FSDP, accelerate, or an exponential moving average that is swapped in."""
+    pair = Pair(target)
+    pair.step()
+    for _, params in pair.both():
+        params[0].data = torch.full((5, 5), 0.5, device=target.device)
+    pair.step(2)
+    assert len(built) == 2
+
+
+def test_data_transposed_in_place(target):
+    pair = Pair(target)
+    pair.step()
+    for _, params in pair.both():
+        params[0].data = params[0].data.t()
+    pair.step(2)
+
+
+def test_data_cut_in_place(target):
+    """The moments no longer fit: refused, and not one element beyond the gradient is read."""
+    pair = Pair(target)
+    pair.step()
+    p = pair.params[0]
+    p.data = p.data[:2]
+    p.grad = torch.ones(2, 5, device=target.device)
+    with pytest.raises(RuntimeError, match=r"expected \(2, 5\)"):
+        pair.ours.step()
+
+
+def test_parameter_replaced_in_the_group(target):
+    pair = Pair(target)
+    pair.step()
+    for optimizer, params in pair.both():
+        (new,) = parameters([(6,)], seed=9, device=target.device)
+        params[1] = optimizer.param_groups[0]["params"][1] = new
+    pair.step(2)
+
+
+def test_parameters_reordered_in_the_group(target):
+    pair = Pair(target)
+    pair.step()
+    for optimizer, _ in pair.both():
+        optimizer.param_groups[0]["params"].reverse()
+    pair.step(2)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
+def test_state_replaced(target, built, key):
+    pair = Pair(target)
+    pair.step()
+    for optimizer, params in pair.both():
+        state = optimizer.state[params[0]]
+        state[key] = torch.full_like(state[key], 2.0)
+    pair.step(2)
+    assert len(built) == 2
+
+
+def test_moment_transposed_in_place(target):
+    pair = Pair(target)
+    pair.step()
+    for optimizer, params in pair.both():
+        optimizer.state[params[0]]["exp_avg"] = optimizer.state[params[0]]["exp_avg"].t()
+    pair.step(2)
+
+
+def test_moment_of_another_dtype_at_the_same_address(target):
+    """As the allocator hands out when one is deleted and another made. Memory after it stays as it is."""
+    pair = Pair(target)
+    pair.step()
+    state = pair.ours.state[pair.params[1]]
+    buffer = state["exp_avg"].view(torch.bfloat16)
+    state["exp_avg"] = buffer[:70]
+    buffer.fill_(1.0)
+    pair.params[1].grad = torch.zeros(70, device=target.device)
+    pair.ours.step()
+    assert state["exp_avg"].lt(1.0).all()
+    assert buffer[70:].eq(1.0).all()
+
+
+def test_whole_state_replaced(target):
+    pair = Pair(target)
+    pair.step()
+    for optimizer, params in pair.both():
+        optimizer.state[params[0]] = {key: value.clone() for key, value in optimizer.state[params[0]].items()}
+        optimizer.state[params[2]].clear()
+    pair.step(2)
+    assert pair.ours.state[pair.params[2]]["step"].item() == 2
+
+
+def test_state_emptied(target):
+    pair = Pair(target)
+    pair.step(2)
+    for optimizer, _ in pair.both():
+        optimizer.state.clear()
+    pair.step(2)
+
+
+def test_amsgrad_turned_on_later(target):
+    params = parameters([(5,)], device=target.device)
+    optimizer = target.adamw(params)
+    give_grads(params, 0)
+    optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = True
+    give_grads(params, 1)
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
+
+
+def test_parameters_moved_between_groups(target):
+    pair = Pair(target)
+    pair.step()
+    for optimizer, _ in pair.both():
+        first = optimizer.param_groups[0]
+        optimizer.param_groups.append({**first, "params": [first["params"].pop()], "lr": 0.5})
+    pair.step(2)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+def test_gradients_of_another_dtype(target, built):
+    (p,) = parameters([(70,)], dtype=torch.bfloat16, device=target.device)
+    optimizer = target.adamw([p], lr=1e-2)
+    give_grads([p], 0)
+    optimizer.step()
+    p.grad = None
+    p.grad_dtype = torch.float32
+    for step in (1, 2):
+        give_grads([p], step, dtype=torch.float32)
+        optimizer.step()
+    assert len(built) == 2
+    assert optimizer.state[p]["step"].item() == 3
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        "at first",
+        "later",
+    ],
+)
+def test_default_device_does_not_reach_the_tables(target, when):
+    """As with torch.set_default_device("cuda") and a model on the CPU, or the other way round."""
+    pair = Pair(target)
+    if when == "later":
+        pair.step()
+    give_grads(pair.params, 5)
+    give_grads(pair.copies, 5)
+    with torch.device("meta"):
+        pair.ours.step()
+    pair.theirs.step()
+    pair.steps += 1
+    assert_same_path(pair.params, pair.copies, pair.steps, grad_error=1e-6)
+    assert not pair.ours.grad_norm.is_meta

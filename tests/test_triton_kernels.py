@@ -1,0 +1,219 @@
+"""The Triton backend without a GPU: its kernels interpreted, and compiled to look at their code."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", minversion="3.6")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from fused_adamw.backends import triton as backend  # noqa: E402
+
+F32, BF16, F16, F64 = range(4)  # enum DType
+TESTS = Path(__file__).parent
+
+
+def test_interpreted():
+    """Runs tests/triton_interpreted: a process either interprets or compiles."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(TESTS / "triton_interpreted"),
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+
+
+class Launches:
+    """Stands in for a GPU: launches compile for its architecture, and end there."""
+
+    def __init__(self, monkeypatch, arch: int) -> None:
+        self.arch, self.grids, self.kernels = arch, [], []
+        run = triton.JITFunction.run
+
+        def compile_only(kernel, *args, grid, warmup, **options):
+            self.grids.append(grid)
+            self.kernels.append(run(kernel, *args, grid=grid, warmup=True, **options))
+
+        monkeypatch.setattr(triton.runtime.driver, "_active", self)
+        monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+        monkeypatch.setattr(backend, "_multiprocessors", lambda device: 100)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture(params=[80, 90, 100], ids="sm_{}".format)
+def gpu(request, monkeypatch):
+    if not isinstance(backend.update_kernel, triton.JITFunction):
+        pytest.skip("TRITON_INTERPRET=1 is set")
+    return Launches(monkeypatch, request.param)
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float64, shift: int = 0) -> torch.Tensor:
+    size = torch.Size(shape).numel()
+    return torch.zeros(size + shift, dtype=dtype)[shift:].view(shape)
+
+
+def update(gpu, dtypes, n_chunks=3, shift=0, n_sums=1, given=True, skip_nonfinite=True):
+    """The compiled update kernel. `shift`: how many elements tensors are off an aligned address."""
+    optional = zeros(1, dtype=torch.float32, shift=shift) if given else None
+    backend.update(
+        zeros(5, 8, dtype=torch.int64, shift=shift),
+        zeros(n_chunks, 2, dtype=torch.int32, shift=shift),
+        backend.CHUNK_SIZE,
+        zeros(2, 7, shift=shift),
+        *dtypes,
+        zeros(n_sums, shift=shift) if given else None,
+        1.0,
+        skip_nonfinite,
+        optional,
+        optional,
+        zeros(2, shift=shift),
+        zeros(1 + n_chunks, shift=shift),
+    )
+    return gpu.kernels[-1]
+
+
+def norm(gpu, dtype, n_chunks=3, shift=0):
+    backend.sum_of_squares(
+        zeros(5, 8, dtype=torch.int64, shift=shift),
+        zeros(n_chunks, 2, dtype=torch.int32, shift=shift),
+        backend.CHUNK_SIZE,
+        dtype,
+        zeros(1 + n_chunks, shift=shift),
+        zeros(1, shift=shift),
+    )
+    return gpu.kernels[-1]
+
+
+def accesses(kernel, instruction: str) -> int:
+    """How often the PTX has an instruction without a predicate: the branches without masks."""
+    return len(re.findall(rf"^\s*{re.escape(instruction)} ", kernel.asm["ptx"], re.MULTILINE))
+
+
+def resources(kernel, tmp_path) -> dict[str, int]:
+    """What ptxas allocated, such as {"REG": 64, "STACK": 0, "LOCAL": 0}."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage.stdout)}
+
+
+SAME = [(F32, F32, F32), (BF16, BF16, BF16)]
+MIXED = [(BF16, F32, F32), (BF16, BF16, F32)]
+
+
+@pytest.mark.parametrize("dtypes", SAME, ids=["float32", "bfloat16"])
+def test_update_moves_16_bytes_per_access(gpu, dtypes):
+    kernel = update(gpu, dtypes)
+    # Four tensors are read and three written, one more of each in the branch for amsgrad.
+    assert accesses(kernel, "ld.global.v4.b32") == 4 + 5
+    assert accesses(kernel, "st.global.v4.b32") == 3 + 4
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_norm_moves_16_bytes_per_access(gpu, dtype):
+    per_thread = backend._NORM_BLOCK // backend._THREADS
+    assert accesses(norm(gpu, dtype), "ld.global.v4.b32") == per_thread * (4 if dtype == F32 else 2) // 16
+
+
+@pytest.mark.parametrize("dtypes", SAME + MIXED, ids=["float32", "bfloat16", "bfloat16-1", "bfloat16-2"])
+def test_update_fits_its_registers(gpu, dtypes, tmp_path):
+    kernel = update(gpu, dtypes)
+    used = resources(kernel, tmp_path)
+    assert used["REG"] <= backend._REGISTERS
+    assert used["STACK"] == used["LOCAL"] == 0, "spilled"
+    assert "convert_layout" not in kernel.asm["ttgir"], "values pass between threads"
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_norm_fits_its_registers(gpu, dtype, tmp_path):
+    used = resources(norm(gpu, dtype), tmp_path)
+    assert used["REG"] <= backend._REGISTERS
+    assert used["STACK"] == used["LOCAL"] == 0, "spilled"
+
+
+def test_arithmetic_is_ieee_and_not_contracted(gpu):
+    ptx = update(gpu, (F32, F32, F32)).asm["ptx"]
+    arithmetic = set(re.findall(r"\b(?:add|sub|mul|fma|div|rcp|sqrt|rsqrt)\.[\w.]*f32", ptx))
+    assert arithmetic == {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32", "sqrt.rn.f32"}
+
+
+def test_ticket_is_drawn_when_all_threads_are_done(gpu):
+    for kernel in (update(gpu, (F32, F32, F32)), norm(gpu, F32)):
+        before, after = kernel.asm["ptx"].split("atom.global.gpu.acq_rel.add.u32")
+        accessed = max(before.rfind("ld.global"), before.rfind("st.global"))
+        if "norm" in kernel.metadata.name:  # the thread that writes the partial sum also draws the ticket
+            accessed = before.rfind("ld.global")
+        assert before.rfind("bar.sync") > accessed
+        assert after.find("bar.sync") < after.find("global.")
+
+
+def test_one_binary_serves_all_tables(gpu):
+    first = update(gpu, (F32, F32, F32))
+    for changes in ({"n_chunks": 1}, {"n_chunks": 16}, {"shift": 1}, {"n_sums": 5}):
+        assert update(gpu, (F32, F32, F32), **changes) is first
+    first = norm(gpu, F32)
+    assert norm(gpu, F32, n_chunks=1) is norm(gpu, F32, n_chunks=16) is norm(gpu, F32, shift=1) is first
+
+
+def test_options_cost_nothing_where_absent(gpu):
+    everything = update(gpu, (F32, F32, F32))
+    nothing = update(gpu, (F32, F32, F32), given=False, skip_nonfinite=False)
+    assert len(nothing.asm["ptx"]) < len(everything.asm["ptx"])
+
+
+def test_max_grad_norm_travels_in_double(gpu):
+    signature = update(gpu, (F32, F32, F32)).src.signature
+    assert signature["max_grad_norm"] == "fp64"
+
+
+def test_grid(gpu):
+    """One program per chunk, at least one, and no more than the device holds at once."""
+    for n_chunks in (0, 1, 7, 10**5):
+        update(gpu, (F32, F32, F32), n_chunks)
+    assert gpu.grids == [(1,), (1,), (7,), (100 * backend._PROGRAMS_PER_SM,)]
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, BF16), (F16, F16, F32), (F16, F16, F16), (F64, F64, F64)])
+def test_other_types_compile(gpu, dtypes):
+    kernel = update(gpu, dtypes)
+    vectors = accesses(kernel, "ld.global.v4.b32") + accesses(kernel, "ld.global.v2.b64")
+    assert vectors >= 4
+    single = re.search(r"\b(?:div|sqrt|mul)\.[\w.]*f32", kernel.asm["ptx"])
+    assert (single is None) == (dtypes[0] == F64), "float64 is stepped in float64"
+
+
+def test_why_not(monkeypatch):
+    if not isinstance(backend.update_kernel, triton.JITFunction):
+        pytest.skip("TRITON_INTERPRET=1 is set")
+    assert "TRITON_INTERPRET=1" in backend.why_not(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in backend.why_not(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backend.why_not(torch.device("cuda")) is None
+    assert "mps" in backend.why_not(torch.device("mps"))
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert "3.6" in backend.why_not(torch.device("cuda"))
