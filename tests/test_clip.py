@@ -178,6 +178,21 @@ def test_nonfinite_gradients_without_clipping_stay_where_they_are(target, bad):
     )
 
 
+def test_nan_wins_a_maximum(target):
+    """Of amsgrad, on either side: as in torch, and unlike fmax."""
+    params = parameters([(70,)], device=target.device)
+    optimizer = target.adamw(params, amsgrad=True)
+    copies, peer = peer_of(params, amsgrad=True)
+    for step in range(2):
+        for optim, tensors in ((optimizer, params), (peer, copies)):
+            give_grads(tensors, step)
+            optim.step()
+            optim.state[tensors[0]]["exp_avg_sq"][3] = math.nan
+            optim.state[tensors[0]]["max_exp_avg_sq"][66] = math.nan
+    assert params[0].isnan().nonzero().ravel().tolist() == [3, 66]
+    assert_same_path(params, copies, 2)
+
+
 def test_squares_beyond_float16(target):
     """1000 gradients of 6e4: torch's norm in float16 is infinite, and its update 0."""
     (p,) = parameters([(1000,)], dtype=torch.float16, device=target.device)
