@@ -1,5 +1,6 @@
 """Fixtures of the core tests."""
 
+import importlib
 import os
 
 # Triton then interprets its kernels on CPU tensors. Read when triton is first imported, so it comes before
@@ -8,7 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
-from common import TARGETS
+from common import TARGETS, Target
 
 
 @pytest.fixture(params=TARGETS)
@@ -44,7 +45,22 @@ def default_dtype():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Cuts tensors into chunks of 64 elements, so that small ones have several."""
-    from fused_adamw.backends import native
+    for name in ("native", "triton"):
+        try:
+            module = importlib.import_module(f"fused_adamw.backends.{name}")
+        except ImportError:
+            continue
+        monkeypatch.setattr(module, "chunk_size", lambda device, numel: 64)
 
-    monkeypatch.setattr(native, "chunk_size", lambda device: 64)
-    return 64
+
+# The files about what kernels compute. The others test what is above the kernels.
+KERNEL_FILES = {"test_oracle", "test_clip", "test_layouts", "test_amp"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leave interpreted Triton to the files about kernels: elsewhere it is slow and adds little."""
+    for item in items:
+        target = getattr(item, "callspec", None) and item.callspec.params.get("target")
+        if isinstance(target, Target) and target.slow and item.module.__name__ not in KERNEL_FILES:
+            item.add_marker(pytest.mark.slow)

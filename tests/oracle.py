@@ -99,6 +99,11 @@ class AdamW:
         """All parameters in order."""
         return [slot for slots, _ in self.groups for slot in slots]
 
+    @property
+    def hypers(self):
+        """The options of each of `slots`."""
+        return [hypers for slots, hypers in self.groups for _ in slots]
+
     def step(self, grads, loss_scale=1.0, found_inf=False):
         """One step with a gradient, or None, for each of `slots`."""
         scale = 1.0 / loss_scale
@@ -108,7 +113,6 @@ class AdamW:
             scale *= min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6))
         if found_inf:
             return
-        hypers = [hypers for slots, hypers in self.groups for _ in slots]
-        for slot, hyper, grad in zip(self.slots, hypers, grads, strict=True):
+        for slot, hypers, grad in zip(self.slots, self.hypers, grads, strict=True):
             if grad is not None:
-                slot.update(grad, hyper, scale)
+                slot.update(grad, hypers, scale)

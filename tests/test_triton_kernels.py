@@ -135,8 +135,7 @@ def test_update_moves_16_bytes_per_access(gpu, dtypes):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_norm_moves_16_bytes_per_access(gpu, dtype):
-    per_thread = backend._NORM_BLOCK // backend._THREADS
-    assert accesses(norm(gpu, dtype), "ld.global.v4.b32") == per_thread * (4 if dtype == F32 else 2) // 16
+    assert accesses(norm(gpu, dtype), "ld.global.v4.b32") == 2
 
 
 @pytest.mark.parametrize("dtypes", SAME + MIXED, ids=["float32", "bfloat16", "bfloat16-1", "bfloat16-2"])
@@ -164,10 +163,7 @@ def test_arithmetic_is_ieee_and_not_contracted(gpu):
 def test_ticket_is_drawn_when_all_threads_are_done(gpu):
     for kernel in (update(gpu, (F32, F32, F32)), norm(gpu, F32)):
         before, after = kernel.asm["ptx"].split("atom.global.gpu.acq_rel.add.u32")
-        accessed = max(before.rfind("ld.global"), before.rfind("st.global"))
-        if "norm" in kernel.metadata.name:  # the thread that writes the partial sum also draws the ticket
-            accessed = before.rfind("ld.global")
-        assert before.rfind("bar.sync") > accessed
+        assert before.rfind("bar.sync") > max(before.rfind("ld.global"), before.rfind("st.global"))
         assert after.find("bar.sync") < after.find("global.")
 
 

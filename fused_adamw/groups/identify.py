@@ -2,7 +2,7 @@
 
 1. adapter: the tensor hangs in a PEFT adapter container.
 2. type: the registry knows the owner's class (seen through parametrizations).
-3. structure: the owner is unknown, but built like a norm or an activation.
+3. structure: the owner is unknown, but built like a norm, an activation or an embedding.
 4. name: the local name of a raw parameter.
 5. shape: a vector is a gain or a bias, something larger with no telling name is unknown.
 """
@@ -24,6 +24,7 @@ Confidence = Literal["high", "medium", "low"]
 
 _NORM_WORDS = frozenset({"norm", "normalization", "ln", "rms", "grn", "bn", "gn"})
 _ACTIVATION = re.compile(r"(ReLU|GELU|SiLU|Swish|Mish|Snake|TLU|Act|Activation)(Beta|\d*d)?$")
+_EMBEDDING_ENDS = frozenset({("embedding",), ("embeddings",), ("embed",)})
 _POSITION_WORDS = frozenset({"pos", "position", "positional", "cpb", "peg", "rpe", "relpos"})
 _TABLES = frozenset({Role.EMBEDDING, Role.POSITION, Role.QUERY, Role.TOKEN})
 
@@ -161,7 +162,7 @@ def _kind_of_map(place: Place, role: Role) -> Role:
 
 
 def _by_structure(place: Place, located: Located) -> Finding | None:
-    """A class we do not know, without parameterised children, named like a norm or an activation."""
+    """A class we do not know, without parameterised children, named like a norm, activation or embedding."""
     owner = place.owner
     if isinstance(owner, (nn.Linear, nn.Embedding)) or _has_parameterised_children(owner):
         return None
@@ -184,6 +185,13 @@ def _by_structure(place: Place, located: Located) -> Finding | None:
         clause = f"{_owner(place)} is {_article(name)} {name}, built like an activation"
         role = Role.BIAS if "bias" in local else Role.ACTIVATION
         return Finding(role, "structure", clause, "high")
+    if (
+        words(name)[-1:] in _EMBEDDING_ENDS
+        and place.local == "weight"
+        and sum(n > 1 for n in located.shape) == 2
+    ):
+        clause = f"{_owner(place)} is {_article(name)} {name}, built like an embedding"
+        return Finding(_kind_of_table(place), "structure", clause, "medium")
     return None
 
 

@@ -93,7 +93,7 @@ def _huggingface(located: Located, listed: Collection[str]) -> Verdict:
     # get_parameter_names tests children, so a model that is a LayerNorm itself goes untested.
     if any(isinstance(module, nn.LayerNorm) for _, module in place.ancestors[1:]):
         return False, "it is inside an nn.LayerNorm"
-    return True, "no pattern matches its name"
+    return True, "no pattern matches"
 
 
 def _timm(located: Located, listed: Collection[str]) -> Verdict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -17,8 +17,6 @@ from .decide import Decision
 if TYPE_CHECKING:
     from .report import ParamGroupReport, PolicyDiff
 
-T = TypeVar("T")
-
 
 def report_table(report: ParamGroupReport) -> Group:
     """Draws a report: a line per parameter or fold of parameters, totals, remarks."""
@@ -26,13 +24,13 @@ def report_table(report: ParamGroupReport) -> Group:
     table = Table(
         title=f"{report.model_name}, policy {report.policy.name}", title_justify="left", box=SIMPLE_HEAD
     )
-    table.add_column("parameter", overflow="fold", ratio=6)
-    table.add_column("shape", overflow="fold", ratio=2)
+    table.add_column("parameter", overflow="fold")
+    table.add_column("shape", overflow="fold")
     table.add_column("decay", justify="right")
     if scaled:
         table.add_column("lr scale", justify="right")
     table.add_column("role")
-    table.add_column("decided by", overflow="fold", ratio=3)
+    table.add_column("decided by", overflow="fold")
     for rows in fold(
         report.decisions, lambda d: (d.decays, d.role, d.rule, _because(d), d.options["weight_decay"])
     ):
@@ -56,10 +54,10 @@ def diff_table(diff: PolicyDiff) -> Group:
         return Group(Text(title))
     other = {mine.name: their for mine, their in diff.pairs}
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("parameter", overflow="fold", ratio=6)
-    table.add_column("shape", overflow="fold", ratio=2)
-    table.add_column(ours, overflow="fold", ratio=4)
-    table.add_column(theirs, overflow="fold", ratio=4)
+    table.add_column("parameter", overflow="fold")
+    table.add_column("shape", overflow="fold")
+    table.add_column(ours, overflow="fold")
+    table.add_column(theirs, overflow="fold")
 
     def key(d: Decision) -> tuple[Any, ...]:
         return d.decays, d.role, d.rule, _because(d), other[d.name].evidence
@@ -115,13 +113,15 @@ def _name(rows: Sequence[Decision]) -> Text:
 
 
 def _numbers(column: Iterable[str]) -> str:
-    """`0-2,5`: runs of consecutive numbers."""
+    """`0-2,5`: runs of consecutive numbers; many runs become `0…46`."""
     runs: list[list[int]] = []
     for number in sorted({int(part) for part in column}):
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
+    if len(runs) > 3:
+        return f"{runs[0][0]}…{runs[-1][1]}"
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
@@ -147,9 +147,9 @@ def _because(decision: Decision) -> str:
     if decision.rule in ("type", "structure"):
         return decision.owner
     if decision.rule in ("name", "shape", "default"):
-        return f"{decision.rule}: {decision.owner}.{place.local}"
+        return f"{decision.rule} {place.local}"
     if decision.rule == "adapter":
-        return f"adapter: {place.name.removeprefix(place.owner_name).strip('.') or place.local}"
+        return f"adapter {place.name.removeprefix(place.owner_name).strip('.') or place.local}"
     if decision.rule == "mark":
         what, _, rest = decision.evidence.partition(" lists ")
         return what.partition(" of ")[0] + (" lists it" if rest else "")

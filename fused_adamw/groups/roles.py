@@ -82,6 +82,9 @@ TYPES: dict[type | str, Mapping[str, Role]] = {
     _NormBase: _NORM,  # BatchNorm, SyncBatchNorm, InstanceNorm
     # by class name: libraries that are not imported
     "Conv1D": _LINEAR,  # transformers: GPT-2's transposed linear layer
+    "ColumnParallelLinear": _LINEAR,  # Megatron-LM, fairscale
+    "RowParallelLinear": _LINEAR,
+    "VocabParallelEmbedding": {"weight": Role.EMBEDDING},
     "FusedLayerNorm": _NORM,  # apex
     "FusedRMSNorm": _NORM,
     "LayerScale": {"*": Role.GAIN},

@@ -1,12 +1,13 @@
 """Real models: hand-written answers for the tricky parameters, and how often other tools agree with them."""
 
 import pytest
-from architectures import CASES
-from helpers import assert_partition, decays
-from sample_models import on_meta
 
 from fused_adamw.groups import build_param_groups, explain_param_groups
 from fused_adamw.groups.targets import load_target
+
+from .architectures import CASES
+from .helpers import assert_partition, decays
+from .models import on_meta
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,6 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_partition, counts, decays
-from sample_models import GPT2, ResNet50, RMSNorm, on_meta
 from torch import nn
 
 from fused_adamw.groups import (
@@ -17,6 +15,9 @@ from fused_adamw.groups import (
     new_param_groups,
     summarize_param_groups,
 )
+
+from .helpers import assert_partition, counts, decays
+from .models import GPT2, ResNet50, RMSNorm, on_meta
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ always run. The same parameters inside the real models are in test_architectures
 
 import pytest
 import torch
-from helpers import decays
-from sample_models import RMSNorm
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from fused_adamw.groups import Role, build_param_groups, explain_param_groups, register_type
+
+from .helpers import decays
+from .models import RMSNorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:not recognised", "ignore:`torch.nn.utils.weight_norm`")
 
@@ -221,6 +222,21 @@ class TestEmbeddings:
         assert decision.role is Role.TIED_EMBEDDING
         assert set(answers(model, roles={"tied_embedding": True}).values()) == {True}
         assert set(answers(model, roles={"embedding": True}).values()) == {False}
+
+    @pytest.mark.parametrize("name", ["VocabParallelEmbedding", "ParallelEmbedding", "TokenEmbed"])
+    def test_embedding_without_torchs_base_class(self, name):
+        model = nest("word_embeddings", raw(name, weight=(8, 4)))
+        assert role(model, "word_embeddings.weight") is Role.EMBEDDING
+        assert not any(answers(model).values())
+
+    def test_linear_layers_without_torchs_base_class(self):
+        for name in ("ColumnParallelLinear", "RowParallelLinear", "QuantLinear"):
+            assert answers(raw(name, weight=(8, 4), bias=(8,))) == {"weight": True, "bias": False}
+
+    def test_an_embedding_that_is_a_projection(self):
+        patch = raw("PatchEmbedding")
+        patch.projection = nn.Conv2d(3, 4, 2)
+        assert answers(patch)["projection.weight"]
 
     def test_untied_head_decays(self):
         assert answers(nest("lm_head", nn.Linear(4, 8, bias=False))) == {"lm_head.weight": True}

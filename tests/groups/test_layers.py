@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import assert_partition
-from sample_models import GPT2, on_meta
 from torch import nn
 
 from fused_adamw.groups import build_param_groups, explain_param_groups
+
+from .helpers import assert_partition
+from .models import GPT2, on_meta
 
 pytestmark = pytest.mark.filterwarnings("ignore:not recognised")
 

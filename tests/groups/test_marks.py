@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
-from helpers import decays
 from torch import nn
 
 from fused_adamw.groups import ParamGroupWarning, build_param_groups, explain_param_groups
+
+from .helpers import decays
 
 
 class Attention(nn.Module):

@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
-from helpers import decays
-from sample_models import GPT2, RMSNorm, on_meta
 from torch import nn
 
 from fused_adamw.groups import ParamGroupWarning, Role, build_param_groups, explain_param_groups
+
+from .helpers import decays
+from .models import GPT2, RMSNorm, on_meta
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import assert_partition, decays
 from torch import nn
 
 from fused_adamw.groups import Role, build_param_groups, explain_param_groups, new_param_groups
+
+from .helpers import assert_partition, decays
 
 pytestmark = pytest.mark.slow
 

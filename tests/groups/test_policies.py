@@ -4,8 +4,6 @@ import re
 
 import pytest
 import torch
-from helpers import assert_partition, counts, decays
-from sample_models import GPT2, ResNet50, on_meta
 from torch import nn
 
 from fused_adamw.groups import (
@@ -14,6 +12,9 @@ from fused_adamw.groups import (
     explain_param_groups,
     get_optimizer_grouped_parameters,
 )
+
+from .helpers import assert_partition, counts, decays
+from .models import GPT2, ResNet50, on_meta
 
 
 def answers(model, policy):

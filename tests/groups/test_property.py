@@ -3,10 +3,8 @@
 import warnings
 
 import torch
-from helpers import assert_partition, decays
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_models import RMSNorm
 from torch import nn
 
 from fused_adamw.groups import (
@@ -15,6 +13,9 @@ from fused_adamw.groups import (
     get_optimizer_grouped_parameters,
     new_param_groups,
 )
+
+from .helpers import assert_partition, decays
+from .models import RMSNorm
 
 # Leaf -> does its weight decay. Names are drawn at random, and must not matter for modules we know.
 LEAVES = {

@@ -5,14 +5,15 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_partition, decays
-from sample_models import RMSNorm
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from fused_adamw.groups import build_param_groups, explain_param_groups
+
+from .helpers import assert_partition, decays
+from .models import RMSNorm
 
 
 class Block(nn.Module):
