@@ -49,7 +49,7 @@ class Problem:
         self._spare: list[Tensor] = []
         self.set_gradients(1.0)
         squares = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in self.gradients)
-        self.norm = float(squares) ** 0.5  # type: ignore[arg-type]
+        self.norm = float(squares) ** 0.5
         self.max_norm = 0.5 * self.norm
 
     @torch.no_grad()
