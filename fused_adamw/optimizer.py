@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -105,7 +106,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         self._has_norm = False
         self.max_grad_norm = max_grad_norm
 
-        groups = build_param_groups(params, weight_decay) if isinstance(params, nn.Module) else params
+        groups: Any = params
+        if isinstance(params, nn.Module):
+            groups = [_NamedGroup(group) for group in build_param_groups(params, weight_decay)]
         super().__init__(
             groups,
             lr,
@@ -231,9 +234,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
         Raises:
             RuntimeError: A gradient is sparse; a gradient or a moment is not on its parameter's device or has
-                another shape.
+                another shape; the step is inside a transform of `torch.func`.
         """
         self._check_graph_capture()
+        _check_no_transform()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -364,13 +368,14 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.param_groups = [_NamedGroup(g) if "param_names" in g else g for g in self.param_groups]
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict` of this class or of `torch.optim.AdamW`/`Adam`.
 
-        Moments take the parameter's layout, and `state_dtype` where it is set. Nothing is shared with
-        `state_dict` afterwards.
+        Moments take the parameter's layout, and `state_dtype` where it is set. An option that a saved group
+        does not have stays as it is. Nothing is shared with `state_dict` afterwards.
 
         Args:
             state_dict: As returned by `state_dict`.
@@ -381,16 +386,17 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         """
         loaded: list[dict[str, Any]] = []
 
-        def note(_: Any, final: dict[str, Any]) -> None:
-            saved, live = (
-                [group.get("param_names") for group in groups]
-                for groups in (final["param_groups"], self.param_groups)
-            )
+        def check(_: Any, final: dict[str, Any]) -> dict[str, Any]:
+            groups = [_without_foreign_names(group) for group in final["param_groups"]]
+            saved, live = ([g.get("param_names") for g in some] for some in (groups, self.param_groups))
             if message := compare_param_names(saved, live):
                 raise ValueError(message)
-            loaded.append(final)
+            if len(groups) == len(self.param_groups):  # else torch raises
+                groups = [_completed(*pair) for pair in zip(groups, self.param_groups, strict=True)]
+            loaded.append({**final, "param_groups": groups})
+            return loaded[0]
 
-        handle = self.register_load_state_dict_pre_hook(note)  # the last of them: it sees what will be loaded
+        handle = self.register_load_state_dict_pre_hook(check)  # the last one: it sees what will be loaded
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -411,6 +417,50 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                     dtype = self._moment_dtype(p)
                     moment = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
                     self.state[p][key] = moment.copy_(value)
+
+
+class _NamedGroup(dict[str, Any]):
+    """A parameter group whose names do not turn up when its keys are iterated.
+
+    torch.distributed.checkpoint looks every key that it meets in a group up in a flattened checkpoint; those
+    of optimizers without names have no `param_names`, and names are nothing that it has to load.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key in super().__iter__() if key != "param_names")
+
+
+def _without_foreign_names(group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group, without `param_names` if it lists parameters by name.
+
+    torch.distributed.checkpoint does, having paired them by name; the `param_names` are then those of the
+    group that the options came from.
+    """
+    if any(isinstance(param, str) for param in group["params"]):
+        return {key: value for key, value in group.items() if key != "param_names"}
+    return group
+
+
+def _completed(saved: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]:
+    """A saved group, with the live group's value for every option that it does not have."""
+    if "lr" not in saved:
+        warnings.warn(
+            f"the checkpoint has no options for a group of {len(live['params'])} parameters, which keeps its "
+            "own: torch.distributed.checkpoint gives the options of a saved group to one group alone. Save "
+            "with flatten_optimizer_state_dict=True to give them to every parameter.",
+            stacklevel=2,
+        )
+    options = {key: value for key, value in live.items() if key not in ("params", "param_names")}
+    return {**options, **saved}
+
+
+def _check_no_transform() -> None:
+    """Refuse `torch.func`: tensors inside its transforms stand for others, and have no memory to step."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "FusedHygieneAdamW.step() cannot run inside a torch.func transform (grad, vmap, ...): it has no "
+            "derivative and no batching rule. Use the functional torch.optim.adamw.adamw there."
+        )
 
 
 def _own_step(step: Any, p: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """Helpers shared by the tests of parameter groups."""
 
-import importlib
-
 import pytest
 
 from .torchvision_stub import torchvision_stub
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Tables fold to the width of the terminal, which test workers do not have."""
+    monkeypatch.setenv("COLUMNS", "160")
 
 
 @pytest.fixture(scope="session")
@@ -28,4 +32,4 @@ def diffusers():
 @pytest.fixture(scope="session")
 def peft():
     pytest.importorskip("transformers")
-    return importlib.import_module("peft") if pytest.importorskip("peft") else None
+    return pytest.importorskip("peft")
