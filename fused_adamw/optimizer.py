@@ -88,11 +88,6 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
-        if differentiable:
-            raise RuntimeError(
-                "`fused` does not support `differentiable`: the step of FusedHygieneAdamW has no derivative. "
-                "Use torch.optim.AdamW to differentiate through the optimizer."
-            )
         check_backend(backend)
         if state_dtype not in _STATE_DTYPES:
             raise ValueError(
@@ -119,6 +114,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             maximize=maximize,
             foreach=foreach,
             capturable=capturable,
+            differentiable=differentiable,
             fused=fused,
         )
         if isinstance(params, nn.Module):
@@ -190,7 +186,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         Raises:
             ValueError: A hyper-parameter of the group is out of range, a parameter is listed twice, or is
                 neither floating point nor complex.
-            RuntimeError: The backend cannot run on a parameter's device.
+            RuntimeError: The backend cannot run on a parameter's device; the group is `differentiable`.
         """
         index = len(self.param_groups)
         super().add_param_group(param_group)
@@ -470,6 +466,11 @@ def _own_step(step: Any, p: Tensor) -> Tensor:
 
 def _check_hypers(group: dict[str, Any], index: int) -> None:
     """Check what a group says: torch looks at the defaults alone."""
+    if group["differentiable"]:
+        raise RuntimeError(
+            "`fused` does not support `differentiable`: the step of FusedHygieneAdamW has no derivative. "
+            "Use torch.optim.AdamW to differentiate through the optimizer."
+        )
     beta1, beta2 = group["betas"]
     for name, value, below in (
         ("lr", group["lr"], math.inf),
