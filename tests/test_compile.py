@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import assert_same_path, twins
+from common import assert_same_path, give_grads, twins
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
@@ -102,6 +102,28 @@ def test_compiled_step_alone(target):
             m(data(target.device)).square().mean().backward()
             o()
     assert_same_path(list(model.parameters()), list(plain.parameters()), 3, grad_error=1e-5)
+
+
+@pytest.mark.parametrize("lr", [1e-2, "tensor"])
+def test_compiled_method(target, lr):
+    """`torch.compile(optimizer.step)`: called again and again, with a schedule, it compiles nothing anew."""
+    model, plain = small_model(target.device), small_model(target.device)
+    runs = []
+    for m, compiler in (
+        (model, lambda step: torch.compile(step, backend="eager")),
+        (plain, lambda step: step),
+    ):
+        optimizer = target.adamw(m, lr=torch.tensor(1e-2) if lr == "tensor" else lr, max_grad_norm=1.0)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        runs.append((m, optimizer, scheduler, compiler(optimizer.step)))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(4):
+            for m, _, scheduler, run in runs:
+                give_grads(list(m.parameters()), step)
+                run()
+                scheduler.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    assert all(state["step"].item() == 4 for state in runs[0][1].state.values())
 
 
 def optimizer_groups(optimizer, model):

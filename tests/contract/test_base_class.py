@@ -417,6 +417,7 @@ def test_torch_func_is_refused_before_the_closure(target):
 def test_gradients_from_torch_func_are_welcome(target):
     """Outside of the transform: the recipe of torch.func for training."""
     model = nn.Linear(3, 1).to(target.device)
+    nn.init.ones_(model.weight)
     optimizer = target.adamw(model, lr=0.1)
     x = torch.ones(4, 3, device=target.device)
 
