@@ -27,11 +27,11 @@ train: $(BUILT) ## train the example against torch's AdamW (ARGS="--model cnn" .
 	$(BIN)/python examples/train.py $(ARGS)
 
 test: $(BUILT) ## the tests, without the slow ones (ARGS="-k clip" ...)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n auto $(ARGS)
 
 test-all: $(BUILT) ## all tests, with those of real models from other libraries
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-integrations.txt
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 bench: $(BUILT) ## time clip + step against torch (ARGS="--quick" ...)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -14,7 +14,8 @@ from torch._compile import _disable_dynamo
 
 from .backends import check_backend, kernels_for, reference
 from .groups import build_param_groups, compare_param_names, summarize_param_groups
-from .plan import Plan, StepInputs, is_capturing
+from .plan import Plan
+from .tables import StepInputs, is_capturing
 
 logger = logging.getLogger("fused_adamw")
 

@@ -10,96 +10,27 @@ optimizer builds another.
 
 from __future__ import annotations
 
-import operator
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import compress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-# Columns of a row: int64 [n_rows, 8], struct Row.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, NUMEL, HYPER = range(8)
-ROW_WORDS = 8
-# Columns of a hyper row: float64 [n_groups, 7], struct Hyper; the last one holds the bits of an address.
-HYPER_WORDS = 7
-LR_ADDRESS = 6
-
-# Storage types as the kernels number them, enum DType.
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-# (parameter, gradient, moments) that the kernels are built for, FUSED_ADAMW_FOR_EACH_DTYPES.
-_F32, _BF16, _F16, _F64 = DTYPE_CODE
-KERNEL_DTYPES = frozenset(
-    {
-        (_F32, _F32, _F32),
-        (_F32, _F32, _BF16),
-        (_F32, _BF16, _F32),
-        (_BF16, _BF16, _BF16),
-        (_BF16, _BF16, _F32),
-        (_BF16, _F32, _BF16),
-        (_BF16, _F32, _F32),
-        (_F16, _F16, _F16),
-        (_F16, _F16, _F32),
-        (_F16, _F16, _BF16),
-        (_F64, _F64, _F64),
-    }
+from .memory import Metadata, addresses_of, grad_addresses_of, is_dense, same_layout, same_objects
+from .tables import (
+    DTYPE_CODE,
+    GRAD,
+    HYPER_WORDS,
+    KERNEL_DTYPES,
+    DeviceTable,
+    Entry,
+    Hyper,
+    StepInputs,
+    chunk_table,
+    scalar_dtype,
 )
-
-
-class Hyper(NamedTuple):
-    """How one parameter group is stepped; numbers as Python has them."""
-
-    lr: float | Tensor  # a float32 tensor where it lives on an accelerator: reading it would synchronise
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    maximize: bool
-
-    @staticmethod
-    def of(group: Mapping[str, Any]) -> Hyper:
-        """Read a parameter group as it is now; schedulers change it between steps."""
-        lr = group["lr"]
-        lr = lr.to(torch.float32) if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
-        beta1, beta2 = group["betas"]
-        return Hyper(
-            lr,
-            float(beta1),
-            float(beta2),
-            float(group["eps"]),
-            float(group["weight_decay"]),
-            bool(group["maximize"]),
-        )
-
-    def key(self) -> tuple[object, ...]:
-        """What the kernels' table depends on, comparable without reading a tensor."""
-        lr = (self.lr.device, self.lr.data_ptr()) if isinstance(self.lr, Tensor) else self.lr
-        return (lr, *self[1:])
-
-
-@dataclass(slots=True)
-class StepInputs:
-    """What is known only when the step runs (struct StepInputs). Tensors are on the device of the bucket.
-
-    Attributes:
-        sums: float64 (n,), parts of the sum of squares of all gradients as they are stored, before unscaling;
-            None: no norm, no clipping.
-        max_grad_norm: clip to this global norm; read where `sums` is given.
-        grad_scale: float32, one element: the loss scale that the gradients still carry.
-        found_inf: float32, one element: not 0 means skip the step.
-        skip_nonfinite: skip the step where the norm is not finite.
-        status: float64 (2,), written: the gradient norm, and 1 added if the step was skipped.
-    """
-
-    sums: Tensor | None
-    max_grad_norm: float
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    skip_nonfinite: bool
-    status: Tensor
 
 
 class KernelBackend(Protocol):
@@ -120,83 +51,41 @@ class KernelBackend(Protocol):
         """The operator `fused_adamw::update`."""
 
 
-@dataclass(slots=True)
-class Entry:
-    """One parameter with its state, as the plan found them."""
+class ReferenceBackend(Protocol):
+    """Plain PyTorch on lists of tensors."""
 
-    slot: int  # position among all parameters of all groups
-    group: int
-    param: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
-    step: Tensor
-    grad_dtype: torch.dtype
+    def sum_of_squares(self, grads: Sequence[Tensor], out: Tensor) -> None:
+        """Write the sum of squares of all gradients to `out`."""
 
-    def addresses(self) -> list[int]:
-        """This entry's Row, without a gradient."""
-        v_max = self.max_exp_avg_sq
-        return [
-            self.param.data_ptr(),
-            0,
-            self.exp_avg.data_ptr(),
-            self.exp_avg_sq.data_ptr(),
-            0 if v_max is None else v_max.data_ptr() or 1,
-            self.step.data_ptr(),
-            self.param.numel(),
-            self.group,
-        ]
+    def update(
+        self, entries: Sequence[Entry], grads: Sequence[Tensor], hypers: Sequence[Hyper], inputs: StepInputs
+    ) -> None:
+        """Step every entry."""
 
 
-def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
-    """Cut rows into chunks.
-
-    Args:
-        numels: Elements of each row.
-        chunk_size: Elements of a chunk; the last one of a row may be shorter.
-
-    Returns:
-        int32 (n_chunks, 2): row, index of the chunk within the row. Rows without elements have none.
-    """
-    counts = (torch.tensor(numels, dtype=torch.int64, device="cpu") + (chunk_size - 1)) // chunk_size
-    row = torch.repeat_interleave(counts)
-    first = torch.cumsum(counts, 0) - counts
-    index = torch.arange(row.numel(), device="cpu") - first[row]
-    return torch.stack([row, index], dim=1).to(torch.int32)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of the device is being captured into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class DeviceTable:
-    """Host tables on their way to a device, without the host waiting.
-
-    The allocator of pinned memory keeps a staging buffer untouched until its copy is done. A captured graph
-    copies again at every replay, from the staging buffer into the table of its capture: both are kept, and as
-    pinned memory cannot be allocated during a capture, one buffer is always at hand.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._spare: Tensor | None = None
-        self._kept: list[Tensor] = []
-
-    def upload(self, table: Tensor) -> Tensor:
-        """Return a copy of `table` on the device; on the CPU, the table itself."""
-        if self.device.type == "cpu":
-            return table
-        if not is_capturing(self.device):
-            if self._spare is None:
-                self._spare = torch.empty_like(table, pin_memory=True)
-            return table.pin_memory().to(self.device, non_blocking=True)
-        if self._spare is None:
-            raise RuntimeError("run a step of the optimizer without capture before each capture")
-        staging, self._spare = self._spare.copy_(table), None
-        uploaded = staging.to(self.device, non_blocking=True)
-        self._kept += [staging, uploaded]
-        return uploaded
+def why_not_tabular(entry: Entry, grad: Tensor | None) -> str | None:
+    """None if kernels can step this parameter by address and flat index, else the reason."""
+    tensors = {"parameter": entry.param, "exp_avg": entry.exp_avg, "exp_avg_sq": entry.exp_avg_sq}
+    if entry.max_exp_avg_sq is not None:
+        tensors["max_exp_avg_sq"] = entry.max_exp_avg_sq
+    moment_dtypes = {t.dtype for name, t in tensors.items() if name != "parameter"}
+    if grad is not None:
+        tensors["gradient"] = grad
+    for name, t in tensors.items():
+        if type(t) not in (Tensor, torch.nn.Parameter):
+            return f"{name} is a {type(t).__name__}"
+        if t.layout is not torch.strided or t.is_neg() or t.is_conj():
+            return f"{name} is not plain strided memory"
+        if not is_dense(t):
+            return f"{name} is not dense: strides {t.stride()} for shape {tuple(t.shape)}"
+        if not same_layout(t, entry.param):
+            return f"{name} has strides {t.stride()}, the parameter {entry.param.stride()}"
+    if len(moment_dtypes) > 1:
+        return "moments of different dtypes"
+    dtypes = (entry.param.dtype, entry.grad_dtype, entry.exp_avg.dtype)
+    if dtypes not in KERNEL_DTYPES:
+        return "no kernel for parameter, gradient, moments of " + ", ".join(map(str, dtypes))
+    return None
 
 
 class TableBucket:
@@ -271,18 +160,6 @@ class TableBucket:
         )
 
 
-class ReferenceBackend(Protocol):
-    """Plain PyTorch on lists of tensors."""
-
-    def sum_of_squares(self, grads: Sequence[Tensor], out: Tensor) -> None:
-        """Write the sum of squares of all gradients to `out`."""
-
-    def update(
-        self, entries: Sequence[Entry], grads: Sequence[Tensor], hypers: Sequence[Hyper], inputs: StepInputs
-    ) -> None:
-        """Step every entry."""
-
-
 class TensorBucket:
     """Parameters of one device that no kernel takes, stepped one by one by the reference."""
 
@@ -313,103 +190,9 @@ class TensorBucket:
 Bucket = TableBucket | TensorBucket
 
 
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether one flat index names the same element in both, whatever the strides of size-1 dimensions."""
-    return a.shape == b.shape and all(
-        x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1
-    )
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill their memory without holes or overlap, in whatever order of dimensions."""
-    if t.numel() == 0 or t.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape, strict=True) if sz > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def why_not_tabular(entry: Entry, grad: Tensor | None) -> str | None:
-    """None if kernels can step this parameter by address and flat index, else the reason."""
-    tensors = {"parameter": entry.param, "exp_avg": entry.exp_avg, "exp_avg_sq": entry.exp_avg_sq}
-    if entry.max_exp_avg_sq is not None:
-        tensors["max_exp_avg_sq"] = entry.max_exp_avg_sq
-    moment_dtypes = {t.dtype for name, t in tensors.items() if name != "parameter"}
-    if grad is not None:
-        tensors["gradient"] = grad
-    for name, t in tensors.items():
-        if type(t) not in (Tensor, torch.nn.Parameter):
-            return f"{name} is a {type(t).__name__}"
-        if t.layout is not torch.strided or t.is_neg() or t.is_conj():
-            return f"{name} is not plain strided memory"
-        if not is_dense(t):
-            return f"{name} is not dense: strides {t.stride()} for shape {tuple(t.shape)}"
-        if not same_layout(t, entry.param):
-            return f"{name} has strides {t.stride()}, the parameter {entry.param.stride()}"
-    if len(moment_dtypes) > 1:
-        return "moments of different dtypes"
-    dtypes = (entry.param.dtype, entry.grad_dtype, entry.exp_avg.dtype)
-    if dtypes not in KERNEL_DTYPES:
-        return "no kernel for parameter, gradient, moments of " + ", ".join(map(str, dtypes))
-    return None
-
-
-def scalar_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating dtype that the device has."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _address(t: Tensor) -> int:
-    """Where a tensor's memory starts; an identity for what has no memory of its own."""
-    try:
-        return t.data_ptr()
-    except RuntimeError:
-        return id(t)
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    try:
-        return list(map(Tensor.data_ptr, tensors))
-    except RuntimeError:
-        return list(map(_address, tensors))
-
-
 def _state_tensors(state: Mapping[Tensor, dict[str, Any]]) -> list[Tensor]:
     """Every tensor of the state, in a fixed order."""
     return [t for s in state.values() for t in s.values() if isinstance(t, Tensor)]
-
-
-def _same(a: Sequence[object], b: Sequence[object]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-class _Metadata:
-    """What kernels take for granted of tensors, beside their addresses."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.columns: list[Sequence[object]] = [
-            [t.dtype for t in tensors],
-            [t.layout for t in tensors],
-            [t.shape for t in tensors],
-            list(map(Tensor.stride, tensors)),
-        ]
-
-    def where(self, selected: Sequence[bool]) -> _Metadata:
-        """Of some of the tensors."""
-        part = _Metadata([])
-        part.columns = [list(compress(column, selected)) for column in self.columns]
-        return part
-
-
-def _grad_addresses(grads: Sequence[Tensor | None]) -> list[int]:
-    """Addresses of gradients: 0 where there is none, never 0 where there is one, if only an empty one."""
-    try:
-        return [0 if g is None else g.data_ptr() or 1 for g in grads]
-    except RuntimeError:
-        return [0 if g is None else _address(g) for g in grads]
 
 
 class Plan:
@@ -441,11 +224,11 @@ class Plan:
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._structure = self._structure_of(groups)
         self._state_tensors = _state_tensors(state)
-        self._addresses = _addresses([*self._params, *self._state_tensors])
-        self._metadata = _Metadata(self._params)
+        self._addresses = addresses_of([*self._params, *self._state_tensors])
+        self._metadata = Metadata(self._params)
         grads = [p.grad for p in self._params]
         self._expected = [self._expected_grad(slot, previous) for slot in range(len(grads))]
-        self._grad_metadata = _Metadata(self._expected)
+        self._grad_metadata = Metadata(self._expected)
         self._grad_addresses: list[int] | None = None
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
@@ -517,10 +300,10 @@ class Plan:
         state_tensors = _state_tensors(state)
         if not (
             self._structure_of(groups) == self._structure
-            and _same(params, self._params)
-            and _same(state_tensors, self._state_tensors)
-            and _addresses([*params, *state_tensors]) == self._addresses
-            and _Metadata(params).columns == self._metadata.columns
+            and same_objects(params, self._params)
+            and same_objects(state_tensors, self._state_tensors)
+            and addresses_of([*params, *state_tensors]) == self._addresses
+            and Metadata(params).columns == self._metadata.columns
         ):
             return False
         present = [g for g in grads if g is not None]
@@ -529,12 +312,12 @@ class Plan:
             expected = expected.where([g is not None for g in grads])
         return (
             not any(grads[slot] is not None for slot in self._without_state)
-            and _Metadata(present).columns == expected.columns
+            and Metadata(present).columns == expected.columns
         )
 
     def prepare(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor | None]) -> None:
         """Bring gradient addresses and hyper-parameters up to date, where they changed."""
-        addresses = _grad_addresses(grads)
+        addresses = grad_addresses_of(grads)
         if addresses != self._grad_addresses:
             for bucket, _, _ in self.buckets:
                 bucket.set_grads(addresses)

@@ -16,9 +16,11 @@ PACKAGE = ROOT / "fused_adamw"
 # Who may import whom, by the first component under fused_adamw.
 ALLOWED = {
     "groups": set(),
-    "plan": set(),
-    "backends": {"plan"},
-    "optimizer": {"groups", "plan", "backends"},
+    "tables": set(),
+    "memory": set(),
+    "plan": {"tables", "memory"},
+    "backends": {"tables"},
+    "optimizer": {"groups", "plan", "tables", "backends"},
     "version": set(),
     "__init__": {"groups", "backends", "optimizer", "version"},
     "__main__": {"groups", "backends", "version"},

@@ -9,8 +9,9 @@ from common import NATIVE, give_grads, parameters
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fused_adamw import FusedHygieneAdamW, available_backends, backends, plan
+from fused_adamw import FusedHygieneAdamW, available_backends, backends
 from fused_adamw.backends import native, reference
+from fused_adamw.tables import chunk_table
 
 CPU = torch.device("cpu")
 
@@ -245,7 +246,7 @@ def tables(chunk_size=4):
     )
     return {
         "rows": rows,
-        "chunks": plan.chunk_table([6, 3], chunk_size),
+        "chunks": chunk_table([6, 3], chunk_size),
         "chunk_size": chunk_size,
         "hypers": torch.tensor([[0.1, 0.9, 0.999, 1e-8, 0.0, 1.0, 0.0]], dtype=torch.float64),
         "workspace": torch.zeros(4, dtype=torch.float64),

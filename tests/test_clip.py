@@ -92,17 +92,19 @@ def test_grad_norm_is_none_without_a_norm(target):
     assert plain.max_grad_norm is None
 
 
-def test_grad_norm_is_a_fresh_tensor(target):
-    params = parameters([(3,)], device=target.device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grad_norm_is_a_fresh_tensor(target, dtype):
+    params = parameters([(3,)], dtype=dtype, device=target.device)
     optimizer = target.adamw(params, max_grad_norm=1.0)
-    params[0].grad = torch.tensor([0.0, 3.0, 4.0], device=target.device)
+    params[0].grad = torch.tensor([0.0, 3.0, 4.0], dtype=dtype, device=target.device)
     optimizer.step()
     first, again = optimizer.grad_norm, optimizer.grad_norm
     assert first.shape == ()
-    assert first.dtype == torch.float32
+    assert first.dtype == dtype
     assert first.device == params[0].device
     assert not first.requires_grad
     again.fill_(-1.0)
+    assert optimizer.grad_norm.item() == 5.0
     params[0].grad.mul_(2)
     optimizer.step()
     assert (first.item(), optimizer.grad_norm.item()) == (5.0, 10.0)
@@ -176,6 +178,21 @@ def test_nonfinite_gradients_without_clipping_stay_where_they_are(target, bad):
     torch.testing.assert_close(
         ours["max_exp_avg_sq"], theirs["max_exp_avg_sq"], rtol=1e-6, atol=0, equal_nan=True
     )
+
+
+def test_nan_wins_a_maximum(target):
+    """Of amsgrad, on either side: as in torch, and unlike fmax."""
+    params = parameters([(70,)], device=target.device)
+    optimizer = target.adamw(params, amsgrad=True)
+    copies, peer = peer_of(params, amsgrad=True)
+    for step in range(2):
+        for optim, tensors in ((optimizer, params), (peer, copies)):
+            give_grads(tensors, step)
+            optim.step()
+            optim.state[tensors[0]]["exp_avg_sq"][3] = math.nan
+            optim.state[tensors[0]]["max_exp_avg_sq"][66] = math.nan
+    assert params[0].isnan().nonzero().ravel().tolist() == [3, 66]
+    assert_same_path(params, copies, 2)
 
 
 def test_squares_beyond_float16(target):

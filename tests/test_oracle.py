@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fused_adamw.backends import native
-from fused_adamw.plan import KERNEL_DTYPES
+from fused_adamw.tables import KERNEL_DTYPES
 
 CPU_CHUNK = native.chunk_size(torch.device("cpu"), 0)
 # Relative spacing of stored numbers.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..plan import Entry, Hyper, StepInputs
+from ..tables import Entry, Hyper, StepInputs
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:

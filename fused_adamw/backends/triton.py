@@ -14,13 +14,15 @@ import triton.language as tl
 # Elements per chunk: as many per thread as in torch's multi-tensor kernels. Long enough to hide the walk
 # through the tables, short enough that the last round of chunks is a small part of a step.
 CHUNK_SIZE = 1 << 14
+# From this many elements on there are rounds enough for longer chunks, of which the norm has fewer to add up.
+_LARGE_MODEL = 1 << 28
+_LARGE_CHUNK_SIZE = 1 << 16
 
 _NUM_WARPS = 4
 _THREADS = 32 * _NUM_WARPS
 # A persistent grid, all of which an SM of 65,536 registers holds at once.
 _REGISTERS = 64
 _PROGRAMS_PER_SM = 65536 // (_REGISTERS * _THREADS)
-_NORM_BLOCK = 16 * _THREADS  # elements per inner iteration: several 16-byte loads in flight per thread
 _INTERPRETED_PROGRAMS = 3  # enough to walk with a stride and to have a last one
 
 _DTYPES = (tl.float32, tl.bfloat16, tl.float16, tl.float64)  # enum DType
@@ -274,25 +276,25 @@ def sum_blocks(total, row, start, n, G: tl.constexpr, VECTOR: tl.constexpr, BLOC
 
 @_kernel
 def norm_kernel(rows, chunks, n_chunks, chunk_size, workspace, sum, G: tl.constexpr, BLOCK: tl.constexpr):
-    """Squares summed in float64: one partial sum per program, added up by the last one in fixed order."""
-    total = tl.zeros([BLOCK], tl.float64)
+    """Squares summed in float64: one partial sum per chunk, added up by the last program in fixed order."""
+    partials = workspace + 1
     chunk = tl.program_id(0)
     while chunk < n_chunks:
         row, start, n = span_of(rows, chunks + chunk * _CHUNK_WORDS, chunk_size)
+        total = tl.zeros([BLOCK], tl.float64)
         grad = tl.load(row + _GRAD)
         if grad != 0:
             whole = whole_blocks(grad, start, n, BLOCK)
             total = sum_blocks(total, row, start, whole, G, True, BLOCK)
             total = sum_blocks(total, row, start + whole, n - whole, G, False, BLOCK)
+        tl.store(partials + chunk, tl.sum(total))
         chunk += tl.num_programs(0)
-    partials = workspace + 1
-    tl.store(partials + tl.program_id(0), tl.sum(total))
     if last_program(workspace):
         total = tl.zeros([BLOCK], tl.float64)
         first = 0
-        while first < tl.num_programs(0):
+        while first < n_chunks:
             i = first + tl.arange(0, BLOCK)
-            total += tl.load(partials + i, mask=i < tl.num_programs(0), other=0.0)
+            total += tl.load(partials + i, mask=i < n_chunks, other=0.0)
             first += BLOCK
         tl.store(sum, tl.sum(total))
 
@@ -302,8 +304,8 @@ _INTERPRETED = not isinstance(update_kernel, triton.JITFunction)
 _OPTIONS = {"num_warps": _NUM_WARPS, "maxnreg": _REGISTERS, "enable_fp_fusion": False}
 
 
-def _update_block(*dtypes: tl.dtype) -> int:
-    """Elements per inner iteration: one 16-byte access per thread in the widest type.
+def _block(*dtypes: tl.dtype) -> int:
+    """Elements that a program's threads access at once, 16 bytes of the widest type each.
 
     With more, the compiler passes values between threads before it stores that type.
     """
@@ -342,9 +344,9 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def chunk_size(device: torch.device, numel: int) -> int:
-    """Elements per chunk that suit the kind of device and the number of elements in all."""
-    return CHUNK_SIZE
+def chunk_size(device: torch.device, numel: int = 0) -> int:
+    """Elements per chunk that suit the number of elements in all. The norm's last bits depend on it."""
+    return CHUNK_SIZE if numel < _LARGE_MODEL else _LARGE_CHUNK_SIZE
 
 
 def max_host_hypers(device: torch.device) -> int:
@@ -371,7 +373,8 @@ def sum_of_squares(
         sum: float64, at least one element; the first is written.
     """
     n_chunks = chunks.shape[0]
-    args = (rows, chunks, n_chunks, chunk_size, workspace, sum, _DTYPES[grad_dtype], _NORM_BLOCK)
+    dtype = _DTYPES[grad_dtype]
+    args = (rows, chunks, n_chunks, chunk_size, workspace, sum, dtype, 2 * _block(dtype))
     _launch(norm_kernel, rows, n_chunks, args)
 
 
@@ -413,5 +416,5 @@ def update(
     dtypes = (_DTYPES[param_dtype], _DTYPES[grad_dtype], _DTYPES[state_dtype])
     tables = (rows, rows.shape[0], chunks, n_chunks, chunk_size, hypers)
     norm = (sums, 0 if sums is None else sums.numel(), max_grad_norm)
-    rest = (grad_scale, found_inf, status, workspace, skip_nonfinite, *dtypes, _update_block(*dtypes))
+    rest = (grad_scale, found_inf, status, workspace, skip_nonfinite, *dtypes, _block(*dtypes))
     _launch(update_kernel, rows, n_chunks, (*tables, *norm, *rest))

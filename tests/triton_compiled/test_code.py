@@ -1,11 +1,8 @@
-"""The Triton backend without a GPU: its kernels interpreted, and compiled to look at their code."""
+"""The code that the kernels of the Triton backend compile to."""
 
 import contextlib
-import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,24 +14,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from fused_adamw.backends import triton as backend  # noqa: E402
 
 F32, BF16, F16, F64 = range(4)  # enum DType
-TESTS = Path(__file__).parent
-
-
-def test_interpreted():
-    """Runs tests/triton_interpreted: a process either interprets or compiles."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(TESTS / "triton_interpreted"),
-    ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
 
 
 class Launches:
@@ -65,8 +44,6 @@ class Launches:
 
 @pytest.fixture(params=[80, 90, 100], ids="sm_{}".format)
 def gpu(request, monkeypatch):
-    if not isinstance(backend.update_kernel, triton.JITFunction):
-        pytest.skip("TRITON_INTERPRET=1 is set")
     return Launches(monkeypatch, request.param)
 
 
@@ -135,8 +112,7 @@ def test_update_moves_16_bytes_per_access(gpu, dtypes):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_norm_moves_16_bytes_per_access(gpu, dtype):
-    per_thread = backend._NORM_BLOCK // backend._THREADS
-    assert accesses(norm(gpu, dtype), "ld.global.v4.b32") == per_thread * (4 if dtype == F32 else 2) // 16
+    assert accesses(norm(gpu, dtype), "ld.global.v4.b32") == 2
 
 
 @pytest.mark.parametrize("dtypes", SAME + MIXED, ids=["float32", "bfloat16", "bfloat16-1", "bfloat16-2"])
@@ -164,10 +140,7 @@ def test_arithmetic_is_ieee_and_not_contracted(gpu):
 def test_ticket_is_drawn_when_all_threads_are_done(gpu):
     for kernel in (update(gpu, (F32, F32, F32)), norm(gpu, F32)):
         before, after = kernel.asm["ptx"].split("atom.global.gpu.acq_rel.add.u32")
-        accessed = max(before.rfind("ld.global"), before.rfind("st.global"))
-        if "norm" in kernel.metadata.name:  # the thread that writes the partial sum also draws the ticket
-            accessed = before.rfind("ld.global")
-        assert before.rfind("bar.sync") > accessed
+        assert before.rfind("bar.sync") > max(before.rfind("ld.global"), before.rfind("st.global"))
         assert after.find("bar.sync") < after.find("global.")
 
 
@@ -207,8 +180,6 @@ def test_other_types_compile(gpu, dtypes):
 
 
 def test_why_not(monkeypatch):
-    if not isinstance(backend.update_kernel, triton.JITFunction):
-        pytest.skip("TRITON_INTERPRET=1 is set")
     assert "TRITON_INTERPRET=1" in backend.why_not(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in backend.why_not(torch.device("cuda"))

@@ -1,0 +1,199 @@
+"""What is timed, as data: the shapes of each case, and the races that are run on them with what is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The parameters of one model.
+
+    Attributes:
+        name: What tables call it.
+        shapes: One shape per tensor.
+        dtype: Of parameters, gradients and moments.
+        group_of: The group of each tensor; empty: one group.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    dtype: torch.dtype = torch.float32
+    group_of: tuple[int, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return sum(map(prod, self.shapes))
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The tensors of each group."""
+        group_of = self.group_of or (0,) * len(self.shapes)
+        return [[i for i, g in enumerate(group_of) if g == group] for group in sorted(set(group_of))]
+
+    def bytes_moved(self, passes: int) -> int:
+        """Bytes that a step moves if it passes `passes` times over memory the size of the parameters."""
+        return passes * self.dtype.itemsize * self.numel
+
+    def tiny(self) -> Case:
+        """Some of the tensors with few values each, to try the machinery."""
+        some = slice(None, None, max(1, len(self.shapes) // 32))
+        shapes = tuple(tuple(min(size, 24) for size in shape) for shape in self.shapes[some])
+        return replace(self, shapes=shapes, group_of=self.group_of[some])
+
+
+def _gpt2_shapes(layers: int, width: int) -> Iterator[Shape]:
+    yield from [(50257, width), (1024, width)]
+    for _ in range(layers):
+        yield from [(width,), (width,)]  # ln_1
+        yield from [(width, 3 * width), (3 * width,), (width, width), (width,)]  # attention
+        yield from [(width,), (width,)]  # ln_2
+        yield from [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]  # MLP
+    yield from [(width,), (width,)]  # ln_f
+
+
+def _resnet50_shapes() -> Iterator[Shape]:
+    def conv_bn(outputs: int, inputs: int, kernel: int) -> list[Shape]:
+        return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
+
+    yield from conv_bn(64, 3, 7)
+    inputs = 64
+    for width, blocks in [(64, 3), (128, 4), (256, 6), (512, 3)]:
+        for block in range(blocks):
+            yield from conv_bn(width, inputs, 1)
+            yield from conv_bn(width, width, 3)
+            yield from conv_bn(4 * width, width, 1)
+            if block == 0:
+                yield from conv_bn(4 * width, inputs, 1)
+            inputs = 4 * width
+    yield from [(1000, 2048), (1000,)]
+
+
+def _vit_b_layers(width: int = 768) -> Iterator[list[Shape]]:
+    """ViT-B/16 by layer: each half of a block is one; the final norm and the head belong to the last."""
+    yield [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
+    norm: list[Shape] = [(width,), (width,)]
+    for block in range(12):
+        yield [*norm, (3 * width, width), (3 * width,), (width, width), (width,)]
+        mlp: list[Shape] = [*norm, (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+        yield mlp if block < 11 else [*mlp, *norm, (1000, width), (1000,)]
+
+
+def _vit_b_50_groups() -> Case:
+    """Layer-wise learning rates: 25 layers, each with a group that decays and one that does not."""
+    shapes, group_of = [], []
+    for layer, members in enumerate(_vit_b_layers()):
+        for shape in members:
+            decays = len(shape) in (2, 4)
+            shapes.append(shape)
+            group_of.append(2 * layer + (not decays))
+    return Case("vit-b-50-groups", tuple(shapes), group_of=tuple(group_of))
+
+
+GPT2 = Case("gpt2-124m", tuple(_gpt2_shapes(12, 768)))
+RESNET50 = Case("resnet50", tuple(_resnet50_shapes()))
+VIT_B = _vit_b_50_groups()
+SMALL = Case("500x1k", ((1000,),) * 500)
+SMALL_IN_GROUPS = replace(SMALL, name="500x1k-64-groups", group_of=tuple(i * 64 // 500 for i in range(500)))
+MEDIUM = Case("500x20k", ((20_000,),) * 500)
+SCALARS = Case("500x1", ((1,),) * 500)
+ONE_TENSOR = Case("100m-fp32", ((100_000_000,),))
+ONE_BF16 = Case("50m-bf16", ((50_000_000,),), torch.bfloat16)
+GPT2_XL = Case("gpt2-1.5b", tuple(_gpt2_shapes(48, 1600)))
+GPT2_XL_BF16 = replace(GPT2_XL, name="gpt2-1.5b-bf16", dtype=torch.bfloat16)
+MANY = Case("2000x1k", ((1000,),) * 2000)
+
+CASES = {
+    case.name: case
+    for case in (
+        *(GPT2, RESNET50, VIT_B, MEDIUM, SMALL, SMALL_IN_GROUPS, SCALARS, ONE_TENSOR, ONE_BF16),
+        *(GPT2_XL, GPT2_XL_BF16, MANY),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Race:
+    """One case, run by ours and by peers in turn.
+
+    Attributes:
+        case: The parameters.
+        threads: CPU threads; None on a GPU.
+        clip: Clip + step, or the step alone.
+        moved_grads: Gradients have other addresses at every step, as after `zero_grad(set_to_none=True)`;
+            otherwise they stay where they are.
+        wanted: The ratio wanted over each peer.
+        wanted_copy_fraction: The share of copy bandwidth wanted.
+        wanted_ms: The time wanted.
+    """
+
+    case: Case
+    threads: int | None = None
+    clip: bool = True
+    moved_grads: bool = False
+    wanted: Mapping[str, float] = field(default_factory=dict)
+    wanted_copy_fraction: float | None = None
+    wanted_ms: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        parts = [self.case.name, "clip+step" if self.clip else "step"]
+        parts += [f"{self.threads}t"] * (self.threads is not None) + ["moved-grads"] * self.moved_grads
+        return "/".join(parts)
+
+    def tiny(self) -> Race:
+        """The same race on few values; nothing is wanted of it."""
+        return replace(self, case=self.case.tiny(), wanted={}, wanted_copy_fraction=None, wanted_ms=None)
+
+
+# The step alone is never to be slower than torch's fused step.
+_STEP = {"clip": False, "wanted": {"fused": 1.0}}
+
+# Races of one case are neighbours: its tensors are made once.
+CPU_RACES = (
+    Race(GPT2, 2, wanted={"fused": 1.5}),
+    Race(GPT2, 2, **_STEP),
+    Race(RESNET50, 2),
+    Race(RESNET50, 2, **_STEP),
+    Race(VIT_B, 2),
+    Race(MEDIUM, 1, wanted={"fused": 1.4}),
+    Race(MEDIUM, 2, wanted={"fused": 2.0}),
+    Race(MEDIUM, 2, **_STEP),
+    Race(SMALL, 1, wanted={"fused": 5.0}),
+    Race(SMALL, 2, wanted={"fused": 7.0}),
+    Race(SMALL, 2, moved_grads=True),
+    Race(SMALL, 2, **_STEP),
+    Race(SMALL_IN_GROUPS, 2, wanted={"fused": 5.0}),
+    Race(SCALARS, 2, wanted={"fused": 11.0}, wanted_ms=0.040 + 0.0004 * len(SCALARS.shapes)),
+    Race(SCALARS, 2, **_STEP),
+    Race(ONE_TENSOR, 1, wanted={"fused": 1.4}),
+    Race(ONE_TENSOR, 2, wanted={"fused": 1.6}),
+    Race(ONE_TENSOR, 2, **_STEP),
+    Race(ONE_BF16, 2, wanted={"fused": 2.0}),
+    Race(ONE_BF16, 2, **_STEP),
+)
+
+GPU_RACES = (
+    Race(GPT2_XL, wanted={"fused": 1.25, "trick": 1.12}, wanted_copy_fraction=0.93),
+    Race(GPT2_XL, **_STEP, wanted_copy_fraction=0.93),
+    Race(GPT2_XL_BF16, wanted={"fused": 1.25}, wanted_copy_fraction=0.88),
+    Race(GPT2_XL_BF16, **_STEP),
+    Race(GPT2, wanted={"fused": 1.3}),
+    Race(GPT2, **_STEP),
+    Race(RESNET50, wanted={"fused": 5.0}),
+    Race(RESNET50, moved_grads=True),
+    Race(RESNET50, **_STEP),
+    Race(VIT_B, wanted={"fused": 5.0}),
+    Race(MANY, wanted={"fused": 20.0}),
+    Race(MANY, **_STEP),
+)
+# What native takes, over what Triton takes, where memory bounds both.
+WANTED_NATIVE_OVER_TRITON = 0.9

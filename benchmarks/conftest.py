@@ -1,0 +1,44 @@
+"""Options of `make bench`, and what it prints and writes at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from .pictures import plot_ratios, plot_roofline
+from .provenance import provenance
+from .results import Result, print_table, thread_scaling, to_json, write_json
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options."""
+    group = parser.getgroup("fused_adamw benchmarks")
+    group.addoption("--quick", action="store_true", help="few values and rounds: tries the machinery only")
+    group.addoption("--seconds", type=float, default=8.0, help="time for the rounds of one race [8]")
+    group.addoption("--out", type=Path, default=Path("runs/bench"), help="folder for JSON and PNG")
+
+
+@pytest.fixture(scope="session")
+def results(pytestconfig: pytest.Config) -> Iterator[list[Result]]:
+    """Collects the results of all races; prints and writes them when the session ends."""
+    collected: list[Result] = []
+    yield collected
+    if not collected:
+        return
+    whence = provenance(torch.device("cpu"))
+    quick = pytestconfig.getoption("--quick")
+    stem = f"cpu-{whence['date'][:10]}" + "-quick" * quick
+    out = pytestconfig.getoption("--out")
+    scaling = thread_scaling(collected)
+    write_json(out / f"{stem}.json", to_json(collected, whence, quick=quick, thread_scaling=scaling))
+    plot_ratios(collected, whence, out / f"{stem}-ratios.png")
+    plot_roofline(collected, whence, out / f"{stem}-roofline.png")
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print()
+        print_table(collected, f"Clip + step on {whence['device']}, torch {whence['torch']}")
+        for case, factor in scaling.items():
+            print(f"{case}: two threads are {factor:.2f} times as fast as one")
+        print(f"{out / stem}.json, -ratios.png, -roofline.png")

@@ -1,0 +1,87 @@
+"""Equal results first: a race between optimizers that do different things means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from .peers import Peer, Problem
+
+# Gradients of each step, in units of those that the clip halves: clipped, not clipped, clipped hard.
+GRADIENT_SCALES = (1.0, 0.25, 4.0)
+
+# Allowed difference, relative to the value plus the root mean square of all values of its kind: sums of terms
+# of either sign come near zero with the rounding of the terms.
+#   float32: each of three steps rounds a value a few times by up to 2^-24; the update divides by sqrt(v).
+#   bfloat16: torch's clip, and its for-loop and foreach at every operation, round to 2^-9 where the fused
+#   kernels compute in float32. Parameters move by lr, less than their own rounding of 2^-9.
+TOLERANCE = {
+    torch.float32: {"param": 1e-6, "exp_avg": 1e-6, "exp_avg_sq": 1e-6},
+    torch.bfloat16: {"param": 2.0**-7, "exp_avg": 2.0**-7, "exp_avg_sq": 2.0**-6},
+}
+
+
+def norm_error(problem: Problem) -> float:
+    """By how much torch's norm, a float32 sum, differs from that summed in float64; relative."""
+    grads = [p.grad for p in problem.params if p.grad is not None]
+    return abs(float(get_total_norm(grads, foreach=True)) / problem.norm - 1.0)
+
+
+def _results(problem: Problem) -> dict[str, list[Tensor]]:
+    return {
+        "param": [p.detach() for p in problem.params],
+        "exp_avg": problem.exp_avgs,
+        "exp_avg_sq": problem.exp_avg_sqs,
+    }
+
+
+def _run(problem: Problem, peer: Peer) -> None:
+    problem.reset()
+    peer.restart()
+    for scale in GRADIENT_SCALES:
+        problem.set_gradients(scale)
+        peer.step()
+
+
+def _largest_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, int]:
+    """The largest difference, relative as said above; and the tensor it is in."""
+    squares = sum(torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in expected)
+    rms = (squares / sum(t.numel() for t in expected)) ** 0.5
+    largest = []
+    for a, b in zip(actual, expected, strict=True):
+        a, b = a.float(), b.float()
+        largest.append(((a - b).abs_() / (b.abs() + rms)).max())
+    worst, index = torch.stack(largest).max(0)  # NaN is the largest
+    return float(worst), int(index)
+
+
+def check_equal_results(problem: Problem, peers: Sequence[Peer], reference: str = "fused") -> None:
+    """Step every peer from the same start and compare with `reference`, which is one of them.
+
+    Raises:
+        AssertionError: A peer computes something else; names the quantity and the tensor.
+    """
+    problem.set_gradients(1.0)
+    # What torch's norm is off by, its peers' gradients are off by; exp_avg_sq is quadratic in them.
+    error = norm_error(problem)
+    slack = {"param": error, "exp_avg": 2 * error, "exp_avg_sq": 4 * error}
+
+    first = next(peer for peer in peers if peer.name == reference)
+    _run(problem, first)
+    expected = {key: [t.clone() for t in tensors] for key, tensors in _results(problem).items()}
+    for peer in peers:
+        if peer is first:
+            continue
+        _run(problem, peer)
+        for key, tensors in _results(problem).items():
+            allowed = TOLERANCE[problem.case.dtype][key] + slack[key]
+            difference, index = _largest_difference(tensors, expected[key])
+            if not difference <= allowed:  # not `>`: false for NaN
+                raise AssertionError(
+                    f"{problem.case.name}: {peer.name} and {reference} differ after {len(GRADIENT_SCALES)} "
+                    f"steps: {key} of tensor {index} by {difference:.1e}, allowed {allowed:.1e}"
+                )
+    problem.set_gradients(1.0)

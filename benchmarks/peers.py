@@ -1,0 +1,195 @@
+"""One case's tensors, and the optimizers that step them: ours and what torch offers.
+
+All optimizers of a race step the same memory: parameters, gradients and moments. None of them has a luckier
+place than another, and a race needs the memory of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from fused_adamw import FusedHygieneAdamW
+
+from .cases import Case
+
+# Passes over memory the size of the parameters, with and without the clip. The update reads p, g, m, v and
+# writes p, m, v; a norm reads g; torch's clip reads and writes g; handing grad_scale to torch's fused
+# optimizer makes it write g. The for-loop and foreach compute one operation after the other:
+# p*=, m.lerp_(g), v*=, v+=g*g, sqrt, /=, +=, p+=m/denom.
+PASSES = {"ours": (8, 7), "fused": (10, 7), "trick": (9, 7), "foreach": (23, 20), "for-loop": (23, 20)}
+LR, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 0.1
+
+
+class Problem:
+    """The tensors of one case, with a start that can be gone back to."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case = case
+        self.device = device
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(scale: float) -> list[Tensor]:
+            return [
+                torch.empty(shape, dtype=case.dtype, device=device).normal_(0.0, scale, generator=generator)
+                for shape in case.shapes
+            ]
+
+        self.start = normal(0.02)
+        self.gradients = normal(0.01)
+        self.params = [p.clone().requires_grad_() for p in self.start]
+        self.exp_avgs = [torch.zeros_like(p) for p in self.start]
+        self.exp_avg_sqs = [torch.zeros_like(p) for p in self.start]
+        self._grads = [torch.empty_like(p) for p in self.start]
+        self._spare: list[Tensor] = []
+        self.set_gradients(1.0)
+        squares = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in self.gradients)
+        self.norm = float(squares) ** 0.5
+        self.max_norm = 0.5 * self.norm
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Go back to the start."""
+        for p, start, m, v in zip(self.params, self.start, self.exp_avgs, self.exp_avg_sqs, strict=True):
+            p.copy_(start)
+            m.zero_()
+            v.zero_()
+
+    def set_gradients(self, scale: float) -> None:
+        """Fill the gradients anew; torch's clip has changed them."""
+        for p, grad, source in zip(self.params, self._grads, self.gradients, strict=True):
+            torch.mul(source, scale, out=grad)
+            p.grad = grad
+
+    def move_gradients(self) -> None:
+        """Put every gradient at another address."""
+        if not self._spare:
+            self._spare = [grad.clone() for grad in self._grads]
+        self._grads, self._spare = self._spare, self._grads
+        for p, grad in zip(self.params, self._grads, strict=True):
+            p.grad = grad
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups: layer-wise learning rates, every other group without weight decay."""
+        return [
+            {
+                "params": [self.params[i] for i in members],
+                "lr": LR * 0.9 ** (number // 2),
+                "weight_decay": WEIGHT_DECAY * (number % 2 == 0),
+            }
+            for number, members in enumerate(self.case.groups)
+        ]
+
+    def share_state(self, optimizer: torch.optim.Optimizer, *, step_on_device: bool) -> None:
+        """Give an optimizer the problem's moments, and step counts of its own."""
+        for p, m, v in zip(self.params, self.exp_avgs, self.exp_avg_sqs, strict=True):
+            step = torch.zeros((), device=self.device if step_on_device else None)
+            optimizer.state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An optimizer in a race."""
+
+    name: str
+    step: Callable[[], object]
+    optimizer: torch.optim.Optimizer
+
+    def restart(self) -> None:
+        """Set the step counts to zero."""
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
+
+
+def ours(problem: Problem, *, clip: bool, backend: str = "auto", name: str = "ours") -> Peer:
+    """FusedHygieneAdamW."""
+    optimizer = FusedHygieneAdamW(
+        problem.param_groups(),
+        betas=BETAS,
+        max_grad_norm=problem.max_norm if clip else None,
+        backend=backend,
+    )
+    problem.share_state(optimizer, step_on_device=True)
+    return Peer(name, optimizer.step, optimizer)
+
+
+def _torch_adamw(problem: Problem, **kind: bool) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(problem.param_groups(), betas=BETAS, **kind)
+    problem.share_state(optimizer, step_on_device="fused" in kind or "capturable" in kind)
+    return optimizer
+
+
+def _preceded_by_clip(problem: Problem, step: Callable[[], object], clip: bool) -> Callable[[], object]:
+    if not clip:
+        return step
+
+    def clip_and_step() -> None:
+        clip_grad_norm_(problem.params, problem.max_norm, foreach=True)
+        step()
+
+    return clip_and_step
+
+
+def fused(problem: Problem, *, clip: bool) -> Peer:
+    """torch.optim.AdamW(fused=True)."""
+    optimizer = _torch_adamw(problem, fused=True)
+    return Peer("fused", _preceded_by_clip(problem, optimizer.step, clip), optimizer)
+
+
+def foreach(problem: Problem, *, clip: bool) -> Peer:
+    """torch.optim.AdamW(foreach=True)."""
+    optimizer = _torch_adamw(problem, foreach=True)
+    return Peer("foreach", _preceded_by_clip(problem, optimizer.step, clip), optimizer)
+
+
+def for_loop(problem: Problem, *, clip: bool) -> Peer:
+    """torch.optim.AdamW(foreach=False), the default on a CPU."""
+    optimizer = _torch_adamw(problem, foreach=False)
+    return Peer("for-loop", _preceded_by_clip(problem, optimizer.step, clip), optimizer)
+
+
+def trick(problem: Problem, *, clip: bool) -> Peer:
+    """The strongest: torch's fused step divides by `optimizer.grad_scale`, which is not documented."""
+    optimizer: Any = _torch_adamw(problem, fused=True)
+
+    def norm_and_step() -> None:
+        norm = get_total_norm([p.grad for p in problem.params if p.grad is not None], foreach=True)
+        optimizer.grad_scale = ((norm.float() + 1e-6) / problem.max_norm).clamp(min=1.0)
+        optimizer.step()
+
+    return Peer("trick", norm_and_step if clip else optimizer.step, optimizer)
+
+
+def compiled(problem: Problem, *, clip: bool) -> Peer:
+    """torch.compile of clip + step; compiling takes a minute for hundreds of tensors."""
+    optimizer = _torch_adamw(problem, foreach=True, capturable=problem.device.type == "cuda")
+    step = torch.compile(_preceded_by_clip(problem, lambda: optimizer.step(), clip))
+    return Peer("compiled", step, optimizer)
+
+
+PEERS = {
+    "fused": fused,
+    "trick": trick,
+    "foreach": foreach,
+    "for-loop": for_loop,
+    "compiled": compiled,
+}
+
+
+def line_up(
+    problem: Problem, names: tuple[str, ...], *, clip: bool, backends: tuple[str, ...] = ("auto",)
+) -> Iterator[Peer]:
+    """Ours, once per backend, then the named peers.
+
+    With one backend ours is called "ours", otherwise by the backend. Without a clip there is no trick.
+    """
+    for backend in backends:
+        yield ours(problem, clip=clip, backend=backend, name="ours" if len(backends) == 1 else backend)
+    for name in names:
+        if clip or name != "trick":
+            yield PEERS[name](problem, clip=clip)

@@ -1,0 +1,230 @@
+"""Two pictures of a result: the ratios, and where each case stands under the roofline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .results import Result
+
+INK, GRID, OURS, WANTED = "#1f2933", "#d9dee3", "#0b7285", "#e8590c"
+PEER_COLORS = {"trick": "#4dabf7", "fused": "#1c7ed6", "foreach": "#868e96", "for-loop": "#ced4da"}
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.solid_capstyle": "butt",
+}
+
+
+def _plain_axes(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_axisbelow(True)
+
+
+def _titles(figure: Figure, title: str, subtitle: str) -> None:
+    figure.text(0.012, 0.985, title, fontsize=14, fontweight="bold", va="top")
+    figure.text(0.012, 0.985 - 0.30 / figure.get_figheight(), subtitle, fontsize=9, va="top", color="#616e7c")
+
+
+def _subtitle(provenance: dict[str, Any]) -> str:
+    commit = (provenance["commit"] or "unknown")[:10] + (" + changes" if provenance["dirty"] else "")
+    return (
+        f"{provenance['device']} · torch {provenance['torch']} · commit {commit} · {provenance['date'][:10]}"
+    )
+
+
+def _races(results: Sequence[Result]) -> dict[str, list[Result]]:
+    races: dict[str, list[Result]] = {}
+    for result in results:
+        races.setdefault(result.name.rpartition("/vs-")[0], []).append(result)
+    return races
+
+
+def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Path) -> None:
+    """How many times longer each peer takes; one row per race, on a logarithmic scale from 1."""
+    races = _races(results)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(9.5, 1.5 + 0.46 * len(races)))
+        _plain_axes(axes)
+        top = max([result.ratio for result in results] + [result.wanted_ratio or 1 for result in results])
+        bottom = min([0.9, *(0.9 * result.ratio for result in results)])
+        for row, members in enumerate(races.values()):
+            axes.plot([bottom, top * 1.5], [row, row], color=GRID, linewidth=0.7, zorder=0)
+            for result in members:
+                peer = result.detail["peer"]
+                color = PEER_COLORS.get(peer, INK)
+                runs = result.detail["ratios"]
+                if peer == "fused":
+                    axes.plot([1, result.ratio], [row, row], color=color, linewidth=7, alpha=0.25)
+                    axes.plot([min(runs), max(runs)], [row, row], color=color, linewidth=2)
+                axes.scatter(result.ratio, row, s=46, color=color, zorder=3, label=peer, edgecolor="white")
+                if result.wanted_ratio is not None:
+                    axes.scatter(
+                        *(result.wanted_ratio, row), marker="|", s=190, linewidth=2.2, color=WANTED, zorder=4
+                    )
+            fused = next((r for r in members if r.detail["peer"] == "fused"), members[0])
+            axes.annotate(
+                f"{fused.ratio:.2f}×",
+                (fused.ratio, row),
+                xytext=(0, 7.5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.5,
+                color=PEER_COLORS["fused"],
+                fontweight="bold",
+            )
+        axes.axvline(1, color=INK, linewidth=1)
+        axes.set_xscale("log")
+        axes.set_xlim(bottom, top * 1.5)
+        ticks = [t for t in (0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if bottom <= t <= top * 1.5]
+        axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
+        axes.minorticks_off()
+        axes.set_yticks(range(len(races)), races)
+        axes.set_ylim(len(races) - 0.4, -0.6)
+        axes.set_xlabel("time of torch / time of FusedHygieneAdamW")
+        handles, labels = axes.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        unique["wanted"] = Line2D([], [], marker="|", ls="", ms=12, mew=2.2, color=WANTED)
+        figure.subplots_adjust(
+            left=0.27, right=0.98, top=1 - 1.0 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
+        )
+        figure.legend(
+            unique.values(),
+            unique,
+            loc="upper right",
+            bbox_to_anchor=(0.985, 1 - 0.5 / figure.get_figheight()),
+            ncols=len(unique),
+            frameon=False,
+            fontsize=9,
+            handletextpad=0.2,
+            columnspacing=1.2,
+        )
+        _titles(figure, "Times faster than torch.optim.AdamW", _subtitle(provenance))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+        plt.close(figure)
+
+
+def _label_points(axes: Axes, points: Sequence[tuple[float, float, str]], gap: float) -> None:
+    """Names of points: upright in a row under those near the roof, at least `gap` decades apart."""
+    roof = max(y for _, y, _ in points)
+    row = min(y for _, y, _ in points if y > roof / 10) / 12
+    last = -math.inf
+    for x, y, name in sorted(points):
+        if y <= roof / 10:
+            axes.annotate(name, (x, y), (-7, 5), textcoords="offset points", ha="right", fontsize=8.5)
+            continue
+        last = max(math.log10(x), last + gap)
+        axes.plot([x, 10**last], [y, row], color=INK, linewidth=0.5, alpha=0.5, zorder=1)
+        axes.annotate(
+            name,
+            (10**last, row),
+            (0, -3),
+            textcoords="offset points",
+            rotation=90,
+            ha="center",
+            va="top",
+            fontsize=8.5,
+        )
+
+
+def _bytes(value: float, _: object = None) -> str:
+    """A power of ten as people say it."""
+    power = round(math.log10(value)) // 3
+    return f"{value / 1000**power:g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def plot_roofline(results: Sequence[Result], provenance: dict[str, Any], path: Path) -> None:
+    """Bytes per second against bytes per step: memory is the roof, the time of an empty step the slope."""
+    # One point per case and backend: with the most threads, gradients where they are.
+    chosen = {
+        (r.detail["case"], r.detail["backend"]): r
+        for r in sorted(results, key=lambda r: r.detail["threads"] or 0)
+        if r.detail["peer"] == "fused" and r.detail["clip"] and "moved" not in r.name
+    }
+    if not chosen:
+        return
+    against = list(chosen.values())
+    copy = max(r.detail["copy_gbps"] for r in against)
+    stream = max(r.detail["stream_gbps"] for r in against)
+    roof = max(copy, stream)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(9.5, 6.2))
+        _plain_axes(axes)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.minorticks_off()
+        axes.grid(color=GRID, linewidth=0.6)
+        least, most = min(r.bytes for r in against) / 3, max(r.bytes for r in against) * 6
+        axes.set_xlim(least, most)
+        for level, text in ((copy, "copy"), (stream, "4 reads, 3 writes")):
+            axes.axhline(level, color=INK, linewidth=1.2, linestyle="-" if text == "copy" else "--")
+            axes.annotate(
+                f"{text}: {level:,.1f} GB/s",
+                (least, level),
+                xytext=(4, 4 if level == roof else -12),
+                textcoords="offset points",
+                fontsize=9,
+            )
+        # The time that a step takes however little it moves: that of the smallest case.
+        smallest = min(against, key=lambda r: r.bytes)
+        for ms, color in ((smallest.ours_ms, OURS), (smallest.peer_ms, PEER_COLORS["fused"])):
+            gbps_per_byte = 1e-6 / ms
+            right = min(most, roof / gbps_per_byte)
+            axes.plot(
+                [least, right], [least * gbps_per_byte, right * gbps_per_byte], color=color, ls=":", lw=1
+            )
+            axes.annotate(
+                f"{ms:.2g} ms",
+                (least, least * gbps_per_byte),
+                xytext=(4, 20),
+                textcoords="offset points",
+                color=color,
+                fontsize=9,
+            )
+        for result in against:
+            detail = result.detail
+            ours = (result.bytes, detail["gbps"])
+            peer = (detail["peer_bytes"], detail["peer_bytes"] * 1e-6 / result.peer_ms)
+            axes.plot(*zip(ours, peer, strict=True), color=PEER_COLORS["trick"], linewidth=1, zorder=1)
+            axes.scatter(*ours, s=58, color=OURS, edgecolor="white", zorder=3)
+            axes.scatter(*peer, s=40, color=PEER_COLORS["fused"], edgecolor="white", zorder=2)
+        axes.set_ylim(top=2.5 * max(roof, *(r.detail["gbps"] for r in against)))
+        names: dict[str, tuple[float, float, str]] = {}
+        for r in against:
+            names.setdefault(r.detail["case"], (r.bytes, r.detail["gbps"], r.detail["case"]))
+        _label_points(axes, list(names.values()), gap=0.024 * math.log10(most / least))
+        axes.xaxis.set_major_formatter(_bytes)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel("bytes that a step moves (clip included)")
+        axes.set_ylabel("GB/s")
+        axes.legend(
+            handles=[
+                Line2D([], [], marker="o", ls="", color=OURS, label="FusedHygieneAdamW"),
+                Line2D([], [], marker="o", ls="", color=PEER_COLORS["fused"], label="clip + fused AdamW"),
+                Line2D([], [], ls=":", color=INK, label="time of the smallest step"),
+            ],
+            loc="lower right",
+            frameon=False,
+        )
+        figure.subplots_adjust(left=0.08, right=0.98, top=0.88, bottom=0.09)
+        _titles(figure, "Clip + step under the roofline", _subtitle(provenance))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+        plt.close(figure)

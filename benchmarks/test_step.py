@@ -1,0 +1,78 @@
+"""Clip + step on the CPU against torch's for-loop, foreach and fused AdamW: what `make bench` runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from .cases import CPU_RACES, Case, Race
+from .equality import check_equal_results
+from .measure import Heat, bandwidth, threads
+from .peers import Peer, Problem, line_up
+from .results import Result, evaluate
+
+CPU = torch.device("cpu")
+WITH_CLIP = ("fused", "trick", "foreach", "for-loop")
+STEP_ALONE = ("fused",)
+
+
+@functools.lru_cache(maxsize=1)  # one at a time: large cases take gigabytes
+def _problem(case: Case) -> Problem:
+    return Problem(case, CPU)
+
+
+@functools.lru_cache(maxsize=2)
+def _checked_peers(case: Case, clip: bool) -> tuple[Peer, ...]:
+    problem = _problem(case)
+    peers = tuple(line_up(problem, WITH_CLIP if clip else STEP_ALONE, clip=clip))
+    check_equal_results(problem, peers)
+    return peers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_memory() -> Iterator[None]:
+    yield
+    _problem.cache_clear()
+    _checked_peers.cache_clear()
+
+
+@pytest.mark.parametrize("race", CPU_RACES, ids=lambda race: race.name)
+def test_step(
+    race: Race, benchmark: Callable[..., Any], results: list[Result], pytestconfig: pytest.Config
+) -> None:
+    quick = pytestconfig.getoption("--quick")
+    if quick:
+        race = race.tiny()
+    with threads(race.threads):
+        memory = bandwidth(CPU, 1 << 20 if quick else None)
+        peers = {peer.name: peer for peer in _checked_peers(race.case, race.clip)}
+        heat = Heat(
+            {name: peer.step for name, peer in peers.items()},
+            CPU,
+            before=_problem(race.case).move_gradients if race.moved_grads else lambda: None,
+        )
+
+        def others_then_ready() -> None:
+            heat.round(name for name in peers if name != "ours")
+            heat.ready("ours")
+
+        rounds = 3 if quick else heat.rounds_in(pytestconfig.getoption("--seconds"), least=9, most=600)
+        benchmark.pedantic(peers["ours"].step, setup=others_then_ready, rounds=rounds)  # type: ignore[attr-defined]
+    if benchmark.stats is None:  # type: ignore[attr-defined]
+        return  # --benchmark-disable
+    heat.seconds["ours"] = list(benchmark.stats.stats.data)  # type: ignore[attr-defined]
+    against = evaluate(race, heat.seconds, memory, best=True)
+    results += against
+    one = against[0]
+    benchmark.extra_info.update(  # type: ignore[attr-defined]
+        bytes=one.bytes,
+        gbps=one.detail["gbps"],
+        memcpy_gbps=one.detail["copy_gbps"],
+        copy_fraction=one.copy_fraction,
+        stream_fraction=one.detail["stream_fraction"],
+        **{f"ratio_{result.detail['peer']}": result.ratio for result in against},
+    )
