@@ -374,6 +374,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         Moments take the parameter's layout, and `state_dtype` where it is set. An option that a saved group
         does not have stays as it is. Nothing is shared with `state_dict` afterwards.
 
+        To read a file of torch.distributed.checkpoint that was saved without `param_names` into an optimizer
+        that has them, give `dcp.load` a `DefaultLoadPlanner(allow_partial_load=True)`.
+
         Args:
             state_dict: As returned by `state_dict`.
 
