@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import compress
+from typing import Any
 
 from torch import Tensor
 
@@ -48,21 +49,48 @@ def same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
 
 
 class Metadata:
-    """What kernels take for granted of tensors, beside their addresses."""
+    """What kernels take for granted of tensors, beside their addresses: dtype, layout, shape and strides.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.columns: list[Sequence[object]] = [
-            [t.dtype for t in tensors],
-            [t.layout for t in tensors],
-            [t.shape for t in tensors],
-            list(map(Tensor.stride, tensors)),
-        ]
+    Args:
+        tensors: As they are now; None stands for an absent gradient.
+        expected: Where a tensor is absent, one like it.
+    """
 
-    def where(self, selected: Sequence[bool]) -> Metadata:
-        """Of some of the tensors."""
-        part = Metadata([])
-        part.columns = [list(compress(column, selected)) for column in self.columns]
-        return part
+    def __init__(self, tensors: Sequence[Tensor | None], expected: Sequence[Tensor]) -> None:
+        self._columns = _columns([e if t is None else t for t, e in zip(tensors, expected, strict=True)])
+        present = [t for t in tensors if t is not None]
+        self._guards = _guards(present) if len(present) == len(tensors) else None
+
+    def match(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether every tensor that is present looks as it did, or as it was expected to."""
+        present = [t for t in tensors if t is not None]
+        if len(present) < len(tensors):
+            is_there = [t is not None for t in tensors]
+            return _columns(present) == [list(compress(column, is_there)) for column in self._columns]
+        if self._guards is not None:
+            return bool(self._guards.check(*present))
+        return _columns(present) == self._columns
+
+
+def _columns(tensors: Sequence[Tensor]) -> list[Sequence[object]]:
+    return [
+        [t.dtype for t in tensors],
+        [t.layout for t in tensors],
+        [t.shape for t in tensors],
+        list(map(Tensor.stride, tensors)),
+    ]
+
+
+def _guards(tensors: Sequence[Tensor]) -> Any:
+    """Dynamo's check of the same things, in one call into C++ for all tensors; None where torch has none."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes: Any = [list(t.shape) for t in tensors]
+        strides: Any = [list(t.stride()) for t in tensors]
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    except (ImportError, TypeError, RuntimeError, NotImplementedError):
+        return None
 
 
 def grad_addresses_of(grads: Sequence[Tensor | None]) -> list[int]:

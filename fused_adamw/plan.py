@@ -225,10 +225,10 @@ class Plan:
         self._structure = self._structure_of(groups)
         self._state_tensors = _state_tensors(state)
         self._addresses = addresses_of([*self._params, *self._state_tensors])
-        self._metadata = Metadata(self._params)
+        self._metadata = Metadata(self._params, self._params)
         grads = [p.grad for p in self._params]
         self._expected = [self._expected_grad(slot, previous) for slot in range(len(grads))]
-        self._grad_metadata = Metadata(self._expected)
+        self._grad_metadata = Metadata(grads, self._expected)
         self._grad_addresses: list[int] | None = None
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
@@ -298,21 +298,14 @@ class Plan:
             state: The optimizer's state now.
         """
         state_tensors = _state_tensors(state)
-        if not (
+        return (
             self._structure_of(groups) == self._structure
             and same_objects(params, self._params)
             and same_objects(state_tensors, self._state_tensors)
             and addresses_of([*params, *state_tensors]) == self._addresses
-            and Metadata(params).columns == self._metadata.columns
-        ):
-            return False
-        present = [g for g in grads if g is not None]
-        expected = self._grad_metadata
-        if len(present) < len(grads):
-            expected = expected.where([g is not None for g in grads])
-        return (
-            not any(grads[slot] is not None for slot in self._without_state)
-            and Metadata(present).columns == expected.columns
+            and not any(grads[slot] is not None for slot in self._without_state)
+            and self._metadata.match(params)
+            and self._grad_metadata.match(grads)
         )
 
     def prepare(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor | None]) -> None:

@@ -11,8 +11,8 @@ import torch
 from common import NATIVE, assert_same_path, give_grads, parameters, twins
 from torch.optim.lr_scheduler import LambdaLR
 
-from fused_adamw import optimizer as optimizer_module
 from fused_adamw import memory, plan, tables
+from fused_adamw import optimizer as optimizer_module
 
 CSRC = Path(__file__).parents[1] / "csrc"
 
@@ -54,6 +54,34 @@ class Pair:
                 optimizer.step()
             self.steps += 1
         assert_same_path(self.params, self.copies, self.steps, grad_error=1e-6)
+
+
+# Metadata
+
+
+@pytest.mark.parametrize("guards", [memory._guards, lambda tensors: None], ids=["guards", "columns"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.ones(3, 4, dtype=torch.float16),
+        torch.ones(4, 3),
+        torch.ones(3, 3),
+        torch.ones(4, 3).t(),
+        torch.ones(3, 8)[:, ::2],
+        torch.ones(3, 4).to_sparse(),
+    ],
+    ids=["dtype", "shape", "smaller", "transposed", "strided", "sparse"],
+)
+def test_metadata_tells_tensors_apart(guards, other, monkeypatch):
+    monkeypatch.setattr(memory, "_guards", guards)
+    like, also = torch.zeros(3, 4), torch.zeros(2)
+    whole = memory.Metadata([like, also], [like, also])
+    part = memory.Metadata([None, also], [like, also])
+    for metadata in (whole, part):
+        assert metadata.match([torch.ones(3, 4), also])
+        assert metadata.match([None, also])
+        assert not metadata.match([other, also])
+        assert not metadata.match([other, None])
 
 
 # Tables
