@@ -74,8 +74,9 @@ def test_schedulers(target, name, tensor_lr):
 
     pairs = pair(target, groups)
     tensors = [group["lr"] for group in pairs[0][0].param_groups]
+    lrs = {float(tensors[0])}
     made = [SCHEDULERS[name](optimizer) for optimizer, _ in pairs]
-    lrs, betas = set(), set()
+    betas = set()
     for step in range(2 if target.slow else 5):
         step_all(pairs, step)
         for scheduler in made:
