@@ -165,10 +165,15 @@ ADAMW_FN void update_block(P* p, G* g, S* m, S* v, S* v_max, const Coefficients<
   T* const m_ = load_block(m, buffers[2], n);
   T* const v_ = load_block(v, buffers[3], n);
   T* const v_max_ = kAmsgrad ? load_block(v_max, buffers[4], n) : nullptr;
+// Values on their way are locals: through references to memory, each step of the rule would be stored.
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
-    T unused = T(0);
-    adamw_update<T>(p_[i], g_[i], m_[i], v_[i], kAmsgrad ? v_max_[i] : unused, c);
+    T p_i = p_[i], m_i = m_[i], v_i = v_[i], v_max_i = kAmsgrad ? v_max_[i] : T(0);
+    adamw_update<T>(p_i, g_[i], m_i, v_i, v_max_i, c);
+    p_[i] = p_i;
+    m_[i] = m_i;
+    v_[i] = v_i;
+    if (kAmsgrad) v_max_[i] = v_max_i;
   }
   store_block(p, p_, n);
   store_block(m, m_, n);
