@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from .backends import check_backend, kernels_for, reference
+from .checkpoints import NamedGroup, completed, own_step, without_foreign_names
+from .checks import check_hypers, check_no_transform
 from .groups import build_param_groups, compare_param_names, summarize_param_groups
 from .plan import Plan
 from .tables import StepInputs, is_capturing
@@ -104,7 +105,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
         groups: Any = params
         if isinstance(params, nn.Module):
-            groups = [_NamedGroup(group) for group in build_param_groups(params, weight_decay)]
+            groups = [NamedGroup(group) for group in build_param_groups(params, weight_decay)]
         super().__init__(
             groups,
             lr,
@@ -195,7 +196,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
         try:
             self._check_params(group["params"], names, index)
-            _check_hypers(group, index)
+            check_hypers(group, index)
         except Exception:
             del self.param_groups[index:]
             raise
@@ -234,7 +235,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 another shape; the step is inside a transform of `torch.func`.
         """
         self._check_graph_capture()
-        _check_no_transform()
+        check_no_transform()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -323,7 +324,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             and step.device == p.device
             and step.data_ptr() not in steps
         ):
-            state["step"] = _own_step(step, p)
+            state["step"] = own_step(step, p)
         steps.add(state["step"].data_ptr())
         for key in _MOMENTS[: 3 if group["amsgrad"] else 2]:
             if key not in state:
@@ -365,7 +366,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.param_groups = [_NamedGroup(g) if "param_names" in g else g for g in self.param_groups]
+        self.param_groups = [NamedGroup(g) if "param_names" in g else g for g in self.param_groups]
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -387,12 +388,12 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         loaded: list[dict[str, Any]] = []
 
         def check(_: Any, final: dict[str, Any]) -> dict[str, Any]:
-            groups = [_without_foreign_names(group) for group in final["param_groups"]]
+            groups = [without_foreign_names(group) for group in final["param_groups"]]
             saved, live = ([g.get("param_names") for g in some] for some in (groups, self.param_groups))
             if message := compare_param_names(saved, live):
                 raise ValueError(message)
             if len(groups) == len(self.param_groups):  # else torch raises
-                groups = [_completed(*pair) for pair in zip(groups, self.param_groups, strict=True)]
+                groups = [completed(*pair) for pair in zip(groups, self.param_groups, strict=True)]
             loaded.append({**final, "param_groups": groups})
             return loaded[0]
 
@@ -411,82 +412,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         for i, p in zip(ids, params, strict=True):
             source = saved["state"].get(i, {})
             if "step" in source:
-                self.state[p]["step"] = _own_step(source["step"], p)
+                self.state[p]["step"] = own_step(source["step"], p)
             for key in _MOMENTS:
                 if isinstance(value := source.get(key), Tensor):
                     dtype = self._moment_dtype(p)
                     moment = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
                     self.state[p][key] = moment.copy_(value)
-
-
-class _NamedGroup(dict[str, Any]):
-    """A parameter group whose names do not turn up when its keys are iterated.
-
-    torch.distributed.checkpoint looks every key that it meets in a group up in a flattened checkpoint; those
-    of optimizers without names have no `param_names`, and names are nothing that it has to load.
-    """
-
-    def __iter__(self) -> Iterator[str]:
-        return (key for key in super().__iter__() if key != "param_names")
-
-
-def _without_foreign_names(group: dict[str, Any]) -> dict[str, Any]:
-    """A saved group, without `param_names` if it lists parameters by name.
-
-    torch.distributed.checkpoint does, having paired them by name; the `param_names` are then those of the
-    group that the options came from.
-    """
-    if any(isinstance(param, str) for param in group["params"]):
-        return {key: value for key, value in group.items() if key != "param_names"}
-    return group
-
-
-def _completed(saved: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]:
-    """A saved group, with the live group's value for every option that it does not have."""
-    if "lr" not in saved:
-        warnings.warn(
-            f"the checkpoint has no options for a group of {len(live['params'])} parameters, which keeps its "
-            "own: torch.distributed.checkpoint gives the options of a saved group to one group alone. Save "
-            "with flatten_optimizer_state_dict=True to give them to every parameter.",
-            stacklevel=2,
-        )
-    options = {key: value for key, value in live.items() if key not in ("params", "param_names")}
-    return {**options, **saved}
-
-
-def _check_no_transform() -> None:
-    """Refuse `torch.func`: tensors inside its transforms stand for others, and have no memory to step."""
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "FusedHygieneAdamW.step() cannot run inside a torch.func transform (grad, vmap, ...): it has no "
-            "derivative and no batching rule. Use the functional torch.optim.adamw.adamw there."
-        )
-
-
-def _own_step(step: Any, p: Tensor) -> Tensor:
-    """A step count shared with nobody, in the form of torch's fused optimizers: 0-dim float32 beside `p`."""
-    return torch.as_tensor(step, dtype=torch.float32, device=p.device).detach().reshape(()).clone()
-
-
-def _check_hypers(group: dict[str, Any], index: int) -> None:
-    """Check what a group says: torch looks at the defaults alone."""
-    if group["differentiable"]:
-        raise RuntimeError(
-            "`fused` does not support `differentiable`: the step of FusedHygieneAdamW has no derivative. "
-            "Use torch.optim.AdamW to differentiate through the optimizer."
-        )
-    beta1, beta2 = group["betas"]
-    for name, value, below in (
-        ("lr", group["lr"], math.inf),
-        ("betas[0]", beta1, 1.0),
-        ("betas[1]", beta2, 1.0),
-        ("eps", group["eps"], math.inf),
-        ("weight_decay", group["weight_decay"], math.inf),
-    ):
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            continue  # reading it would synchronise
-        if not 0.0 <= float(value) < below:
-            limit = f" and below {below}" if below != math.inf else ""
-            raise ValueError(
-                f"invalid {name} in parameter group {index}: {value}, expected a finite number >= 0{limit}"
-            )
