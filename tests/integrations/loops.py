@@ -1,4 +1,4 @@
-"""What the tests of frameworks share: a small model and its data, the snippets of the docs, the comparison."""
+"""What the tests of frameworks share: a model, its data, the snippets of the docs, the comparison."""
 
 import re
 from pathlib import Path
@@ -50,7 +50,7 @@ def loss_of(model, batch):
 
 
 def torch_adamw(model):
-    """torch's AdamW on the groups that the snippets have."""
+    """The AdamW of torch on the groups that the snippets have."""
     return torch.optim.AdamW(build_param_groups(model, WEIGHT_DECAY), lr=LR)
 
 

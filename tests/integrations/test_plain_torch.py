@@ -61,7 +61,7 @@ def test_grad_scaler():
 
 @pytest.mark.parametrize("clip", [0.5, 2.0])
 def test_clipping_again_is_not_the_same(clip):
-    """Why the docs say so: with another threshold, the smaller one wins, and the norm is that of the other."""
+    """With another threshold the smaller one wins, and the norm is that which the other left."""
 
     def train(clip):
         model = Model()
