@@ -12,9 +12,9 @@ DOCS = Path(__file__).parents[2] / "docs" / "integrations.md"
 # As in the snippets.
 LR, WEIGHT_DECAY, CLIP = 1e-3, 0.1, 1.0
 BATCHES, BATCH_SIZE = 12, 4
-# Both sides take at most 12 steps of 1e-3, each rounded to float32 and fed back through the gradients. This
-# is a hundredth of one step; leaving out the clip must move parameters by ten times as much (`assert_same`).
-TOLERANCE = 1e-5
+# Both sides take at most 12 float32 steps from parameters below 1: a rounding is 6e-8, and each may round the
+# other way, as may the gradients that follow. Without the clip, parameters must end a thousand times as far.
+TOLERANCE = 1e-6
 
 
 class Model(nn.Module):
@@ -30,12 +30,13 @@ class Model(nn.Module):
 
 
 def dataset():
-    """Samples for 12 batches; the size of the targets, and so of the gradients, varies between 0.1 and 30."""
+    """Samples for 12 batches; some have gradients below the threshold, some far above, also two by two."""
     generator = torch.Generator().manual_seed(1)
     return [
         {
             "x": torch.randn(6, generator=generator),
-            "labels": torch.randn(3, generator=generator) * (0.1, 30.0, 1.0, 8.0)[i // BATCH_SIZE % 4],
+            "labels": torch.randn(3, generator=generator)
+            * (0.1, 0.2, 30.0, 1.0, 0.3, 8.0)[i // BATCH_SIZE % 6],
         }
         for i in range(BATCHES * BATCH_SIZE)
     ]
@@ -101,11 +102,11 @@ def assert_same(ours, train):
     """
     clipped, unclipped = train(CLIP), train(None)
     assert distance(ours, clipped) < TOLERANCE
-    assert distance(unclipped, clipped) > 10 * TOLERANCE
+    assert distance(unclipped, clipped) > 1000 * TOLERANCE
 
 
 def assert_norms_before_clipping(norms, n):
     """What was logged are norms before the clip: some far above it, some below."""
     assert len(norms) == n
-    assert max(norms) > 2 * CLIP
+    assert min(norms) < CLIP < max(norms) / 2
     assert len(set(norms)) == n
