@@ -23,7 +23,7 @@ _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # Attributes that a copy of the optimizer keeps; the plan, full of addresses, it makes itself.
 _COPIED = ("_backend", "_max_grad_norm", "_skip_nonfinite", "_state_dtype", "_status", "_has_norm")
-# A norm that equals max_grad_norm so closely, for so many steps in a row, was made by another clip: a norm that
+# A norm that equals max_grad_norm so closely, for so many steps in a row, was made by another clip: one that
 # drifts past the threshold does not stay so long. Clips of bfloat16 gradients are too coarse to be seen.
 _CLIPPED_ERROR, _CLIPPED_STEPS = 1e-4, 8
 
