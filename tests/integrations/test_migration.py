@@ -1,5 +1,6 @@
 """docs/migration.md: the lines run, and do what is said of them."""
 
+import copy
 import re
 import textwrap
 from pathlib import Path
@@ -116,15 +117,18 @@ def test_a_checkpoint_with_the_step_in_the_group():
     assert {float(optimizer.state[p]["step"]) for p in params} == {101.0}
 
 
-def test_a_checkpoint_of_bitsandbytes():
-    """In its form: `step` an int, other names for the moments."""
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_checkpoint_of_bitsandbytes(nested):
+    """In its form: `step` an int, other names for the moments, in newer versions in a dict of their own."""
     heading = "From bitsandbytes AdamW"
     model = Model()
     source = optimizer_of(heading, model)
     train(model, source)
-    checkpoint = source.state_dict()
-    for state in checkpoint["state"].values():
-        state.update(state1=state.pop("exp_avg"), state2=state.pop("exp_avg_sq"), step=int(state["step"]))
+    checkpoint = copy.deepcopy(source.state_dict())
+    for i, state in checkpoint["state"].items():
+        moments = {"state1": state["exp_avg"], "state2": state["exp_avg_sq"]}
+        moments = {"__bnb_optimizer_quant_state__": moments} if nested else moments
+        checkpoint["state"][i] = {"step": int(state["step"]), **moments}
     optimizer = optimizer_of(heading, model)
     load(heading, optimizer, checkpoint)
     for p, q in zip(params_of(source), params_of(optimizer), strict=True):
