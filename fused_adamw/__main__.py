@@ -9,14 +9,18 @@ import sys
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from .backends import available_backends, build_info
+from .backends import available_backends, build_info, kernels_for
+from .groups import build_param_groups
 from .groups import cli as explain
+from .groups.targets import load_target
+from .optimizer import FusedHygieneAdamW
 from .version import __version__
 
 
-def info() -> int:
-    """Print versions, how the extension was built, and which backends can run here."""
+def info(target: str | None = None) -> int:
+    """Print versions, how the extension was built, and which backends can run here; for a model, which do."""
     console = Console()
     facts = Table(show_header=False, box=None, pad_edge=False)
     built = build_info()
@@ -39,6 +43,45 @@ def info() -> int:
     for status in available_backends():
         table.add_row(status.backend, status.device, "yes" if status.available else "no", status.reason or "")
     console.print(table)
+    return 0 if target is None else _print_step(target, console)
+
+
+def _print_step(target: str, console: Console) -> int:
+    """Step a model once, on zero gradients laid out as its parameters, and print what stepped them."""
+    try:
+        model = load_target(target)
+        groups = build_param_groups(model, weight_decay=0.01)
+    except (TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for group in groups:
+        group["params"] = [
+            nn.Parameter(torch.empty_like(p, device="cpu")) if p.is_meta else p for p in group["params"]
+        ]
+    names = [name for group in groups for name in group["param_names"]]
+    params = [p for group in groups for p in group["params"]]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = FusedHygieneAdamW(groups)
+    optimizer.step()
+    plan = optimizer._plan
+    assert plan is not None
+
+    table = Table("stepped by", "device", "parameter", "gradient", "moments", "parameters", "values")
+    for bucket, _, _ in plan.buckets:
+        kernels = kernels_for(optimizer.backend, bucket.device)
+        dtypes = getattr(bucket, "dtypes", None)
+        by = "reference" if kernels is None or dtypes is None else kernels.__name__.rpartition(".")[2]
+        table.add_row(
+            by,
+            str(bucket.device),
+            *(["any"] * 3 if dtypes is None else [str(dtype).removeprefix("torch.") for dtype in dtypes]),
+            f"{len(bucket.slots):,}",
+            f"{sum(params[slot].numel() for slot in bucket.slots):,}",
+        )
+    console.print(f"{type(model).__name__}, one step:", table, sep="\n")
+    for slot, reason in plan.fallbacks.items():
+        console.print(f"{names[slot]} is stepped by the reference: {reason}", highlight=False, markup=False)
     return 0
 
 
@@ -55,10 +98,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fused_adamw")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, build and backends")
+    about = commands.add_parser("info", help="versions, build and backends")
+    about.add_argument(
+        "--model",
+        metavar="TARGET",
+        help="step this model once and print which backend steps how many parameters, and what falls back to "
+        "the reference and why; takes memory for parameters, gradients and moments. As in `explain TARGET`",
+    )
     explain.add_arguments(commands.add_parser("explain", help="which parameters of a model decay, and why"))
     args = parser.parse_args(argv)
-    return info() if args.command == "info" else explain.run(args)
+    return info(args.model) if args.command == "info" else explain.run(args)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # Attributes that a copy of the optimizer keeps; the plan, full of addresses, it makes itself.
 _COPIED = ("_backend", "_max_grad_norm", "_skip_nonfinite", "_state_dtype", "_status", "_has_norm")
+# A norm that equals max_grad_norm so closely, for so many steps in a row, was made by another clip: one that
+# drifts past the threshold does not stay so long. Clips of bfloat16 gradients are too coarse to be seen.
+_CLIPPED_ERROR, _CLIPPED_STEPS = 1e-4, 8
 
 
 class FusedHygieneAdamW(torch.optim.AdamW):
@@ -101,6 +104,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         self._plan: Plan | None = None
         self._status: Tensor | None = None  # float64: norm of the last step, steps skipped so far
         self._has_norm = False
+        self._clipped_before: int | None = 0  # steps in a row that looked so; None: the user was told
         self.max_grad_norm = max_grad_norm
 
         groups: Any = params
@@ -254,7 +258,26 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             bucket.update(grads, self._step_inputs(sums.get(bucket.device), status))
         stepped = [p for p, g in zip(params, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(stepped)
+        self._look_for_second_clip()
         return loss
+
+    def _look_for_second_clip(self) -> None:
+        """Warn, once, if gradients look clipped before the step. On the CPU: elsewhere it would wait."""
+        limit, status = self._max_grad_norm, self._status
+        if self._clipped_before is None or status is None or status.device.type != "cpu":
+            return
+        if limit is None or not 0.0 < limit < math.inf:
+            return
+        equal = math.isclose(status.tolist()[0], limit, rel_tol=_CLIPPED_ERROR)
+        self._clipped_before = self._clipped_before + 1 if equal else 0
+        if self._clipped_before == _CLIPPED_STEPS:
+            self._clipped_before = None
+            warnings.warn(
+                f"for {_CLIPPED_STEPS} steps the gradient norm was max_grad_norm={limit}: the gradients were "
+                "probably clipped before step() too, and grad_norm is not the norm that they had. Clip once: "
+                "remove clip_grad_norm_, or switch the framework's clipping off (docs/integrations.md).",
+                stacklevel=2,
+            )
 
     def _check_graph_capture(self) -> None:
         # Raises where a capture runs without capturable=True. torch has renamed it.
@@ -365,6 +388,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None
+        self._clipped_before = 0
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.param_groups = [NamedGroup(g) if "param_names" in g else g for g in self.param_groups]
 

@@ -25,6 +25,51 @@ def small_model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
 
 
+def model_with_odd_layouts() -> torch.nn.Module:
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4).bfloat16()
+    )
+    model[0].weight = torch.nn.Parameter(torch.zeros(4, 8)[:, ::2])
+    return model
+
+
+def test_info_tells_what_steps_a_model(capsys, monkeypatch):
+    pytest.importorskip("fused_adamw._C", exc_type=ImportError)
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["info", "--model", "tests.test_main:model_with_odd_layouts"]) == 0
+    out = capsys.readouterr().out
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")
+    ]
+    assert ["native", "cpu", "float32", "float32", "float32", "3", "12"] in rows
+    assert ["native", "cpu", "bfloat16", "bfloat16", "bfloat16", "2", "20"] in rows
+    assert ["reference", "cpu", "any", "any", "any", "1", "16"] in rows
+    assert "0.weight is stepped by the reference: parameter is not dense: strides (8, 2)" in out
+    assert out.count("is stepped by the reference") == 1
+
+
+def meta_model() -> torch.nn.Module:
+    with torch.device("meta"):
+        return small_model()
+
+
+def test_info_gives_memory_to_a_model_without(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["info", "--model", "tests.test_main:meta_model"]) == 0
+    out = capsys.readouterr().out
+    assert "Sequential, one step:" in out
+    assert "meta" not in out
+    (row,) = [line for line in out.splitlines() if "│ 28 " in line]  # 4 * 4 + 3 * 4 values
+    assert " cpu " in row
+    assert " 4 " in row
+
+
+@pytest.mark.parametrize("target", ["nonsense", "torch.nn:Flatten", "torch.nn:Missing"])
+def test_info_of_no_model_is_refused(capsys, target):
+    assert main(["info", "--model", target]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["unknown"])
