@@ -99,7 +99,7 @@ def params_of(optimizer):
 
 
 def test_a_checkpoint_with_the_step_in_the_group():
-    """In the form of apex: float32 moments beside bfloat16 parameters, `step` in the group, no empty state."""
+    """In the form of apex: float32 moments beside bfloat16 parameters, `step` in the group."""
     heading = "From apex FusedAdam"
     optimizer = optimizer_of(heading, Model().bfloat16())
     params = params_of(optimizer)
