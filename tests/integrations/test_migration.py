@@ -106,6 +106,7 @@ def test_a_checkpoint_with_the_step_in_the_group():
     checkpoint = optimizer.state_dict()
     for group in checkpoint["param_groups"]:
         group.update(step=100, bias_correction=True)
+    params, frozen = params[:-1], params[-1]
     for i, p in enumerate(params):
         moment = torch.full(p.shape, 1 + 2.0**-20)  # more digits than bfloat16 has
         checkpoint["state"][i] = {"exp_avg": moment, "exp_avg_sq": moment.clone()}
@@ -115,6 +116,7 @@ def test_a_checkpoint_with_the_step_in_the_group():
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert {float(optimizer.state[p]["step"]) for p in params} == {101.0}
+    assert not optimizer.state.get(frozen)
 
 
 @pytest.mark.parametrize("nested", [True, False])
