@@ -41,8 +41,6 @@ ADAMW_FN uint32_t as_bits(float x) {
   return bits;
 }
 
-ADAMW_FN float load(const float* p) { return *p; }
-ADAMW_FN double load(const double* p) { return *p; }
 ADAMW_FN float load(const BFloat16* p) { return as_float(static_cast<uint32_t>(p->bits) << 16); }
 ADAMW_FN float load(const Float16* p) {
   // Shift the exponent into place, then let a multiplication rebias it: exact for subnormals too.
@@ -52,8 +50,6 @@ ADAMW_FN float load(const Float16* p) {
   return as_float(as_bits(rebiased) | inf_or_nan | static_cast<uint32_t>(p->bits & 0x8000) << 16);
 }
 
-ADAMW_FN void store(float* p, float x) { *p = x; }
-ADAMW_FN void store(double* p, double x) { *p = x; }
 ADAMW_FN void store(BFloat16* p, float x) {
   const uint32_t bits = as_bits(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
