@@ -85,7 +85,7 @@ def ninja_file(output: Path, build: Path) -> str:
     )
     torch_flags += " -DFUSED_ADAMW_X86" * x86 + " -DFUSED_ADAMW_CUDA" * bool(nvcc)
 
-    jobs = [("bindings.o", "cxx", CSRC / "bindings.cpp", torch_flags)]
+    jobs = [(f"{name}.o", "cxx", CSRC / f"{name}.cpp", torch_flags) for name in ("bindings", "same_state")]
     for name, flags in CPU_CAPABILITIES.items():
         if name == "Baseline" or x86:
             jobs.append((f"cpu_{name}.o", "cxx", CSRC / "adamw_cpu.cpp", f"-DCPU_CAPABILITY={name} {flags}"))

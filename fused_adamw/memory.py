@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from .extension import load_extension
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -63,13 +68,11 @@ class Metadata:
 
     def match(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether every tensor that is present looks as it did, or as it was expected to."""
+        if self._guards is not None and self._guards.check(*tensors):
+            return True
+        is_there = [t is not None for t in tensors]
         present = [t for t in tensors if t is not None]
-        if len(present) < len(tensors):
-            is_there = [t is not None for t in tensors]
-            return _columns(present) == [list(compress(column, is_there)) for column in self._columns]
-        if self._guards is not None:
-            return bool(self._guards.check(*present))
-        return _columns(present) == self._columns
+        return _columns(present) == [list(compress(column, is_there)) for column in self._columns]
 
 
 def _columns(tensors: Sequence[Tensor]) -> list[Sequence[object]]:
@@ -96,6 +99,51 @@ def _guards(tensors: Sequence[Tensor]) -> Any:
 def grad_addresses_of(grads: Sequence[Tensor | None]) -> list[int]:
     """Addresses of gradients: 0 where there is none, never 0 where there is one, if only an empty one."""
     try:
-        return [0 if g is None else g.data_ptr() or 1 for g in grads]
-    except RuntimeError:
-        return [0 if g is None else _address(g) for g in grads]
+        addresses = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):  # some are absent, or have no memory of their own
+        return [0 if g is None else _address(g) or 1 for g in grads]
+    return addresses if all(addresses) else [address or 1 for address in addresses]
+
+
+class StateSnapshot:
+    """An optimizer's state as it was: which objects it held, and where and what its tensors were.
+
+    The tensors are held in C++, so that one call compares them all. Nobody swaps what is inside them, which
+    `torch.utils.swap_tensors` refuses for a tensor that others hold; of parameters it may be asked.
+
+    Args:
+        state: `Optimizer.state`.
+    """
+
+    def __init__(self, state: Mapping[Tensor, Mapping[str, object]]) -> None:
+        values = [v for s in state.values() for v in s.values()]
+        self._tensors = [v for v in values if isinstance(v, Tensor)]
+        self._objects = tuple(
+            x if isinstance(x, Tensor) else None for p, s in state.items() for x in (p, *s.values())
+        )
+        extension = load_extension()
+        self._same_state = _same_state if isinstance(extension, str) else extension.same_state
+        self._are_unmoved = _watch_in_python(self._tensors)
+        if not isinstance(extension, str) and all(type(t) is Tensor for t in self._tensors):
+            objects = [i for t in self._tensors for i in (t._cdata, t.untyped_storage()._cdata)]
+            watch = torch.ops.fused_adamw.watch(self._tensors, objects)
+            weakref.finalize(self, extension.unwatch, watch).atexit = False
+            self._are_unmoved = functools.partial(extension.is_unmoved, watch)
+
+    def matches(self, state: Mapping[Tensor, Mapping[str, object]]) -> bool:
+        """Whether the state holds the same tensors, each with the same address, dtype, shape and strides."""
+        return bool(self._same_state(state, self._objects) and self._are_unmoved())
+
+
+def _same_state(state: Mapping[Tensor, Mapping[str, object]], objects: Sequence[object]) -> bool:
+    """csrc/same_state.h, where there is no extension."""
+    found = [x for p, s in state.items() for x in (p, *s.values())]
+    return len(found) == len(objects) and all(
+        y is None or x is y for x, y in zip(found, objects, strict=True)
+    )
+
+
+def _watch_in_python(tensors: Sequence[Tensor]) -> Callable[[], bool]:
+    """Watch of csrc/bindings.cpp, for tensors of any type and where there is no extension."""
+    addresses, columns = addresses_of(tensors), _columns(tensors)
+    return lambda: addresses_of(tensors) == addresses and _columns(tensors) == columns

@@ -257,8 +257,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         sums = plan.sum_of_squares(grads) if self._has_norm else {}
         for bucket, _, status in plan.buckets:
             bucket.update(grads, self._step_inputs(sums.get(bucket.device), status))
-        stepped = [p for p, g in zip(params, grads, strict=True) if g is not None]
-        torch.autograd.graph.increment_version(stepped)
+        torch.autograd.graph.increment_version(plan.stepped)
         self._look_for_second_clip()
         return loss
 

@@ -13,12 +13,21 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .memory import Metadata, addresses_of, grad_addresses_of, is_dense, same_layout, same_objects
+from .memory import (
+    Metadata,
+    StateSnapshot,
+    addresses_of,
+    grad_addresses_of,
+    is_dense,
+    same_layout,
+    same_objects,
+)
 from .tables import (
     DTYPE_CODE,
     GRAD,
@@ -190,11 +199,6 @@ class TensorBucket:
 Bucket = TableBucket | TensorBucket
 
 
-def _state_tensors(state: Mapping[Tensor, dict[str, Any]]) -> list[Tensor]:
-    """Every tensor of the state, in a fixed order."""
-    return [t for s in state.values() for t in s.values() if isinstance(t, Tensor)]
-
-
 class Plan:
     """The buckets of one optimizer, and the means to tell whether they are still true.
 
@@ -209,6 +213,7 @@ class Plan:
     Attributes:
         buckets: What to run, each with a place for its sum of squares and one for its status (float64: the
             gradient norm, steps skipped so far). All buckets report the same.
+        stepped: The parameters that have a gradient, once prepared.
         fallbacks: Slot to the reason why kernels that serve its device do not step it.
     """
 
@@ -223,13 +228,14 @@ class Plan:
     ) -> None:
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._structure = self._structure_of(groups)
-        self._state_tensors = _state_tensors(state)
-        self._addresses = addresses_of([*self._params, *self._state_tensors])
+        self._state = StateSnapshot(state)
+        self._addresses = addresses_of(self._params)
         self._metadata = Metadata(self._params, self._params)
         grads = [p.grad for p in self._params]
         self._expected = [self._expected_grad(slot, previous) for slot in range(len(grads))]
         self._grad_metadata = Metadata(grads, self._expected)
         self._grad_addresses: list[int] | None = None
+        self.stepped: list[Tensor] = []
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
         self.fallbacks: dict[int, str] = {}
@@ -297,14 +303,13 @@ class Plan:
             grads: Their gradients now.
             state: The optimizer's state now.
         """
-        state_tensors = _state_tensors(state)
         return (
             self._structure_of(groups) == self._structure
+            and self._state.matches(state)
             and same_objects(params, self._params)
-            and same_objects(state_tensors, self._state_tensors)
-            and addresses_of([*params, *state_tensors]) == self._addresses
-            and not any(grads[slot] is not None for slot in self._without_state)
+            and addresses_of(params) == self._addresses
             and self._metadata.match(params)
+            and not any(grads[slot] is not None for slot in self._without_state)
             and self._grad_metadata.match(grads)
         )
 
@@ -315,6 +320,7 @@ class Plan:
             for bucket, _, _ in self.buckets:
                 bucket.set_grads(addresses)
             self._grad_addresses = addresses
+            self.stepped = list(compress(self._params, addresses))
         hypers = [Hyper.of(group) for group in groups]
         keys = [hyper.key() for hyper in hypers]
         if keys != self._hyper_keys or self._reads_lr_of_another_device(hypers):

@@ -17,9 +17,10 @@ PACKAGE = ROOT / "fused_adamw"
 ALLOWED = {
     "groups": set(),
     "tables": set(),
-    "memory": set(),
+    "extension": set(),
+    "memory": {"extension"},
     "plan": {"tables", "memory"},
-    "backends": {"tables"},
+    "backends": {"extension", "tables"},
     "checkpoints": set(),
     "checks": set(),
     "optimizer": {"groups", "plan", "tables", "backends", "checkpoints", "checks"},
@@ -35,7 +36,9 @@ ALLOWED_INCLUDES = {
     "adamw_cuda.h": {"tables.h"},
     "adamw_cpu.cpp": {"adamw_cpu.h", "adamw.h", "tables.h"},
     "adamw_cuda.cu": {"adamw_cuda.h", "adamw.h", "tables.h"},
-    "bindings.cpp": {"adamw.h", "adamw_cpu.h", "adamw_cuda.h", "tables.h"},
+    "same_state.h": set(),
+    "same_state.cpp": {"same_state.h"},
+    "bindings.cpp": {"adamw.h", "adamw_cpu.h", "adamw_cuda.h", "same_state.h", "tables.h"},
 }
 SEES_TORCH = {"bindings.cpp"}
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 from collections.abc import Callable
 
 import torch
+
+from ..extension import load_extension
 
 # Elements per chunk: large enough that the walk costs nothing, small enough to share out one tensor. On a
 # GPU, below so many elements in all, smaller ones, so that every processor has some.
@@ -21,10 +22,8 @@ _MAX_INLINE_HYPERS = 64
 @functools.cache
 def _load_error() -> str | None:
     """Load the extension, once; None or why it does not load."""
-    try:
-        importlib.import_module("fused_adamw._C")
-    except ImportError as error:
-        return f"the extension is not built or does not load ({error})"
+    if isinstance(error := load_extension(), str):
+        return error
     for name in ("sum_of_squares", "update"):
         # Nothing to compute: tracing sees only that the declared arguments are mutated.
         torch.library.register_fake(f"fused_adamw::{name}", lambda *args: None)
