@@ -124,7 +124,8 @@ class StateSnapshot:
         extension = load_extension()
         self._same_state = _same_state if isinstance(extension, str) else extension.same_state
         self._are_unmoved = _watch_in_python(self._tensors)
-        if not isinstance(extension, str) and all(type(t) is Tensor for t in self._tensors):
+        plain = all(type(t) is Tensor and t.layout is torch.strided for t in self._tensors)
+        if plain and not isinstance(extension, str):
             objects = [i for t in self._tensors for i in (t._cdata, t.untyped_storage()._cdata)]
             watch = torch.ops.fused_adamw.watch(self._tensors, objects)
             weakref.finalize(self, extension.unwatch, watch).atexit = False

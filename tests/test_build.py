@@ -58,9 +58,12 @@ def test_library_uses_the_stable_abi_alone():
             assert line.split()[0] == "w"
 
 
-def test_python_api_is_limited_to_module_creation():
+def test_python_api_is_a_part_of_the_stable_one():
     undefined = run("nm", "-D", "--undefined-only", str(LIBRARY))
-    assert set(re.findall(r"\bPy\w+", undefined)) <= {"PyModule_Create2"}
+    module = {"PyModule_Create2", "PyLong_AsVoidPtr", "PyBool_FromLong", "_Py_NoneStruct"}
+    errors = {"PyErr_Occurred", "PyErr_SetString", "PyErr_Format", "PyExc_TypeError", "PyExc_RuntimeError"}
+    containers = {"PyType_GetFlags", "PyDict_Next", "PyTuple_Size", "PyTuple_GetItem"}
+    assert set(re.findall(r"\b_?Py\w+", undefined)) <= module | errors | containers
 
 
 def test_archive_without_git_installs_and_imports(tmp_path):
