@@ -244,10 +244,11 @@ class Watch {
   // Hands the numbers that describe a tensor to `take` while it returns true; the first says how many follow.
   template <typename F>
   static bool describe(const Tensor& t, const F& take) {
-    const int64_t dim = t.dim();
-    bool going = take(dim) && take(reinterpret_cast<int64_t>(t.const_data_ptr())) &&
-                 take(static_cast<int64_t>(t.scalar_type()));
-    for (int64_t i = 0; going && i < dim; ++i) going = take(t.size(i)) && take(t.stride(i));
+    int32_t dtype = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+    const auto sizes = t.sizes(), strides = t.strides();
+    bool going = take(sizes.size()) && take(reinterpret_cast<int64_t>(t.const_data_ptr())) && take(dtype);
+    for (size_t i = 0; going && i < sizes.size(); ++i) going = take(sizes[i]) && take(strides[i]);
     return going;
   }
 
