@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import compare, gpu_acceptance, provenance
+from benchmarks import compare, gpu_acceptance, host, provenance
 from benchmarks.cases import (
     CASES,
     CPU_RACES,
@@ -34,6 +34,7 @@ from benchmarks.equality import check_equal_results
 from benchmarks.measure import Bandwidth, Heat, block_medians, threads
 from benchmarks.peers import PASSES, PEERS, Problem, line_up
 from benchmarks.results import CASE_KEYS, evaluate, from_json, to_json
+from fused_adamw import FusedHygieneAdamW
 
 CPU = torch.device("cpu")
 FEW = Case("few", ((3, 5), (7,), (4, 2, 3), (1,)), group_of=(0, 1, 0, 1))
@@ -197,6 +198,32 @@ def test_compare_tells_a_change_from_noise(tmp_path: Path, capsys: pytest.Captur
     assert [(speedup, beyond) for _, _, speedup, beyond in compare.compare(b, c)] == [(2.0, True)] * 2
     assert compare.main([str(tmp_path / "steady"), str(tmp_path / "faster")]) == 0
     assert "2.00" in capsys.readouterr().out
+
+
+def test_parts_of_a_step_are_what_a_step_finds_unchanged() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones(3)
+    parts = host.parts(FusedHygieneAdamW(params, max_grad_norm=1.0))
+    answers = {name: part() for name, part in parts.items()}
+    checks = [name for name in parts if "same" in name]
+    assert len(checks) == 6
+    assert all(answers[name] is True for name in checks)
+    assert [g.data_ptr() for g in answers["read gradients"]] == [p.grad.data_ptr() for p in params]
+    params[0].data = torch.ones(4)
+    assert not parts["parameters: same addresses"]()
+    assert not parts["parameters: same layouts"]()
+
+
+def test_host_profile_has_a_line_for_each_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host, "ROUNDS", 2)
+    host.main(["--tensors", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:4]] == ["list parameters", "read gradients"]
+    assert all(float(number) > 0 for line in lines[2:-2] for number in line.split()[-2:])
+    assert "torch: " in lines[-1]
 
 
 def test_provenance_says_where_a_result_comes_from() -> None:
