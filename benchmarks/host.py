@@ -25,8 +25,9 @@ def parts(optimizer: FusedHygieneAdamW) -> dict[str, Callable[[], object]]:
     groups, state = optimizer.param_groups, optimizer.state
     params = [p for group in groups for p in group["params"]]
     grads = [p.grad for p in params]
-    ((bucket, _, status),) = plan.buckets
-    sums = plan.sum_of_squares(grads)[bucket.device]
+    ((bucket, _, status),) = plan.launches
+    plan.sum_of_squares(grads)
+    sums = plan.totals(True, None, None)[0][bucket.device]
     return {
         "list parameters": lambda: [p for group in groups for p in group["params"]],
         "read gradients": lambda: [p.grad for p in params],
@@ -37,7 +38,7 @@ def parts(optimizer: FusedHygieneAdamW) -> dict[str, Callable[[], object]]:
         "gradients: same layouts": lambda: plan._grad_metadata.match(grads),
         "gradients: same addresses": lambda: grad_addresses_of(grads) == plan._grad_addresses,
         "norm": lambda: plan.sum_of_squares(grads),
-        "update": lambda: bucket.update(grads, optimizer._step_inputs(sums, status)),
+        "update": lambda: bucket.update(grads, optimizer._step_inputs(sums, None, status)),
         "version counters": lambda: torch.autograd.graph.increment_version(params),
         "step": optimizer.step,
     }

@@ -54,7 +54,7 @@ def same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
 
 
 class Metadata:
-    """What kernels take for granted of tensors, beside their addresses: dtype, layout, shape and strides.
+    """What kernels take for granted of tensors beside addresses: type, dtype, layout, shape and strides.
 
     Args:
         tensors: As they are now; None stands for an absent gradient.
@@ -77,6 +77,7 @@ class Metadata:
 
 def _columns(tensors: Sequence[Tensor]) -> list[Sequence[object]]:
     return [
+        list(map(type, tensors)),
         [t.dtype for t in tensors],
         [t.layout for t in tensors],
         [t.shape for t in tensors],
@@ -113,27 +114,40 @@ class StateSnapshot:
 
     Args:
         state: `Optimizer.state`.
+        held: From tensors to those that kernels read of them: the local tensors of DTensors.
     """
 
-    def __init__(self, state: Mapping[Tensor, Mapping[str, object]]) -> None:
-        values = [v for s in state.values() for v in s.values()]
-        self._tensors = [v for v in values if isinstance(v, Tensor)]
+    def __init__(
+        self,
+        state: Mapping[Tensor, Mapping[str, object]],
+        held: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
+    ) -> None:
         self._objects = tuple(
             x if isinstance(x, Tensor) else None for p, s in state.items() for x in (p, *s.values())
         )
+        tensors = [v for s in state.values() for v in s.values() if isinstance(v, Tensor)]
+        local = held(tensors)
+        # What stands for another tensor may come to stand for a third.
+        self._stand_ins = [t for t, mine in zip(tensors, local, strict=True) if t is not mine]
+        self._held = held
+        self._held_then = held(self._stand_ins)
         extension = load_extension()
         self._same_state = _same_state if isinstance(extension, str) else extension.same_state
-        self._are_unmoved = _watch_in_python(self._tensors)
-        plain = all(type(t) is Tensor and t.layout is torch.strided for t in self._tensors)
+        self._are_unmoved = _watch_in_python(local)
+        plain = all(type(t) is Tensor and t.layout is torch.strided for t in local)
         if plain and not isinstance(extension, str):
-            objects = [i for t in self._tensors for i in (t._cdata, t.untyped_storage()._cdata)]
-            watch = torch.ops.fused_adamw.watch(self._tensors, objects)
+            objects = [i for t in local for i in (t._cdata, t.untyped_storage()._cdata)]
+            watch = torch.ops.fused_adamw.watch(local, objects)
             weakref.finalize(self, extension.unwatch, watch).atexit = False
             self._are_unmoved = functools.partial(extension.is_unmoved, watch)
 
     def matches(self, state: Mapping[Tensor, Mapping[str, object]]) -> bool:
         """Whether the state holds the same tensors, each with the same address, dtype, shape and strides."""
-        return bool(self._same_state(state, self._objects) and self._are_unmoved())
+        return bool(
+            self._same_state(state, self._objects)
+            and same_objects(self._held(self._stand_ins), self._held_then)
+            and self._are_unmoved()
+        )
 
 
 def _same_state(state: Mapping[Tensor, Mapping[str, object]], objects: Sequence[object]) -> bool:
