@@ -68,7 +68,7 @@ def _print_step(target: str, console: Console) -> int:
     assert plan is not None
 
     table = Table("stepped by", "device", "parameter", "gradient", "moments", "parameters", "values")
-    for bucket, _, _ in plan.buckets:
+    for bucket, _, _ in plan.launches:
         kernels = kernels_for(optimizer.backend, bucket.device)
         dtypes = getattr(bucket, "dtypes", None)
         by = "reference" if kernels is None or dtypes is None else kernels.__name__.rpartition(".")[2]

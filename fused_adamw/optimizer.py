@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from .backends import check_backend, kernels_for, reference
 from .checkpoints import NamedGroup, completed, own_step, without_foreign_names
 from .checks import check_hypers, check_no_transform
+from .distributed import NormGroup, has_peers, held, held_grads, is_flattened, is_partial, why_misplaced
 from .groups import build_param_groups, compare_param_names, summarize_param_groups
 from .plan import Plan
 from .tables import StepInputs, is_capturing
@@ -23,8 +25,19 @@ logger = logging.getLogger("fused_adamw")
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# Arguments of our own. They live on the optimizer: a group key of ours would end up in checkpoints, and loading
+# torch's would fail on it.
+_OWN = ("max_grad_norm", "skip_nonfinite", "norm_process_group", "state_dtype", "backend")
 # Attributes that a copy of the optimizer keeps; the plan, full of addresses, it makes itself.
-_COPIED = ("_backend", "_max_grad_norm", "_skip_nonfinite", "_state_dtype", "_status", "_has_norm")
+_COPIED = (
+    "_backend",
+    "_max_grad_norm",
+    "_norm_group",
+    "_skip_nonfinite",
+    "_state_dtype",
+    "_status",
+    "_has_norm",
+)
 # A norm that equals max_grad_norm so closely, for so many steps in a row, was made by another clip: one that
 # drifts past the threshold does not stay so long. Clips of bfloat16 gradients are too coarse to be seen.
 _CLIPPED_ERROR, _CLIPPED_STEPS = 1e-4, 8
@@ -62,6 +75,11 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         skip_nonfinite: A step whose gradient norm is infinite or NaN changes nothing, step counts included,
             and `skipped_steps` counts it; decided on the device, by a norm that is then measured even without
             `max_grad_norm`. By default such gradients do what they do in torch.
+        norm_process_group: Processes that hold other parameters than this one, over which norm and overflow
+            are added up, once in each step: a `torch.distributed.ProcessGroup`; or a callable that is given
+            `[sum of squares, found_inf]`, a float64 tensor, and returns the sum of these tensors over all
+            such processes. Not needed for DTensors (FSDP2, tensor parallel) and for DDP; needed for FSDP1,
+            `ZeroRedundancyOptimizer` and pipeline stages: see docs/integrations.md.
         state_dtype: Dtype of the moments, `torch.float32` or `torch.bfloat16`; None: that of each parameter,
             as in torch. Kept through `state_dict` and `load_state_dict`.
         backend: "auto", "native" (C++ on CPU, CUDA on GPU), "triton" or "reference" (plain PyTorch).
@@ -70,10 +88,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         ValueError: A hyper-parameter is out of range, a parameter is listed twice or is not floating point,
             the model has no trainable parameter, or the backend is unknown.
         RuntimeError: The backend cannot run on a parameter's device; `fused` and `foreach` are both set.
+        TypeError: `norm_process_group` is neither a group of this process nor callable.
     """
-
-    # GradScaler then leaves unscaling and the decision to skip to step(), through grad_scale and found_inf.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -91,6 +107,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        norm_process_group: dist.ProcessGroup | Callable[[Tensor], Tensor] | None = None,
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
@@ -107,6 +124,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         self._has_norm = False
         self._clipped_before: int | None = 0  # steps in a row that looked so; None: the user was told
         self.max_grad_norm = max_grad_norm
+        self.norm_process_group = norm_process_group
 
         groups: Any = params
         if isinstance(params, nn.Module):
@@ -134,8 +152,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 weight_decay,
             )
 
-    # Arguments of our own. They live on the optimizer: a group key of ours would end up in checkpoints, and
-    # loading torch's would fail on it.
+    # The arguments of our own.
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -149,6 +166,18 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             if not value >= 0.0:
                 raise ValueError(f"max_grad_norm must be None or a number >= 0, got {value}")
         self._max_grad_norm = value
+
+    @property
+    def norm_process_group(self) -> dist.ProcessGroup | Callable[[Tensor], Tensor] | None:
+        """Processes that hold other parameters, or a callable that adds up over them.
+
+        A deep copy has the same group. Pickling an optimizer that has a process group raises TypeError.
+        """
+        return None if self._norm_group is None else self._norm_group.group
+
+    @norm_process_group.setter
+    def norm_process_group(self, value: dist.ProcessGroup | Callable[[Tensor], Tensor] | None) -> None:
+        self._norm_group = None if value is None else NormGroup(value)
 
     @property
     def backend(self) -> str:
@@ -176,8 +205,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             return None
         dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
         dtype = torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
-        if self._status is None:  # no parameter has had a gradient
-            return torch.zeros((), dtype=dtype, device="cpu")
+        assert self._status is not None
         return self._status[0].to(dtype, copy=True)
 
     @property
@@ -187,12 +215,25 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             return torch.zeros((), dtype=torch.int64, device="cpu")
         return self._status[1].to(torch.int64)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling and the decision to skip to step().
+
+        Through `grad_scale` and `found_inf`. Not under FSDP1, where only ShardedGradScaler's own unscaling
+        tells its processes of an overflow in one of them: their loss scales would part.
+        """
+        return not any(is_flattened(p) for group in self.param_groups for p in group["params"])
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Nothing to set: torch says True where `fused` is."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
 
         Raises:
             ValueError: A hyper-parameter of the group is out of range, a parameter is listed twice, or is
-                neither floating point nor complex.
+                neither floating point nor complex; the group has a `max_grad_norm` or such of its own.
             RuntimeError: The backend cannot run on a parameter's device; the group is `differentiable`.
         """
         index = len(self.param_groups)
@@ -202,6 +243,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         try:
             self._check_params(group["params"], names, index)
             check_hypers(group, index)
+            self._check_own(group, index)
         except Exception:
             del self.param_groups[index:]
             raise
@@ -222,6 +264,18 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 )
             kernels_for(self._backend, p.device)
 
+    def _check_own(self, group: dict[str, Any], index: int) -> None:
+        """ZeroRedundancyOptimizer copies our arguments into every group: they are to be ours."""
+        for name in _OWN:
+            value, ours = group.get(name), getattr(self, name)
+            if value is not None and value is not ours and value != ours:
+                raise ValueError(
+                    f"{name} in parameter group {index} is {value!r}: it is an argument of the optimizer, which "
+                    f"has {ours!r}, and holds for all groups"
+                )
+        if "norm_process_group" in group:
+            group["norm_process_group"] = None  # it would keep the state_dict from being saved
+
     @_disable_dynamo  # kernels take addresses; traced tensors have none
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -236,8 +290,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: A gradient is sparse; a gradient or a moment is not on its parameter's device or has
-                another shape; the step is inside a transform of `torch.func`.
+            RuntimeError: A gradient is sparse; a gradient or a moment is not on its parameter's device or
+                mesh, or has another shape; FSDP1 hides the norm that is asked for; the step is inside a
+                transform of `torch.func`.
         """
         self._check_graph_capture()
         check_no_transform()
@@ -249,16 +304,24 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
         plan = self._plan
-        if plan is None or not plan.is_current(self.param_groups, params, grads, self.state):
-            plan = self._plan = self._new_plan(params, grads)
+        is_plain = plan is not None and not plan.is_sharded
+        local = grads if is_plain else held_grads(params, grads)
+        if plan is None or local is None or not plan.is_current(self.param_groups, params, local, self.state):
+            plan, local = self._new_plan(params, grads, None if is_plain else local)
+        self._check_norm_is_known(plan.flattened)
+        plan.prepare(self.param_groups, local)
+        self._check_norm_is_known(plan.flattened)
         plan.prepare(self.param_groups, grads)
 
-        self._has_norm = self._max_grad_norm is not None or self._skip_nonfinite
-        sums = plan.sum_of_squares(grads) if self._has_norm else {}
-        for bucket, _, status in plan.buckets:
-            bucket.update(grads, self._step_inputs(sums.get(bucket.device), status))
-        stepped = [p for p, g in zip(params, grads, strict=True) if g is not None]
-        torch.autograd.graph.increment_version(stepped)
+        self._has_norm = self._needs_norm()
+        if self._has_norm:
+            plan.sum_of_squares(local)
+        sums, found_inf = plan.totals(self._has_norm, getattr(self, "found_inf", None), self._norm_group)
+        for bucket, _, status in plan.launches:
+            bucket.update(local, self._step_inputs(sums.get(bucket.device), found_inf, status))
+        stepped = [p for p, g in zip(params, local, strict=True) if g is not None]
+        # Of a DTensor both counts: graphs save it, or what to_local() returns.
+        torch.autograd.graph.increment_version([*stepped, *held(stepped)] if plan.is_sharded else stepped)
         self._look_for_second_clip()
         return loss
 
@@ -285,8 +348,33 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         current, before = "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"
         getattr(self, current if hasattr(self, current) else before)()
 
-    def _new_plan(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Plan:
-        """Check everything, then create the state that is missing, then lay out the tables."""
+    def _needs_norm(self) -> bool:
+        return self._max_grad_norm is not None or self._skip_nonfinite
+
+    def _check_norm_is_known(self, flattened: Sequence[int]) -> None:
+        """Raise if a norm is asked for that cannot be known from parameters of which FSDP1 flattened some."""
+        if flattened and self._needs_norm() and self._norm_group is None and has_peers():
+            raise RuntimeError(
+                f"parameter {self._name(flattened[0])} is sharded by FSDP1 (FullyShardedDataParallel), and a "
+                "gradient norm over the shards of one process is wrong. Pass norm_process_group=, the group "
+                "over which FSDP shards; with NO_SHARD a callable that returns what it is given; or clip by "
+                "FullyShardedDataParallel.clip_grad_norm_, without max_grad_norm and skip_nonfinite."
+            )
+
+    def _new_plan(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], local: list[Tensor | None] | None
+    ) -> tuple[Plan, list[Tensor | None]]:
+        """Check everything, then create the state that is missing, then lay out the tables.
+
+        Args:
+            params: All parameters.
+            grads: Their gradients.
+            local: `held_grads` of them, where it was called: it may be a collective, and processes that keep
+                their plan would not enter it twice.
+
+        Returns:
+            The plan, and `held_grads`.
+        """
         if any(is_capturing(device) for device in {p.device for p in params}):
             raise RuntimeError(
                 "FusedHygieneAdamW cannot allocate its state and tables while a CUDA graph is captured: run "
@@ -294,6 +382,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             )
         for slot, (p, grad) in enumerate(zip(params, grads, strict=True)):
             self._check_step(slot, p, grad)
+        flattened = [slot for slot, p in enumerate(params) if is_flattened(p)]
+        self._check_norm_is_known(flattened)
+        local = held_grads(params, grads) if local is None else local
+        assert local is not None  # every gradient was found to fit
         steps: set[int] = set()
         slot = 0
         for group in self.param_groups:
@@ -303,19 +395,25 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 slot += 1
         plan = Plan(
             self.param_groups,
+            local,
             self.state,
             lambda device: kernels_for(self._backend, device),
             reference,
             self._status,
             self._plan,
         )
-        self._status = plan.buckets[0][2] if plan.buckets else self._status
+        self._plan, self._status = plan, plan.launches[0].status
         for slot, reason in plan.fallbacks.items():
             logger.debug("parameter %s is stepped by the reference: %s", self._name(slot), reason)
-        return plan
+        return plan, local
 
     def _check_step(self, slot: int, p: Tensor, grad: Tensor | None) -> None:
         """Raise for what cannot be stepped."""
+        if is_partial(p):
+            raise RuntimeError(
+                f"parameter {self._name(slot)} is a Partial DTensor, of which every process has an addend: "
+                "expected Shard and Replicate placements"
+            )
         if grad is not None and grad.layout is not torch.strided:
             raise RuntimeError(
                 "FusedHygieneAdamW does not support sparse gradients, please consider SparseAdam instead: "
@@ -336,11 +434,13 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                     f"{tuple(p.shape)} on {p.device} like the parameter. Was the model moved or resized "
                     "after the optimizer had state?"
                 )
+            if reason := why_misplaced(t, p, can_move=what == "gradient"):
+                raise RuntimeError(f"{what} of parameter {self._name(slot)} {reason}")
 
     def _init_state(self, p: Tensor, group: dict[str, Any], steps: set[int]) -> None:
         """Complete the state of one parameter: torch's keys, `step` a float32 of its own on the device."""
         state = self.state[p]
-        step = state.get("step", 0.0)
+        (step,) = held([state.get("step", 0.0)])
         if not (
             isinstance(step, Tensor)
             and step.dim() == 0
@@ -358,7 +458,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def _moment_dtype(self, p: Tensor) -> torch.dtype:
         return self._state_dtype if self._state_dtype is not None and p.is_floating_point() else p.dtype
 
-    def _step_inputs(self, sums: Tensor | None, status: Tensor) -> StepInputs:
+    def _step_inputs(self, sums: Tensor | None, found_inf: Tensor | None, status: Tensor) -> StepInputs:
         def on_device(value: Any) -> Tensor | None:
             if value is None:
                 return None
@@ -368,7 +468,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             sums=sums,
             max_grad_norm=math.inf if self._max_grad_norm is None else self._max_grad_norm,
             grad_scale=on_device(getattr(self, "grad_scale", None)),
-            found_inf=on_device(getattr(self, "found_inf", None)),
+            found_inf=on_device(found_inf),
             skip_nonfinite=self._skip_nonfinite,
             status=status,
         )

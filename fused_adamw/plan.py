@@ -10,14 +10,16 @@ optimizer builds another.
 
 from __future__ import annotations
 
+import functools
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .distributed import NormGroup, Reduction, held, is_dtensor, is_flattened
 from .memory import Metadata, addresses_of, grad_addresses_of, is_dense, same_layout, same_objects
 from .tables import (
     DTYPE_CODE,
@@ -106,7 +108,14 @@ class TableBucket:
         )
         self._rows = self._rows_host
         self._rows_table, self._hypers_table = DeviceTable(self.device), DeviceTable(self.device)
-        self._chunks = DeviceTable(self.device).upload(chunk_table(numels, self._chunk_size))
+        chunks = chunk_table(numels, self._chunk_size)
+        self._chunks = DeviceTable(self.device).upload(chunks)
+        self.domains = _domains(entries)
+        self._chunks_of = [self._chunks]  # of each domain
+        if len(self.domains) > 1:
+            domain_of = torch.tensor([entry.domain for entry in entries], device="cpu")[chunks[:, 0]]
+            parts = [chunks[domain_of == domain] for domain in self.domains]
+            self._chunks_of = [DeviceTable(self.device).upload(part) for part in parts]
         self._workspace = torch.zeros(1 + len(self._chunks), dtype=torch.float64, device=self.device)
         self._hypers = torch.empty(0, device="cpu")
         self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
@@ -136,11 +145,12 @@ class TableBucket:
         table = torch.frombuffer(flat, dtype=torch.float64).view(len(hypers), HYPER_WORDS)
         self._hypers = table if self._hypers_on_host else self._hypers_table.upload(table)
 
-    def sum_of_squares(self, grads: Sequence[Tensor | None], out: Tensor) -> None:
-        """Write the sum of squares of the bucket's gradients to `out`, float64, one element."""
-        self._backend.sum_of_squares(
-            self._rows, self._chunks, self._chunk_size, self._codes[1], self._workspace, out
-        )
+    def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
+        """Write the sum of squares of each domain's gradients to its tensor of one float64."""
+        for chunks, out in zip(self._chunks_of, sums, strict=True):
+            self._backend.sum_of_squares(
+                self._rows, chunks, self._chunk_size, self._codes[1], self._workspace, out
+            )
 
     def update(self, grads: Sequence[Tensor | None], inputs: StepInputs) -> None:
         """Step every row that has a gradient: mutates parameters, moments and step counts."""
@@ -161,10 +171,14 @@ class TableBucket:
 
 
 class TensorBucket:
-    """Parameters of one device that no kernel takes, stepped one by one by the reference."""
+    """Parameters of one device that no kernel takes, stepped one by one by the reference.
 
-    def __init__(self, entries: list[Entry], backend: ReferenceBackend) -> None:
-        self.device = entries[0].param.device
+    Without any, it still works out and reports the scalars of a step.
+    """
+
+    def __init__(self, entries: list[Entry], device: torch.device, backend: ReferenceBackend) -> None:
+        self.device = device
+        self.domains = _domains(entries)
         self.slots = [entry.slot for entry in entries]
         self._entries = entries
         self._hypers: Sequence[Hyper] = ()
@@ -177,9 +191,11 @@ class TensorBucket:
         """Note the hyper-parameters of every group."""
         self._hypers = hypers
 
-    def sum_of_squares(self, grads: Sequence[Tensor | None], out: Tensor) -> None:
-        """Write the sum of squares of the bucket's gradients to `out`, one element."""
-        self._backend.sum_of_squares([g for slot in self.slots if (g := grads[slot]) is not None], out)
+    def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
+        """Write the sum of squares of each domain's gradients to its tensor of one element."""
+        for domain, out in zip(self.domains, sums, strict=True):
+            mine = [e.slot for e in self._entries if e.domain == domain]
+            self._backend.sum_of_squares([g for slot in mine if (g := grads[slot]) is not None], out)
 
     def update(self, grads: Sequence[Tensor | None], inputs: StepInputs) -> None:
         """Step every parameter that has a gradient: mutates parameters, moments and step counts."""
@@ -188,6 +204,19 @@ class TensorBucket:
 
 
 Bucket = TableBucket | TensorBucket
+
+
+class Launch(NamedTuple):
+    """A bucket to run, and where it reports."""
+
+    bucket: Bucket
+    sums: list[Tensor]  # one element for each of the bucket's domains: its sum of squares
+    status: Tensor  # float64 (2,): the gradient norm, steps skipped so far. All launches report the same
+
+
+def _domains(entries: Iterable[Entry]) -> list[int]:
+    """The domains of the norm that a bucket's gradients belong to."""
+    return list(dict.fromkeys(entry.domain for entry in entries))
 
 
 def _state_tensors(state: Mapping[Tensor, dict[str, Any]]) -> list[Tensor]:
@@ -200,6 +229,7 @@ class Plan:
 
     Args:
         groups: The optimizer's `param_groups`.
+        grads: The gradients of all parameters, `held_grads` of them.
         state: The optimizer's state; every parameter that has a gradient must have its own.
         kernels_for: The kernels that serve a device, None for the reference.
         reference: The reference backend.
@@ -207,14 +237,16 @@ class Plan:
         previous: The plan before this one: it knows what gradients that are absent now looked like.
 
     Attributes:
-        buckets: What to run, each with a place for its sum of squares and one for its status (float64: the
-            gradient norm, steps skipped so far). All buckets report the same.
+        launches: What to run, at least one.
+        is_sharded: Whether a parameter is a DTensor. Gradients are then to be given as `held_grads`.
+        flattened: Slots of parameters that FSDP1 flattened.
         fallbacks: Slot to the reason why kernels that serve its device do not step it.
     """
 
     def __init__(
         self,
         groups: Sequence[Mapping[str, Any]],
+        grads: Sequence[Tensor | None],
         state: Mapping[Tensor, dict[str, Tensor]],
         kernels_for: Callable[[torch.device], KernelBackend | None],
         reference: ReferenceBackend,
@@ -222,60 +254,78 @@ class Plan:
         previous: Plan | None,
     ) -> None:
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self.is_sharded = any(map(is_dtensor, self._params))
+        self.flattened = [slot for slot, p in enumerate(self._params) if is_flattened(p)]
+        self._reduction = Reduction(self._params)
         self._structure = self._structure_of(groups)
         self._state_tensors = _state_tensors(state)
-        self._addresses = addresses_of([*self._params, *self._state_tensors])
-        self._metadata = Metadata(self._params, self._params)
-        grads = [p.grad for p in self._params]
-        self._expected = [self._expected_grad(slot, previous) for slot in range(len(grads))]
+        self._addresses = addresses_of(held([*self._params, *self._state_tensors]))
+        local_params: list[Tensor] = held(self._params)
+        self._metadata = Metadata(local_params, local_params)
+        self._expected = [self._expected_grad(slot, grad, previous) for slot, grad in enumerate(grads)]
         self._grad_metadata = Metadata(grads, self._expected)
         self._grad_addresses: list[int] | None = None
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
         self.fallbacks: dict[int, str] = {}
 
-        alike: dict[tuple[object, ...], list[Entry]] = {}
+        alike: dict[tuple[Any, ...], list[Entry]] = {}
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
-        for slot, (p, group) in enumerate(zip(self._params, group_of, strict=True)):
-            if not (s := state.get(p)):
+        for slot, (p, group) in enumerate(zip(local_params, group_of, strict=True)):
+            if not (s := state.get(self._params[slot])):
                 continue  # no gradient so far
             grad = self._expected[slot] if grads[slot] is None else grads[slot]
             v_max = s["max_exp_avg_sq"] if groups[group]["amsgrad"] else None
+            m, v, v_max = held((s["exp_avg"], s["exp_avg_sq"], v_max))
             grad_dtype = self._expected[slot].dtype
-            entry = Entry(slot, group, p, s["exp_avg"], s["exp_avg_sq"], v_max, s["step"], grad_dtype)
-            key: tuple[object, ...] = (p.device,)
+            domain = self._reduction.domain_of[slot]
+            entry = Entry(slot, group, domain, p, m, v, v_max, s["step"], grad_dtype)
+            key: tuple[Any, ...] = (p.device,)
             if kernels_for(p.device) is not None:
                 if reason := why_not_tabular(entry, grad):
                     self.fallbacks[slot] = reason
                 else:
                     key = (p.device, p.dtype, grad_dtype, entry.exp_avg.dtype)
             alike.setdefault(key, []).append(entry)
+        if not alike:  # the norm and the steps skipped are to be known here, too
+            home = local_params[0].device if local_params else torch.device("cpu")
+            alike[(home,)] = []
 
-        self.buckets: list[tuple[Bucket, Tensor, Tensor]] = []
+        self.launches: list[Launch] = []
         self._sums: dict[torch.device, Tensor] = {}
-        for device in {entries[0].param.device: None for entries in alike.values()}:
+        self._sums_of: list[list[Tensor]] = [[] for _ in range(self._reduction.n_domains)]
+        for device in {key[0]: None for key in alike}:
             kernels = kernels_for(device)
-            mine = [(key, entries) for key, entries in alike.items() if key[0] == device]
-            sums = torch.zeros(len(mine), dtype=scalar_dtype(device), device=device)
+            buckets: list[Bucket] = [
+                TensorBucket(entries, device, reference)
+                if kernels is None or len(key) == 1
+                else TableBucket(entries, len(groups), kernels)
+                for key, entries in alike.items()
+                if key[0] == device
+            ]
+            # In the order of domains, so that the sums of each are neighbours.
+            parts = sorted((domain, i) for i, bucket in enumerate(buckets) for domain in bucket.domains)
+            sums = torch.zeros(len(parts), dtype=scalar_dtype(device), device=device)
+            place = {part: sums[i : i + 1] for i, part in enumerate(parts)}
+            for domain in {domain for domain, _ in parts}:
+                mine = [i for i, part in enumerate(parts) if part[0] == domain]
+                self._sums_of[domain].append(sums[mine[0] : mine[-1] + 1])
             self._sums[device] = sums
-            for i, (key, entries) in enumerate(mine):
-                bucket: Bucket
-                if kernels is None or len(key) == 1:
-                    bucket = TensorBucket(entries, reference)
-                else:
-                    bucket = TableBucket(entries, len(groups), kernels)
+            for i, bucket in enumerate(buckets):
+                places = [place[domain, i] for domain in bucket.domains]
                 if status is None:
                     status = torch.zeros(2, dtype=sums.dtype, device=device)
-                self.buckets.append((bucket, sums[i : i + 1], status.to(device, sums.dtype, copy=True)))
-        stepped = {slot for bucket, _, _ in self.buckets for slot in bucket.slots}
+                self.launches.append(Launch(bucket, places, status.to(device, sums.dtype, copy=True)))
+        stepped = {slot for launch in self.launches for slot in launch.bucket.slots}
         self._without_state = [slot for slot in range(len(self._params)) if slot not in stepped]
 
-    def _expected_grad(self, slot: int, previous: Plan | None) -> Tensor:
+    def _expected_grad(self, slot: int, grad: Tensor | None, previous: Plan | None) -> Tensor:
         """What a parameter's gradient looks like, as it is, was, or as the parameter; not its memory."""
         p = self._params[slot]
-        if (grad := p.grad) is None:
+        if grad is None:
             known = previous is not None and slot < len(previous._params) and previous._params[slot] is p
-            return previous._expected[slot] if previous is not None and known else p
+            expected: Tensor = previous._expected[slot] if previous is not None and known else held([p])[0]
+            return expected
         return torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device="meta")
 
     @staticmethod
@@ -298,13 +348,14 @@ class Plan:
             state: The optimizer's state now.
         """
         state_tensors = _state_tensors(state)
+        local = held if self.is_sharded else list
         return (
             self._structure_of(groups) == self._structure
             and same_objects(params, self._params)
             and same_objects(state_tensors, self._state_tensors)
-            and addresses_of([*params, *state_tensors]) == self._addresses
+            and addresses_of(local([*params, *state_tensors])) == self._addresses
             and not any(grads[slot] is not None for slot in self._without_state)
-            and self._metadata.match(params)
+            and self._metadata.match(local(params))
             and self._grad_metadata.match(grads)
         )
 
@@ -312,13 +363,13 @@ class Plan:
         """Bring gradient addresses and hyper-parameters up to date, where they changed."""
         addresses = grad_addresses_of(grads)
         if addresses != self._grad_addresses:
-            for bucket, _, _ in self.buckets:
+            for bucket, _, _ in self.launches:
                 bucket.set_grads(addresses)
             self._grad_addresses = addresses
         hypers = [Hyper.of(group) for group in groups]
         keys = [hyper.key() for hyper in hypers]
         if keys != self._hyper_keys or self._reads_lr_of_another_device(hypers):
-            for bucket, _, _ in self.buckets:
+            for bucket, _, _ in self.launches:
                 bucket.set_hypers(hypers)
             self._hyper_keys = keys
         self._hypers = hypers  # keeps the tensors that tables point to
@@ -331,19 +382,41 @@ class Plan:
             for device in self._sums
         )
 
-    def sum_of_squares(self, grads: Sequence[Tensor | None]) -> dict[torch.device, Tensor]:
-        """Sum the squares of all gradients.
+    def sum_of_squares(self, grads: Sequence[Tensor | None]) -> None:
+        """Sum the squares of all gradients of this process, for `totals` to add up."""
+        for bucket, sums, _ in self.launches:
+            bucket.sum_of_squares(grads, sums)
+
+    def totals(
+        self, is_summed: bool, found_inf: Tensor | None, norm_group: NormGroup | None
+    ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
+        """Add up over devices and processes what was found in each.
+
+        Args:
+            is_summed: Whether `sum_of_squares` has run.
+            found_inf: One element on any device: what a GradScaler has found in this process.
+            norm_group: Adds up over processes that hold other parameters.
 
         Returns:
-            For each device of the plan, a float64 vector whose sum is the total over all devices. The host
-            waits only where an accelerator's sum has to reach the CPU or the other way round.
+            For each device of the plan, a float64 vector whose sum is the sum of squares of all gradients,
+            empty without `is_summed`; and `found_inf`, one element. The host waits only where an
+            accelerator's sum has to reach the CPU or the other way round.
         """
-        for bucket, out, _ in self.buckets:
-            bucket.sum_of_squares(grads, out)
-        if len(self._sums) <= 1:
-            return self._sums
-        home, *others = self._sums
-        total = self._sums[home].sum()
-        for device in others:
-            total = total + self._sums[device].sum().to(home, total.dtype)
-        return {device: total.to(device, sums.dtype).reshape(1) for device, sums in self._sums.items()}
+        here = self._reduction.is_local and norm_group is None
+        if here and (not is_summed or len(self._sums) == 1):
+            return (self._sums if is_summed else {}), found_inf
+        if not is_summed and found_inf is None:
+            return {}, None
+        own = next(iter(self._sums.values()))
+        flag = own.new_zeros(()) if found_inf is None else torch.as_tensor(found_inf).to(own)
+        by_domain = [self._sum_of(domain) if is_summed else None for domain in range(len(self._sums_of))]
+        total, flag = self._reduction(by_domain, flag.reshape(()), norm_group)
+        devices = self._sums if is_summed else ()
+        sums = {device: total.to(device, self._sums[device].dtype).reshape(1) for device in devices}
+        return sums, found_inf if here else flag
+
+    def _sum_of(self, domain: int) -> Tensor | None:
+        """The sum over a domain in this process, on the plan's first device; None: there is nothing."""
+        own = next(iter(self._sums.values()))
+        sums = [part.sum().to(own) for part in self._sums_of[domain]]
+        return functools.reduce(torch.add, sums) if sums else None

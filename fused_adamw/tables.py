@@ -95,10 +95,11 @@ class StepInputs:
 
 @dataclass(slots=True)
 class Entry:
-    """One parameter with its state, as the plan found them."""
+    """One parameter with its state, as the plan found them: of DTensors, the local tensors."""
 
     slot: int  # position among all parameters of all groups
     group: int
+    domain: int  # gradients of one domain are summed together
     param: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor

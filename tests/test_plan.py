@@ -150,7 +150,7 @@ def test_one_bucket_for_all_groups(built):
     give_grads(params, 0)
     optimizer.step()
     (only,) = built
-    assert [len(bucket.slots) for bucket, _, _ in only.buckets] == [40, 4]
+    assert [len(bucket.slots) for bucket, _, _ in only.launches] == [40, 4]
     assert not only.fallbacks
 
 
