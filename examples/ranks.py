@@ -68,8 +68,7 @@ class Ranks:
             mesh = init_device_mesh(device.type, (self.size,))
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
-            # By default the root stays gathered after an evaluation: its parameters were not the optimizer's.
-            fully_shard(model, mesh=mesh, reshard_after_forward=True)
+            fully_shard(model, mesh=mesh)
         return model
 
     def mean(self, values: Tensor) -> Tensor:
@@ -125,5 +124,5 @@ def joined(ranks: Ranks, device: str) -> Iterator[None]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """Return a number that torch may have computed as a DTensor, as every rank's plain tensor."""
+    """Return a norm of DTensors as a plain tensor; some versions of torch leave every rank a part of it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
