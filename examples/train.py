@@ -2,7 +2,8 @@
 
 From one seed: (1) torch's AdamW with `clip_grad_norm_`, (2) FusedHygieneAdamW, which must follow the same
 curve, (3) FusedHygieneAdamW with uniform decay, to see what hygiene is worth. More seeds repeat (2) and (3).
-The metrics go to `runs/<model>/metrics.jsonl`, the picture to `runs/<model>/curves.png`.
+The metrics go to `runs/<model>/metrics.jsonl`, the picture to `runs/<model>/curves.png`. Under torchrun, with
+`--distributed`, several processes share each batch and follow the curves of one.
 """
 
 from __future__ import annotations
