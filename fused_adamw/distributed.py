@@ -32,7 +32,7 @@ def held_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list
     so a Partial one, of which every process has an addend, is added up. `grads` stay as they are.
 
     Returns:
-        A local tensor for each gradient; None if one does not fit: `why_misplaced` tells.
+        A local tensor for each gradient; None if one does not fit, as `why_misplaced` and `is_partial` tell.
     """
     placed = list(grads)
     for slot, (p, grad) in enumerate(zip(params, grads, strict=True)):
@@ -44,6 +44,8 @@ def held_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list
         if spec is None or expected is None or spec.mesh != expected.mesh:
             return None
         if spec.placements != expected.placements:
+            if is_partial(p):
+                return None
             placed[slot] = grad.redistribute(placements=expected.placements)  # type: ignore[attr-defined]
     local: list[Tensor | None] = held(placed)
     if not set(map(type, local)) <= {Tensor, NoneType}:

@@ -49,7 +49,7 @@ def same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
 
 
 class Metadata:
-    """What kernels take for granted of tensors, beside their addresses: dtype, layout, shape and strides.
+    """What kernels take for granted of tensors beside addresses: type, dtype, layout, shape and strides.
 
     Args:
         tensors: As they are now; None stands for an absent gradient.
@@ -74,6 +74,7 @@ class Metadata:
 
 def _columns(tensors: Sequence[Tensor]) -> list[Sequence[object]]:
     return [
+        list(map(type, tensors)),
         [t.dtype for t in tensors],
         [t.layout for t in tensors],
         [t.shape for t in tensors],

@@ -16,7 +16,16 @@ from torch._compile import _disable_dynamo
 from .backends import check_backend, kernels_for, reference
 from .checkpoints import NamedGroup, completed, own_step, without_foreign_names
 from .checks import check_hypers, check_no_transform
-from .distributed import NormGroup, has_peers, held, held_grads, is_flattened, is_partial, why_misplaced
+from .distributed import (
+    NormGroup,
+    has_peers,
+    held,
+    held_grads,
+    is_dtensor,
+    is_flattened,
+    is_partial,
+    why_misplaced,
+)
 from .groups import build_param_groups, compare_param_names, summarize_param_groups
 from .plan import Plan
 from .tables import StepInputs, is_capturing
@@ -25,8 +34,8 @@ logger = logging.getLogger("fused_adamw")
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# Arguments of our own. They live on the optimizer: a group key of ours would end up in checkpoints, and loading
-# torch's would fail on it.
+# Arguments of our own. They live on the optimizer: a group key of ours would end up in checkpoints, and
+# loading torch's would fail on it.
 _OWN = ("max_grad_norm", "skip_nonfinite", "norm_process_group", "state_dtype", "backend")
 # Attributes that a copy of the optimizer keeps; the plan, full of addresses, it makes itself.
 _COPIED = (
@@ -270,8 +279,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             value, ours = group.get(name), getattr(self, name)
             if value is not None and value is not ours and value != ours:
                 raise ValueError(
-                    f"{name} in parameter group {index} is {value!r}: it is an argument of the optimizer, which "
-                    f"has {ours!r}, and holds for all groups"
+                    f"{name} in parameter group {index} is {value!r}: it is an argument of the optimizer, "
+                    f"which has {ours!r}, and holds for all groups"
                 )
         if "norm_process_group" in group:
             group["norm_process_group"] = None  # it would keep the state_dict from being saved
@@ -311,7 +320,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         self._check_norm_is_known(plan.flattened)
         plan.prepare(self.param_groups, local)
         self._check_norm_is_known(plan.flattened)
-        plan.prepare(self.param_groups, grads)
+        plan.prepare(self.param_groups, local)
 
         self._has_norm = self._needs_norm()
         if self._has_norm:
@@ -320,8 +329,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         for bucket, _, status in plan.launches:
             bucket.update(local, self._step_inputs(sums.get(bucket.device), found_inf, status))
         stepped = [p for p, g in zip(params, local, strict=True) if g is not None]
-        # Of a DTensor both counts: graphs save it, or what to_local() returns.
-        torch.autograd.graph.increment_version([*stepped, *held(stepped)] if plan.is_sharded else stepped)
+        if plan.is_sharded:  # graphs save a DTensor, or the memory that to_local() returns
+            stepped += held(filter(is_dtensor, stepped))
+        torch.autograd.graph.increment_version(stepped)
         self._look_for_second_clip()
         return loss
 

@@ -324,8 +324,7 @@ class Plan:
         p = self._params[slot]
         if grad is None:
             known = previous is not None and slot < len(previous._params) and previous._params[slot] is p
-            expected: Tensor = previous._expected[slot] if previous is not None and known else held([p])[0]
-            return expected
+            return previous._expected[slot] if previous is not None and known else held([p.detach()])[0]
         return torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device="meta")
 
     @staticmethod
