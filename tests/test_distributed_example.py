@@ -20,6 +20,7 @@ if not torch.distributed.is_available():
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import loop  # noqa: E402
 import options  # noqa: E402
 import train  # noqa: E402
 from ranks import SET_BY_TORCHRUN, STRATEGIES, Ranks  # noqa: E402
@@ -156,6 +157,17 @@ def test_the_shares_of_all_ranks_are_the_batch(size):
     shares = [Ranks("ddp", rank, rank, size).share(batch) for rank in range(size)]
     assert all(len(share) == 8 // size for share in shares)
     assert torch.equal(torch.cat(shares), batch)
+
+
+def test_dropout_is_another_in_every_step_of_every_rank(text):
+    chosen = options.parse([*GPT, text])
+    seeds = set()
+    for rank in range(2):
+        ranks = Ranks(rank=rank, local_rank=rank, size=2)
+        trainer = loop.Trainer("fused", 0, train.load_task(chosen), chosen.settings, ranks)
+        for trainer.step in range(10):
+            seeds.add(trainer._noise_seed())
+    assert len(seeds) == 20
 
 
 def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
