@@ -30,8 +30,8 @@ GPT = ["--model=gpt", "--layers=2", "--heads=2", "--width=16", "--context=16", "
 GPT += ["--eval-every=5", "--checkpoint"]
 BOUND = 120  # seconds: far more than a run takes, far less than gloo waits for a rank that does not come
 # Losses of 5 are 5e-7 apart in float32. Sums over half a batch and then over ranks round otherwise than sums
-# over the batch, in the loss and in the gradients; 12 steps were seen to make 1e-6 of that. What is wrong, such
-# as a rank's own norm or another share of the data, makes 1e-3 of a loss and more of a norm.
+# over the batch, in the loss and in the gradients; 12 steps were seen to make 1e-6 of that. What is wrong, as
+# a rank's own norm or another share of the data, makes 1e-3 of a loss and more of a norm.
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-5
 
 
