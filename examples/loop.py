@@ -12,15 +12,20 @@ import torch
 import torch.nn.functional as F
 from data import Batches, Data, Split
 from models import GPT, GPTConfig, ResNet, ResNetConfig
+from ranks import Ranks, whole
 from recipes import build_recipe
 from schedules import build_scheduler
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LRScheduler
 
 #: The metrics of one step. Those of a validation are None at steps without one.
 Row = dict[str, Any]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: A checkpoint holds whole tensors under their names, so that any number of ranks can continue it.
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,14 @@ def identity(run: str, seed: int, task: Task, settings: Settings) -> dict[str, A
 class Trainer:
     """One run: a model, its optimizer and schedule, and the history of its metrics."""
 
-    def __init__(self, run: str, seed: int, task: Task, settings: Settings) -> None:
+    def __init__(
+        self, run: str, seed: int, task: Task, settings: Settings, ranks: Ranks | None = None
+    ) -> None:
         self.run = run
         self.seed = seed
         self.task = task
         self.settings = settings
+        self.ranks = ranks or Ranks()
         self.device = torch.device(settings.device)
         self.step = 0
         self.position = 0  # in the data, counted in batches
@@ -100,8 +108,9 @@ class Trainer:
         self.evaluations_since_best = 0
         self.history: list[Row] = []
 
-        torch.manual_seed(seed)  # initial weights and dropout: the same in every run of a seed
+        torch.manual_seed(seed)  # initial weights: the same in every run of a seed, and on every rank
         self.model = task.build_model(settings.gradient_checkpointing).to(self.device)
+        self.forward = self.ranks.wrap(self.model)
         self.recipe = build_recipe(
             run, self.model, settings.lr, settings.weight_decay, settings.clip, settings.backend
         )
@@ -126,16 +135,18 @@ class Trainer:
         return patience is not None and self.evaluations_since_best >= patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the rest of the run depends on, in types that load with `weights_only=True`."""
+        """Return all that the rest of the run depends on, in types that load with `weights_only=True`.
+
+        All ranks take part; the first one's is the checkpoint.
+        """
+        model, optimizer = get_state_dict(self.model, self.recipe.optimizer, options=GATHERED)
         return {
             "identity": identity(self.run, self.seed, self.task, self.settings),
             "max_steps": self.settings.max_steps,
-            "model": self.model.state_dict(),
-            "optimizer": self.recipe.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "step": self.step,
             "position": self.position,
             "best_loss": self.best_loss,
@@ -145,14 +156,16 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`, on the same curve if `max_steps` is the same."""
-        self.model.load_state_dict(state["model"])
-        self.recipe.optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(
+            self.model,
+            self.recipe.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=GATHERED,
+        )
         # The schedules are functions of the step: drawn anew, they also fit a run made longer or shorter.
         self.scheduler = self._scheduler(start=state["scheduler"]["last_epoch"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = state["step"]
         self.position = state["position"]
         self.best_loss = state["best_loss"]
@@ -164,6 +177,11 @@ class Trainer:
         return build_scheduler(
             self.recipe.optimizer, settings.schedule, settings.lr, settings.warmup, settings.max_steps, start
         )
+
+    def _noise_seed(self) -> int:
+        """Make dropout a function of the seed, the step and the rank: there is no state to keep."""
+        step = self.seed * 1_000_003 + self.step + 1
+        return step * self.ranks.size + self.ranks.rank
 
     def _autocast(self) -> torch.autocast:
         amp = self.settings.amp
@@ -186,12 +204,14 @@ class Trainer:
         learning_rate = float(optimizer.param_groups[0]["lr"])
         started = self._now()
         self.model.train()
+        torch.manual_seed(self._noise_seed())
         losses = []
         for _ in range(settings.accumulate):
-            inputs, targets = (part.to(self.device) for part in self.batches[self.position])
+            batch = self.batches[self.position]
+            inputs, targets = (self.ranks.share(part).to(self.device) for part in batch)
             self.position += 1
             with self._autocast():
-                logits = self.model(inputs)
+                logits = self.forward(inputs)
             loss = self._loss(logits, targets, settings.label_smoothing) / settings.accumulate
             self.scaler.scale(loss).backward()
             losses.append(loss.detach())
@@ -206,11 +226,11 @@ class Trainer:
             "step": self.step,
             "run": self.run,
             "seed": self.seed,
-            "train_loss": float(sum(losses)),
+            "train_loss": float(self.ranks.mean(torch.stack(losses).sum())),
             **self.task.validation_metrics(None, None),
             "learning_rate": learning_rate,
-            "grad_norm": float(grad_norm),
-            "param_norm": float(torch.nn.utils.get_total_norm(list(self.model.parameters()))),
+            "grad_norm": float(whole(grad_norm)),
+            "param_norm": float(whole(torch.nn.utils.get_total_norm(list(self.model.parameters())))),
             "seconds": (self.history[-1]["seconds"] if self.history else 0.0) + finished - started,
             "step_ms": (finished - started) * 1e3,
             "optimizer_ms": (after - before) * 1e3,
@@ -228,7 +248,10 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, split: Split) -> tuple[float, float]:
-        """Return the mean loss (without label smoothing) and the share of right predictions."""
+        """Return the mean loss (without label smoothing) and the share of right predictions.
+
+        Every rank evaluates all of the split, which is small. Their mean lets all stop at the same step.
+        """
         self.model.eval()
         loss = correct = 0.0
         for inputs, targets in zip(split.inputs.split(128), split.targets.split(128), strict=True):
@@ -237,4 +260,8 @@ class Trainer:
                 logits = self.model(inputs.to(self.device))
             loss += float(self._loss(logits, targets)) * targets.numel()
             correct += int((logits.argmax(-1) == targets).sum())
-        return loss / split.targets.numel(), correct / split.targets.numel()
+        count = split.targets.numel()
+        loss, accuracy = self.ranks.mean(
+            torch.tensor([loss / count, correct / count], dtype=torch.float64, device=self.device)
+        ).tolist()
+        return loss, accuracy

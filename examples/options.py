@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from loop import AMP_DTYPES, Settings
 from models import GPTConfig, ResNetConfig
+from ranks import STRATEGIES, Ranks, launched
 from schedules import SCHEDULES
 from torch import nn
 
@@ -46,6 +47,7 @@ class Options:
     checkpoint_every: int | None
     resume: bool
     force_fresh: bool
+    ranks: Ranks
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
@@ -184,6 +186,11 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument(
         "--backend", default="auto", help="of FusedHygieneAdamW: auto (default), reference, native, triton"
     )
+    machine.add_argument(
+        "--distributed",
+        choices=STRATEGIES,
+        help="share the work among the processes that torchrun has started (gpt only)",
+    )
     machine.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision; fp16 scales the loss")
     machine.add_argument(
         "--gradient-checkpointing", action="store_true", help="recompute activations to save memory"
@@ -242,6 +249,17 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     if args.schedule == "onecycle" and warmup == 0:
         parser.error("--schedule onecycle needs a rise: at least --warmup 1 and --max-steps 2")
     try:
+        ranks = launched(args.distributed)
+        args.device = ranks.device(args.device)
+    except ValueError as error:
+        parser.error(f"argument --distributed: {error}")
+    if chosen["batch_size"] % ranks.size:
+        parser.error(f"--batch-size {chosen['batch_size']} cannot be divided among {ranks.size} processes")
+    if ranks.strategy is not None and args.model == "cnn":
+        parser.error(
+            "--distributed is for --model gpt: BatchNorm would see a share of each batch, not the batch"
+        )
+    try:
         FusedHygieneAdamW(nn.Linear(1, 1, device=args.device), backend=args.backend)
     except (ValueError, RuntimeError) as error:
         parser.error(f"argument --backend: {error}")
@@ -273,4 +291,5 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         checkpoint_every=args.checkpoint or (CHECKPOINT_EVERY if args.resume else None),
         resume=args.resume,
         force_fresh=args.force_fresh,
+        ranks=ranks,
     )

@@ -2,7 +2,8 @@
 
 From one seed: (1) torch's AdamW with `clip_grad_norm_`, (2) FusedHygieneAdamW, which must follow the same
 curve, (3) FusedHygieneAdamW with uniform decay, to see what hygiene is worth. More seeds repeat (2) and (3).
-The metrics go to `runs/<model>/metrics.jsonl`, the picture to `runs/<model>/curves.png`.
+The metrics go to `runs/<model>/metrics.jsonl`, the picture to `runs/<model>/curves.png`. Under torchrun, with
+`--distributed`, several processes share each batch and follow the curves of one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from loop import Row, Task, Trainer, identity
 from models import GPTConfig
 from options import Options, parse
 from plotting import draw_picture
+from ranks import joined
 from recipes import TITLES
 from rich.console import Console
 from rich.table import Table
@@ -72,8 +74,9 @@ def find_checkpoints(options: Options, task: Task) -> dict[tuple[str, int], Path
     """Return the checkpoints to resume from, each seen to fit its run; remove them all for a fresh start."""
     found = sorted((options.out / "checkpoints").glob("*.pt"))
     if options.force_fresh:
-        for path in found:
-            path.unlink()
+        if options.ranks.first:
+            for path in found:
+                path.unlink()
         return {}
     if not options.resume:
         if found:
@@ -103,13 +106,13 @@ def train(trainer: Trainer, options: Options, metrics: TextIO) -> list[Row]:
     """Train one run to its end, writing its metrics and checkpoints; return all its rows."""
     for row in trainer.history:
         write(row, metrics)
-    path = checkpoint_path(options, trainer.run, trainer.seed)
     progress = tqdm(
         total=options.settings.max_steps,
         initial=trainer.step,
         desc=f"{trainer.run:>7}, seed {trainer.seed}",
         unit="step",
         mininterval=0.5,
+        disable=not options.ranks.first,
     )
     with progress:
         for row in trainer.rows():
@@ -119,12 +122,18 @@ def train(trainer: Trainer, options: Options, metrics: TextIO) -> list[Row]:
                 score = trainer.task.score
                 progress.set_postfix({"val loss": f"{row['val_loss']:.3f}", score: f"{row[score]:.3f}"})
             if options.checkpoint_every and trainer.step % options.checkpoint_every == 0:
-                checkpoints.save(trainer.state_dict(), path)
+                save(trainer, options)
     if options.checkpoint_every:
-        checkpoints.save(trainer.state_dict(), path)
+        save(trainer, options)
     if trainer.out_of_patience:
         print(f"stopped at step {trainer.step}: {options.settings.patience} validations without a lower loss")
     return trainer.history
+
+
+def save(trainer: Trainer, options: Options) -> None:
+    state = trainer.state_dict()  # all ranks gather it
+    if options.ranks.first:
+        checkpoints.save(state, checkpoint_path(options, trainer.run, trainer.seed))
 
 
 def write(row: Row, metrics: TextIO) -> None:
@@ -190,11 +199,17 @@ def report_hygiene(results: Results, options: Options, task: Task, console: Cons
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("fused_adamw").setLevel(logging.INFO)
+    logging.getLogger("fused_adamw").setLevel(logging.INFO if options.ranks.first else logging.WARNING)
     if options.settings.device.startswith("cuda"):  # so that the optimizer is all that differs between runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    with joined(options.ranks, options.settings.device):
+        return compare_optimizers(options)
+
+
+def compare_optimizers(options: Options) -> int:
+    """Make all runs and report on them; return the exit status."""
     console = Console(highlight=False)
     try:
         task = load_task(options)
@@ -209,9 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     results: Results = {}
-    with (options.out / "metrics.jsonl").open("w") as metrics:
+    path = options.out / "metrics.jsonl" if options.ranks.first else Path(os.devnull)
+    with path.open("w") as metrics:
         for run, seed in planned_runs(options):
-            trainer = Trainer(run, seed, task, settings)
+            trainer = Trainer(run, seed, task, settings, options.ranks)
             if (run, seed) in resumed:
                 trainer.load_state_dict(
                     checkpoints.load(resumed[run, seed], identity(run, seed, task, settings))
@@ -224,13 +240,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print()
     report_hygiene(results, options, task, console)
     picture = options.out / "curves.png"
-    draw_picture(
-        {run: results[run, first] for run in TITLES},
-        allowed,
-        settings.clip,
-        f"{options.model} on {task.data.description}, seed {first}",
-        picture,
-    )
+    if options.ranks.first:
+        draw_picture(
+            {run: results[run, first] for run in TITLES},
+            allowed,
+            settings.clip,
+            f"{options.model} on {task.data.description}, seed {first}",
+            picture,
+        )
     console.print(f"\nmetrics: {metrics.name}\npicture: {picture}")
     return 0 if same else 1
 
