@@ -95,6 +95,14 @@ struct Arithmetic<double> {
   using type = double;
 };
 
+#if defined(__AVX512F__)
+constexpr int64_t kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kRegisterBytes = 32;
+#else
+constexpr int64_t kRegisterBytes = 16;
+#endif
+
 // Elements per block of the inner loops: a few vectors, and a whole number of cache lines of every type.
 constexpr int64_t kBlock = 64;
 
@@ -239,31 +247,40 @@ bool update_chunks(const UpdateArgs& args, double grad_scale, int64_t begin, int
   return false;
 }
 
-// Squares are summed in double: no overflow for any float32 gradient, and far below float32's rounding.
+// Squares are summed in double: no overflow for any float32 gradient, and far below float32's rounding. Each
+// lane sums every 32nd square, and the lanes are summed as a tree: the same order for all instruction sets.
+// Without prefetching: one stream is what the hardware follows best.
 template <typename G>
 double sum_of_squares(G* g, int64_t n) {
   using T = typename Arithmetic<G>::type;
-  constexpr int64_t kLanes = 32;
-  double sums[kLanes] = {};
-  alignas(64) T buffer[kBlock];
-  for (int64_t start = 0; start < n; start += kBlock) {
-    prefetch_block(g + start, 0);
-    const int64_t size = n - start < kBlock ? n - start : kBlock;
-    const T* const g_ = load_block(g + start, buffer, size);
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        sums[lane] += static_cast<double>(g_[i + lane]) * static_cast<double>(g_[i + lane]);
-      }
+  // Sums of a vector type stay in registers; those in an array of doubles do not.
+  typedef double Doubles __attribute__((vector_size(kRegisterBytes)));
+  constexpr int64_t kLanes = 32, kWidth = kRegisterBytes / sizeof(double);
+  alignas(64) T buffer[kLanes];
+  Doubles sums[kLanes / kWidth] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const T* x = load_block(g + i, buffer, kLanes);
+    // Widening reads from memory: GCC takes a register apart element by element.
+    asm("" : "+r"(x) : : "memory");
+#pragma GCC unroll 16
+    for (Doubles& sum : sums) {
+      Doubles wide;
+#pragma GCC unroll 8
+      for (int64_t lane = 0; lane < kWidth; ++lane) wide[lane] = *x++;
+      sum += wide * wide;
     }
-    for (int64_t lane = 0; i + lane < size; ++lane) {
-      sums[lane] += static_cast<double>(g_[i + lane]) * static_cast<double>(g_[i + lane]);
-    }
+  }
+  double lanes[kLanes];
+  memcpy(lanes, sums, sizeof lanes);
+  const T* const rest = load_block(g + i, buffer, n - i);
+  for (int64_t lane = 0; i + lane < n; ++lane) {
+    lanes[lane] += static_cast<double>(rest[lane]) * static_cast<double>(rest[lane]);
   }
   for (int64_t width = kLanes / 2; width; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   }
-  return sums[0];
+  return lanes[0];
 }
 
 template <typename G>
