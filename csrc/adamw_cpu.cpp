@@ -50,10 +50,10 @@ ADAMW_FN float load(const Float16* p) {
   return as_float(as_bits(rebiased) | inf_or_nan | static_cast<uint32_t>(p->bits & 0x8000) << 16);
 }
 
-ADAMW_FN void store(BFloat16* p, float x) {
+// Rounded to the upper half of the bits; the lower half is noise.
+ADAMW_FN uint32_t round_to_bfloat16(float x) {
   const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  p->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+  return x == x ? bits + 0x7fff + (bits >> 16 & 1) : 0x7fc00000u;
 }
 ADAMW_FN void store(Float16* p, float x) {
   const uint32_t bits = as_bits(x);
@@ -140,23 +140,57 @@ ADAMW_FN void store_block(S* block, const T* buffer, int64_t n) {
 ADAMW_FN void store_block(float*, const float*, int64_t) {}
 ADAMW_FN void store_block(double*, const double*, int64_t) {}
 
-#ifdef __F16C__
-// Compilers do not find these two instructions by themselves.
-ADAMW_FN float* load_block(Float16* block, float* buffer, int64_t n) {
+// What compilers vectorise badly from the above, or not at all.
+ADAMW_FN float* load_block(BFloat16* block, float* buffer, int64_t n) {
+  typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
+  constexpr int64_t kWidth = kRegisterBytes / sizeof(uint32_t);
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + i));
-    _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(half));
+  for (; i + kWidth <= n; i += kWidth) {
+    Words bits;
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < kWidth; ++k) bits[k] = block[i + k].bits;
+    bits <<= 16;
+    memcpy(buffer + i, &bits, sizeof bits);
   }
   for (; i < n; ++i) buffer[i] = load(block + i);
   return buffer;
 }
-ADAMW_FN void store_block(Float16* block, const float* buffer, int64_t n) {
+ADAMW_FN void store_block(BFloat16* block, const float* buffer, int64_t n) {
+  uint32_t rounded[kBlock];  // two loops: the second packs whole registers
+  for (int64_t i = 0; i < n; ++i) rounded[i] = round_to_bfloat16(buffer[i]);
+  for (int64_t i = 0; i < n; ++i) block[i].bits = static_cast<uint16_t>(rounded[i] >> 16);
+}
+
+#ifdef __F16C__
+#ifdef __AVX512F__
+// Unmasked, these warn of uninitialised registers in GCC 12.
+ADAMW_FN void load_vector(const Float16* p, float* x) {
+  _mm512_storeu_ps(x, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+ADAMW_FN void store_vector(Float16* p, const float* x) {
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(x), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+#else
+ADAMW_FN void load_vector(const Float16* p, float* x) {
+  _mm256_storeu_ps(x, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+ADAMW_FN void store_vector(Float16* p, const float* x) {
+  const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(x), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+}
+#endif
+ADAMW_FN float* load_block(Float16* block, float* buffer, int64_t n) {
+  constexpr int64_t kWidth = kRegisterBytes / sizeof(float);
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(buffer + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(block + i), half);
-  }
+  for (; i + kWidth <= n; i += kWidth) load_vector(block + i, buffer + i);
+  for (; i < n; ++i) buffer[i] = load(block + i);
+  return buffer;
+}
+ADAMW_FN void store_block(Float16* block, const float* buffer, int64_t n) {
+  constexpr int64_t kWidth = kRegisterBytes / sizeof(float);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store_vector(block + i, buffer + i);
   for (; i < n; ++i) store(block + i, buffer[i]);
 }
 #endif
