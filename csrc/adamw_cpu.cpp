@@ -50,10 +50,10 @@ ADAMW_FN float load(const Float16* p) {
   return as_float(as_bits(rebiased) | inf_or_nan | static_cast<uint32_t>(p->bits & 0x8000) << 16);
 }
 
-ADAMW_FN void store(BFloat16* p, float x) {
+// Rounded to the upper half of the bits; the lower half is noise.
+ADAMW_FN uint32_t round_to_bfloat16(float x) {
   const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  p->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+  return x == x ? bits + 0x7fff + (bits >> 16 & 1) : 0x7fc00000u;
 }
 ADAMW_FN void store(Float16* p, float x) {
   const uint32_t bits = as_bits(x);
@@ -95,6 +95,14 @@ struct Arithmetic<double> {
   using type = double;
 };
 
+#if defined(__AVX512F__)
+constexpr int64_t kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kRegisterBytes = 32;
+#else
+constexpr int64_t kRegisterBytes = 16;
+#endif
+
 // Elements per block of the inner loops: a few vectors, and a whole number of cache lines of every type.
 constexpr int64_t kBlock = 64;
 
@@ -132,23 +140,57 @@ ADAMW_FN void store_block(S* block, const T* buffer, int64_t n) {
 ADAMW_FN void store_block(float*, const float*, int64_t) {}
 ADAMW_FN void store_block(double*, const double*, int64_t) {}
 
-#ifdef __F16C__
-// Compilers do not find these two instructions by themselves.
-ADAMW_FN float* load_block(Float16* block, float* buffer, int64_t n) {
+// What compilers vectorise badly from the above, or not at all.
+ADAMW_FN float* load_block(BFloat16* block, float* buffer, int64_t n) {
+  typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
+  constexpr int64_t kWidth = kRegisterBytes / sizeof(uint32_t);
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + i));
-    _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(half));
+  for (; i + kWidth <= n; i += kWidth) {
+    Words bits;
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < kWidth; ++k) bits[k] = block[i + k].bits;
+    bits <<= 16;
+    memcpy(buffer + i, &bits, sizeof bits);
   }
   for (; i < n; ++i) buffer[i] = load(block + i);
   return buffer;
 }
-ADAMW_FN void store_block(Float16* block, const float* buffer, int64_t n) {
+ADAMW_FN void store_block(BFloat16* block, const float* buffer, int64_t n) {
+  uint32_t rounded[kBlock];  // two loops: the second packs whole registers
+  for (int64_t i = 0; i < n; ++i) rounded[i] = round_to_bfloat16(buffer[i]);
+  for (int64_t i = 0; i < n; ++i) block[i].bits = static_cast<uint16_t>(rounded[i] >> 16);
+}
+
+#ifdef __F16C__
+#ifdef __AVX512F__
+// Unmasked, these warn of uninitialised registers in GCC 12.
+ADAMW_FN void load_vector(const Float16* p, float* x) {
+  _mm512_storeu_ps(x, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+ADAMW_FN void store_vector(Float16* p, const float* x) {
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(x), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+#else
+ADAMW_FN void load_vector(const Float16* p, float* x) {
+  _mm256_storeu_ps(x, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+ADAMW_FN void store_vector(Float16* p, const float* x) {
+  const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(x), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+}
+#endif
+ADAMW_FN float* load_block(Float16* block, float* buffer, int64_t n) {
+  constexpr int64_t kWidth = kRegisterBytes / sizeof(float);
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(buffer + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(block + i), half);
-  }
+  for (; i + kWidth <= n; i += kWidth) load_vector(block + i, buffer + i);
+  for (; i < n; ++i) buffer[i] = load(block + i);
+  return buffer;
+}
+ADAMW_FN void store_block(Float16* block, const float* buffer, int64_t n) {
+  constexpr int64_t kWidth = kRegisterBytes / sizeof(float);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store_vector(block + i, buffer + i);
   for (; i < n; ++i) store(block + i, buffer[i]);
 }
 #endif
@@ -239,31 +281,40 @@ bool update_chunks(const UpdateArgs& args, double grad_scale, int64_t begin, int
   return false;
 }
 
-// Squares are summed in double: no overflow for any float32 gradient, and far below float32's rounding.
+// Squares are summed in double: no overflow for any float32 gradient, and far below float32's rounding. Each
+// lane sums every 32nd square, and the lanes are summed as a tree: the same order for all instruction sets.
+// Without prefetching: one stream is what the hardware follows best.
 template <typename G>
 double sum_of_squares(G* g, int64_t n) {
   using T = typename Arithmetic<G>::type;
-  constexpr int64_t kLanes = 32;
-  double sums[kLanes] = {};
-  alignas(64) T buffer[kBlock];
-  for (int64_t start = 0; start < n; start += kBlock) {
-    prefetch_block(g + start, 0);
-    const int64_t size = n - start < kBlock ? n - start : kBlock;
-    const T* const g_ = load_block(g + start, buffer, size);
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        sums[lane] += static_cast<double>(g_[i + lane]) * static_cast<double>(g_[i + lane]);
-      }
+  // Sums of a vector type stay in registers; those in an array of doubles do not.
+  typedef double Doubles __attribute__((vector_size(kRegisterBytes)));
+  constexpr int64_t kLanes = 32, kWidth = kRegisterBytes / sizeof(double);
+  alignas(64) T buffer[kLanes];
+  Doubles sums[kLanes / kWidth] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const T* x = load_block(g + i, buffer, kLanes);
+    // Widening reads from memory: GCC takes a register apart element by element.
+    asm("" : "+r"(x) : : "memory");
+#pragma GCC unroll 16
+    for (Doubles& sum : sums) {
+      Doubles wide;
+#pragma GCC unroll 8
+      for (int64_t lane = 0; lane < kWidth; ++lane) wide[lane] = *x++;
+      sum += wide * wide;
     }
-    for (int64_t lane = 0; i + lane < size; ++lane) {
-      sums[lane] += static_cast<double>(g_[i + lane]) * static_cast<double>(g_[i + lane]);
-    }
+  }
+  double lanes[kLanes];
+  memcpy(lanes, sums, sizeof lanes);
+  const T* const rest = load_block(g + i, buffer, n - i);
+  for (int64_t lane = 0; i + lane < n; ++lane) {
+    lanes[lane] += static_cast<double>(rest[lane]) * static_cast<double>(rest[lane]);
   }
   for (int64_t width = kLanes / 2; width; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   }
-  return sums[0];
+  return lanes[0];
 }
 
 template <typename G>
