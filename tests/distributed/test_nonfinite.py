@@ -14,7 +14,7 @@ from .layouts import LAYOUTS, Collectives, held_bytes
 from .ranks import run
 
 # The processes that hold the shard of parameter 2 that rank 1 holds, where others than it do.
-SAME_SHARD = {"hsdp": (1, 3), "two_meshes": (1, 3), "mixed": (1, 3)}
+SAME_SHARD = {"two_meshes": (1, 3), "mixed": (1, 3)}
 
 
 def poisoned(name, value, ranks, options):
