@@ -417,7 +417,7 @@ def test_a_callable_is_copied_and_pickled():
         assert other.grad_norm.item() == 2.0
 
 
-@pytest.mark.parametrize("value", [7, "world", object()], ids=str)
+@pytest.mark.parametrize("value", [7, "world", object()], ids=["number", "name", "object"])
 def test_what_is_no_process_group_is_refused(value):
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(TypeError, match="norm_process_group must be a process group"):
@@ -427,7 +427,7 @@ def test_what_is_no_process_group_is_refused(value):
         optimizer.norm_process_group = value
 
 
-@pytest.mark.parametrize("value", [None, 3.0, torch.ones(()), torch.ones(3)], ids=str)
+@pytest.mark.parametrize("value", [None, 3.0, torch.ones(()), torch.ones(3)])
 def test_what_a_callable_must_return(value):
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
