@@ -45,7 +45,7 @@ def train(name, options=None, without=(), device="cpu"):
     layout = LAYOUTS[name](device)
     params = layouts.placed_params(layout, device)
     optimizer = FusedHygieneAdamW(params, **OPTIONS | (options or {}))
-    norms, collectives = [], []
+    norms, collectives, plan = [], [], None
     for step in range(STEPS):
         layouts.give_grads(params, layout, step, without, device)
         grads = [held_bytes(p.grad) for p in params if p.grad is not None]
@@ -57,6 +57,8 @@ def train(name, options=None, without=(), device="cpu"):
         assert bumps == [p.grad is not None for p in params]
         norms.append(None if optimizer.grad_norm is None else optimizer.grad_norm.item())
         collectives.append(seen.entered)
+        plan = plan or optimizer._plan
+        assert optimizer._plan is plan
     for p, where in zip(params, layout, strict=True):
         if state := optimizer.state[p]:
             assert type(state["step"]) is torch.Tensor
@@ -251,7 +253,7 @@ def test_gradients_are_placed_as_their_parameters(placements, replaces_state):
 
 
 def moved_memory(what):
-    """As by FSDP2 when a module is moved or its parameters are loaded: the DTensors stay, not their memory."""
+    """As by FSDP2 when a module is moved or loaded: the DTensors stay, not their memory."""
     layout = layouts.one_mesh("cpu")
     params = layouts.placed_params(layout)
     optimizer = FusedHygieneAdamW(params, **OPTIONS)
