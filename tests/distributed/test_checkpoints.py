@@ -1,6 +1,7 @@
 """torch.distributed.checkpoint: saved on some processes, loaded on others, the same curve goes on."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,29 @@ def test_own_state_dict_and_copies(is_copied):
     for equal in run(2, own_state_dict, is_copied):
         assert equal
         assert all(equal)
+
+
+def foreign_state_dict(is_sharded):
+    """A state_dict of a process alone for DTensors, or of DTensors for plain parameters: the message."""
+    models = [Net() for _ in range(2)]
+    fully_shard(models[0])
+    optimizers = [FusedHygieneAdamW(model, **OPTIONS) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 1)
+    into, source = optimizers if is_sharded else optimizers[::-1]
+    before = [(p, key, value.clone()) for p, state in into.state.items() for key, value in state.items()]
+    try:
+        into.load_state_dict(source.state_dict())
+    except ValueError as error:
+        return str(error), all(torch.equal(into.state[p][key], value) for p, key, value in before)
+    return "no error", False
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_state_dict_of_other_processes_is_refused(is_sharded):
+    kinds = ("plain tensor", "DTensor") if is_sharded else ("DTensor", "plain tensor")
+    for message, is_unchanged in run(2, foreign_state_dict, is_sharded):
+        assert re.search(
+            f"saved exp_avg of parameter 'up.weight' is a {kinds[0]}.*parameter a {kinds[1]}", message
+        )
+        assert is_unchanged

@@ -59,6 +59,7 @@ def train(name, options=None, without=(), device="cpu"):
         collectives.append(seen.entered)
         plan = plan or optimizer._plan
         assert optimizer._plan is plan
+        assert len(plan.launches) == 1
     for p, where in zip(params, layout, strict=True):
         if state := optimizer.state[p]:
             assert type(state["step"]) is torch.Tensor
