@@ -63,7 +63,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     except that gradients are read, never rewritten, and that one launch serves all tensors and groups of a
     device and dtype. State, `state_dict` and `param_groups` have torch's keys and no others: checkpoints of
-    `torch.optim.AdamW` load here, and ours there.
+    `torch.optim.AdamW` load here, and ours there. Of DTensors (FSDP2, tensor parallelism) the local shards
+    are stepped, and the norm is that of the whole model.
 
     Args:
         params: A module: groups are built by `build_param_groups(params, weight_decay)`. Or whatever
@@ -516,7 +517,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
         Raises:
             ValueError: The groups do not match the optimizer's: in number, in size, or, where both have
-                `param_names`, in which parameters they hold.
+                `param_names`, in which parameters they hold; or a moment is a DTensor where the parameter is
+                not, or the other way round, or is on another mesh.
         """
         loaded: list[dict[str, Any]] = []
 
@@ -527,6 +529,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 raise ValueError(message)
             if len(groups) == len(self.param_groups):  # else torch raises
                 groups = [completed(*pair) for pair in zip(groups, self.param_groups, strict=True)]
+            self._check_saved(groups, final["state"])
             loaded.append({**final, "param_groups": groups})
             return loaded[0]
 
@@ -536,6 +539,19 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         finally:
             handle.remove()
         self._restore(loaded[0])
+
+    def _check_saved(self, groups: Sequence[dict[str, Any]], state: dict[Any, Any]) -> None:
+        """Raise for saved moments that are distributed otherwise than their parameters."""
+        ids = [i for group in groups for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for slot, (i, p) in enumerate(zip(ids, params, strict=False)):  # torch raises for other numbers
+            for key in _MOMENTS:
+                moment = state.get(i, {}).get(key)
+                if isinstance(moment, Tensor) and (reason := why_misplaced(moment, p, can_move=True)):
+                    raise ValueError(
+                        f"the saved {key} of parameter {self._name(slot)} {reason}. Load what other processes "
+                        "saved through torch.distributed.checkpoint.state_dict"
+                    )
 
     @torch.no_grad()
     def _restore(self, saved: dict[str, Any]) -> None:

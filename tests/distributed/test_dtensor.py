@@ -45,7 +45,7 @@ def train(name, options=None, without=(), device="cpu"):
     layout = LAYOUTS[name](device)
     params = layouts.placed_params(layout, device)
     optimizer = FusedHygieneAdamW(params, **OPTIONS | (options or {}))
-    norms, collectives = [], []
+    norms, collectives, plan = [], [], None
     for step in range(STEPS):
         layouts.give_grads(params, layout, step, without, device)
         grads = [held_bytes(p.grad) for p in params if p.grad is not None]
@@ -57,6 +57,9 @@ def train(name, options=None, without=(), device="cpu"):
         assert bumps == [p.grad is not None for p in params]
         norms.append(None if optimizer.grad_norm is None else optimizer.grad_norm.item())
         collectives.append(seen.entered)
+        plan = plan or optimizer._plan
+        assert optimizer._plan is plan
+        assert len(plan.launches) == 1
     for p, where in zip(params, layout, strict=True):
         if state := optimizer.state[p]:
             assert type(state["step"]) is torch.Tensor
@@ -247,6 +250,33 @@ def test_gradients_are_placed_as_their_parameters(placements, replaces_state):
         assert not fallbacks
 
 
+# Local tensors that move
+
+
+def moved_memory(what):
+    """As by FSDP2 when a module is moved or loaded: the DTensors stay, not their memory."""
+    layout = layouts.one_mesh("cpu")
+    params = layouts.placed_params(layout)
+    optimizer = FusedHygieneAdamW(params, **OPTIONS)
+    for step in range(STEPS):
+        layouts.give_grads(params, layout, step)
+        if step:
+            for p in params:
+                moved = p if what == "parameters" else optimizer.state[p][what]
+                stale = moved._local_tensor
+                moved._local_tensor = stale.clone()
+                stale.fill_(math.nan)
+        optimizer.step()
+    return [gathered(p) for p in params]
+
+
+@pytest.mark.parametrize("what", ["parameters", "exp_avg", "exp_avg_sq"])
+def test_local_tensors_that_move(what):
+    expected = in_one_process()
+    for params in run(2, moved_memory, what):
+        assert same(params, expected)
+
+
 # What does not fit
 
 
@@ -304,21 +334,21 @@ def test_what_does_not_fit_is_refused(case, message):
 
 
 def meshes_that_are_equal():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh["a"], [Shard(0)])) for _ in range(9)]
+    meshes = [init_device_mesh("cpu", (2,)) for _ in range(2)]
+    assert meshes[0] is not meshes[1]
+    params = [nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)])) for mesh in meshes]
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = FusedHygieneAdamW(params, max_grad_norm=1.0)
     with Collectives() as seen:
         optimizer.step()
-    return seen.entered, optimizer.grad_norm.item(), len({id(p.device_mesh) for p in params})
+    return seen.entered, optimizer.grad_norm.item()
 
 
 def test_meshes_are_compared_by_value():
-    """Slicing may make a new one each time."""
-    for entered, norm, _ in run(4, meshes_that_are_equal):
+    for entered, norm in run(2, meshes_that_are_equal):
         assert entered == ["allreduce_"]
-        assert norm == 6.0
+        assert norm == 4.0
 
 
 def to_local_in_a_graph():

@@ -14,7 +14,7 @@ from .layouts import LAYOUTS, Collectives, held_bytes
 from .ranks import run
 
 # The processes that hold the shard of parameter 2 that rank 1 holds, where others than it do.
-SAME_SHARD = {"hsdp": (1, 3), "two_meshes": (1, 3), "mixed": (1, 3)}
+SAME_SHARD = {"two_meshes": (1, 3), "mixed": (1, 3)}
 
 
 def poisoned(name, value, ranks, options):
@@ -197,3 +197,30 @@ def test_sharded_grad_scaler(use_orig_params, options):
     """Found in one process: all skip, and their loss scales stay equal. torch's fused AdamW parts there."""
     for seen in run(2, sharded_scaler, use_orig_params, (1,), options):
         assert seen == [({True}, 8.0), ({False}, 4.0), ({True}, 4.0)]
+
+
+def stage_scaler(overflow_ranks):
+    """A parameter of its own in each process, as of pipeline stages, unscaled before the step."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    group = dist.group.WORLD
+    p = nn.Parameter(torch.ones(4))
+    optimizer = FusedHygieneAdamW([p], max_grad_norm=1.0, norm_process_group=group)
+    scaler = ShardedGradScaler("cpu", init_scale=8.0, growth_interval=100, process_group=group)
+    seen = []
+    for step in range(3):
+        scaler.scale(torch.zeros(()))
+        overflows = step == 1 and dist.get_rank() in overflow_ranks
+        p.grad = torch.full((4,), math.inf if overflows else 3.0 * scaler.get_scale())
+        before = p.detach().clone()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append((optimizer.grad_norm.item(), not torch.equal(p, before), scaler.get_scale()))
+    return seen
+
+
+def test_scaler_of_stages():
+    norm = pytest.approx(3 * 8**0.5)
+    for seen in run(2, stage_scaler, (1,)):
+        assert seen == [(norm, True, 8.0), (math.inf, False, 4.0), (norm, True, 4.0)]
