@@ -551,8 +551,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 moment = state.get(i, {}).get(key)
                 if isinstance(moment, Tensor) and (reason := why_misplaced(moment, p, can_move=True)):
                     raise ValueError(
-                        f"the saved {key} of parameter {self._name(slot)} {reason}. Load what other processes "
-                        "saved through torch.distributed.checkpoint.state_dict"
+                        f"the saved {key} of parameter {self._name(slot)} {reason}. Load what other "
+                        "processes saved through torch.distributed.checkpoint.state_dict"
                     )
 
     @torch.no_grad()
