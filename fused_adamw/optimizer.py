@@ -320,6 +320,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             plan, local = self._new_plan(params, grads, None if is_plain else local)
         self._check_norm_is_known(plan.flattened)
         plan.prepare(self.param_groups, local)
+        self._check_norm_is_known(plan.flattened)
+        plan.prepare(self.param_groups, local)
 
         self._has_norm = self._needs_norm()
         if self._has_norm:
@@ -327,9 +329,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         sums, found_inf = plan.totals(self._has_norm, getattr(self, "found_inf", None), self._norm_group)
         for bucket, _, status in plan.launches:
             bucket.update(local, self._step_inputs(sums.get(bucket.device), found_inf, status))
-        stepped = plan.stepped
+        stepped = [p for p, g in zip(params, local, strict=True) if g is not None]
         if plan.is_sharded:  # graphs save a DTensor, or the memory that to_local() returns
-            stepped = stepped + held(filter(is_dtensor, stepped))
+            stepped += held(filter(is_dtensor, stepped))
         torch.autograd.graph.increment_version(stepped)
         self._look_for_second_clip()
         return loss
@@ -549,8 +551,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 moment = state.get(i, {}).get(key)
                 if isinstance(moment, Tensor) and (reason := why_misplaced(moment, p, can_move=True)):
                     raise ValueError(
-                        f"the saved {key} of parameter {self._name(slot)} {reason}. Load what others "
-                        "saved through torch.distributed.checkpoint.state_dict"
+                        f"the saved {key} of parameter {self._name(slot)} {reason}. Load what other "
+                        "processes saved through torch.distributed.checkpoint.state_dict"
                     )
 
     @torch.no_grad()

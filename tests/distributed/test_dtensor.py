@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -247,6 +248,28 @@ def test_gradients_are_placed_as_their_parameters(placements, replaces_state):
     for found, grad_norms, fallbacks in run(2, other_placements, *placements, replaces_state):
         assert same(found, [gathered(p) for p in params])
         assert grad_norms == norms
+        assert not fallbacks
+
+
+def gradients_on_their_way():
+    """As from a backward that does not wait for its last collective."""
+    layout = layouts.replicated("cpu")
+    params = layouts.placed_params(layout)
+    optimizer = FusedHygieneAdamW(params, **OPTIONS)
+    for step in range(STEPS):
+        layouts.give_grads(params, layout, step)
+        for p in params:
+            local = all_reduce(p.grad.to_local() / 2, "sum", dist.group.WORLD)
+            assert type(local) is AsyncCollectiveTensor
+            p.grad = DTensor(local, p.grad._spec, requires_grad=False)
+        optimizer.step()
+    return [gathered(p) for p in params], optimizer._plan.fallbacks
+
+
+def test_gradients_on_their_way_are_waited_for():
+    expected = in_one_process()
+    for params, fallbacks in run(2, gradients_on_their_way):
+        assert same(params, expected)
         assert not fallbacks
 
 
