@@ -278,7 +278,7 @@ class Plan:
         alike: dict[tuple[Any, ...], list[Entry]] = {}
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         for slot, (p, group) in enumerate(zip(local_params, group_of, strict=True)):
-            if not (s := state.get(self._params[slot])):
+            if "step" not in (s := state.get(self._params[slot], {})):
                 continue  # no gradient so far
             grad = self._expected[slot] if grads[slot] is None else grads[slot]
             v_max = s["max_exp_avg_sq"] if groups[group]["amsgrad"] else None
