@@ -19,9 +19,11 @@ from .checks import (
     MOMENTS,
     check_hypers,
     check_like,
+    check_listed_once,
     check_no_transform,
     check_not_differentiable,
     check_state,
+    check_writable,
 )
 from .distributed import (
     NormGroup,
@@ -34,6 +36,7 @@ from .distributed import (
     why_misplaced,
 )
 from .groups import build_param_groups, compare_param_names, summarize_param_groups
+from .memory import address_of
 from .plan import Plan
 from .tables import StepInputs, is_capturing
 
@@ -256,27 +259,22 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
         group = self.param_groups[index]
         names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
+        names = [f"{name} of group {index}" for name in names]
         try:
-            self._check_params(group["params"], names, index)
+            check_listed_once(group["params"], names)
+            self._check_params(group["params"], names)
             check_hypers(group, index)
             self._check_own(group, index)
         except Exception:
             del self.param_groups[index:]
             raise
 
-    def _check_params(self, params: Sequence[Any], names: Sequence[str], group: int) -> None:
-        seen: dict[int, str] = {}
+    def _check_params(self, params: Sequence[Tensor], names: Sequence[str]) -> None:
         for name, p in zip(names, params, strict=True):
-            if id(p) in seen:
-                raise ValueError(
-                    f"parameter {name} of group {group} is listed twice (also as {seen[id(p)]}): it would be "
-                    "stepped twice"
-                )
-            seen[id(p)] = name
             if not (p.is_floating_point() or p.is_complex()):
                 raise ValueError(
-                    f"parameter {name} of group {group} has dtype {p.dtype}: expected a floating point or "
-                    "complex tensor. Leave it out of the optimizer: requires_grad=False, or a buffer."
+                    f"parameter {name} has dtype {p.dtype}: expected a floating point or complex tensor. "
+                    "Leave it out of the optimizer: requires_grad=False, or a buffer."
                 )
             kernels_for(self._backend, p.device)
 
@@ -306,6 +304,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             What the closure returned, else None.
 
         Raises:
+            ValueError: A parameter is listed twice in groups that were edited.
             RuntimeError: A gradient is sparse; a gradient or a moment is not on its parameter's device or
                 mesh, or has another shape; a state lacks a moment or its step count; a group is
                 `differentiable`; FSDP1 hides the norm that is asked for; the step is inside a transform of
@@ -345,8 +344,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def _look_for_second_clip(self) -> None:
         """Warn, once, if gradients look clipped before the step. On the CPU: elsewhere it would wait."""
         limit, status = self._max_grad_norm, self._status
-        if self._clipped_before is None or status is None or status.device.type != "cpu":
-            return
+        if self._clipped_before is None or type(status) is not Tensor or status.device.type != "cpu":
+            return  # told already; nothing stepped yet, or fake; not to be read without waiting
         if limit is None or not 0.0 < limit < math.inf:
             return
         equal = math.isclose(status.tolist()[0], limit, rel_tol=_CLIPPED_ERROR)
@@ -399,6 +398,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 "a step without capture first, with gradients of the same layouts"
             )
         names = self._names()
+        check_listed_once(params, names)
         for name, p, grad in zip(names, params, grads, strict=True):
             self._check_step(name, p, grad)
         flattened = [slot for slot, p in enumerate(params) if is_flattened(p)]
@@ -440,6 +440,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             )
         state = self.state.get(p, {})
         if grad is not None:
+            check_writable(p, f"parameter {name}")
             check_like("gradient", grad, p, name)
         if grad is not None or "step" in state:
             check_state(state, p, name)
@@ -459,10 +460,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             and step.dim() == 0
             and step.dtype == torch.float32
             and step.device == p.device
-            and step.data_ptr() not in steps
+            and address_of(step) not in steps
         ):
             state["step"] = own_step(step, p)
-        steps.add(state["step"].data_ptr())
+        steps.add(address_of(state["step"]))
         for key in MOMENTS[: 3 if group["amsgrad"] else 2]:
             if key not in state:
                 dtype = self._moment_dtype(p)
