@@ -68,7 +68,7 @@ def any_fake(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(t, FakeTensor) for t in tensors)
 
 
-def addresses_of(tensors: Sequence[Tensor], *, fake: bool) -> list[int]:
+def addresses_of(tensors: Sequence[Tensor], *, fake: bool = False) -> list[int]:
     """Where each tensor's memory starts. `fake` tells whether some may be fake."""
     try:
         return list(map(address_of if fake else Tensor.data_ptr, tensors))
@@ -124,7 +124,7 @@ def _guards(tensors: Sequence[Tensor]) -> Any:
         return None
 
 
-def grad_addresses_of(grads: Sequence[Tensor | None], *, fake: bool) -> list[int]:
+def grad_addresses_of(grads: Sequence[Tensor | None], *, fake: bool = False) -> list[int]:
     """Addresses of gradients: 0 where there is none, never 0 where there is one, if only an empty one."""
     try:
         addresses = list(map(address_of if fake else Tensor.data_ptr, grads))  # type: ignore[arg-type]

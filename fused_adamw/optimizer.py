@@ -378,6 +378,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 "FullyShardedDataParallel.clip_grad_norm_, without max_grad_norm and skip_nonfinite."
             )
 
+    @torch.inference_mode(False)  # what is made under it could not be written after it
+    @torch.no_grad()
     def _new_plan(
         self, params: Sequence[Tensor], grads: Sequence[Tensor | None], local: list[Tensor | None] | None
     ) -> tuple[Plan, list[Tensor | None]]:

@@ -287,6 +287,23 @@ def test_modes(target, mode):
     both(target, act)
 
 
+@pytest.mark.parametrize("first", [0, 2], ids=["the first step", "a later step"])
+def test_what_is_made_in_inference_mode_is_used_after_it(target, first):
+    """State and tables; torch, too, cannot go on from a state that was made there."""
+    results = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        params = parameters([(4, 3), (5,)], device=target.device)
+        optimizer = target.adamw(params, max_grad_norm=1.0)
+        steps(optimizer, params, first)
+        optimizer.state.update({p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()})
+        give_grads(params, first)
+        with mode():
+            optimizer.step()
+        steps(optimizer, params, first=first + 1)
+        results.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 def test_deterministic_algorithms(target):
     torch.use_deterministic_algorithms(True)
     try:
