@@ -55,6 +55,7 @@ COVERED = {
         "contract/test_distributed_checkpoint::test_an_empty_group_keeps_its_options"
     ),
     "tensors replaced in groups": "test_plan::test_parameter_replaced_in_the_group",
+    "the same, edited by hand": "contract/test_hostile_use::test_a_parameter_listed_twice_by_hand",
     "torch-xpu-ops 3413: half a step before an error": "test_errors::test_sparse_gradient",
     "46334, 189245, OpenEquivariance 207: compiling at import": (
         "test_build::test_import_writes_nothing_and_starts_nothing"
