@@ -142,9 +142,16 @@ def build(run: Acceptance) -> dict[str, Any]:
 
 
 def gpu_tests(run: Acceptance) -> dict[str, Any]:
-    """Run the tests marked gpu."""
+    """Run the tests marked gpu, the large ones too."""
     report = run.out / "tests.xml"
-    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    options = [
+        "-m",
+        "gpu and (large or not large)",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+    ]
     code, output = run.command(
         "tests", sys.executable, "-m", "pytest", "tests", *options, f"--junit-xml={report}"
     )

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# The last one is there with amsgrad only.
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
-def check_hypers(group: dict[str, Any], index: int) -> None:
-    """Check what a group says: torch looks at the defaults alone."""
-    if group["differentiable"]:
+
+def check_not_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse to ignore what a group asks for."""
+    if any(group["differentiable"] for group in groups):
         raise RuntimeError(
             "`fused` does not support `differentiable`: the step of FusedHygieneAdamW has no derivative. "
             "Use torch.optim.AdamW to differentiate through the optimizer."
         )
+
+
+def check_hypers(group: dict[str, Any], index: int) -> None:
+    """Check what a group says: torch looks at the defaults alone."""
+    check_not_differentiable([group])
     beta1, beta2 = group["betas"]
     for name, value, below in (
         ("lr", group["lr"], math.inf),
@@ -24,8 +34,10 @@ def check_hypers(group: dict[str, Any], index: int) -> None:
         ("eps", group["eps"], math.inf),
         ("weight_decay", group["weight_decay"], math.inf),
     ):
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            continue  # reading it would synchronise
+        if isinstance(value, Tensor):
+            if value.device.type != "cpu":
+                continue  # reading it would synchronise
+            value = value.detach()
         if not 0.0 <= float(value) < below:
             limit = f" and below {below}" if below != math.inf else ""
             raise ValueError(
@@ -39,4 +51,67 @@ def check_no_transform() -> None:
         raise RuntimeError(
             "FusedHygieneAdamW.step() cannot run inside a torch.func transform (grad, vmap, ...): it has no "
             "derivative and no batching rule. Use the functional torch.optim.adamw.adamw there."
+        )
+
+
+def check_listed_once(params: Iterable[Tensor], names: Iterable[str]) -> None:
+    """Refuse to step a parameter twice: it would be in two rows, which are stepped at the same time."""
+    seen: dict[int, str] = {}
+    for p, name in zip(params, names, strict=True):
+        if id(p) in seen:
+            raise ValueError(
+                f"parameter {name} is listed twice (also as {seen[id(p)]}): it would be stepped twice"
+            )
+        seen[id(p)] = name
+
+
+def check_state(state: Mapping[str, Any], p: Tensor, name: str, *, saved: bool = False) -> None:
+    """Check that a parameter's state is AdamW's and whole, or empty: what is missing would start from zero.
+
+    `max_exp_avg_sq` may be missing: the maximum of amsgrad then starts with the next step.
+
+    Args:
+        state: The parameter's state.
+        p: The parameter.
+        name: What to call it.
+        saved: The state may be on another device.
+    """
+    missing = [key for key in ("step", *MOMENTS[:2]) if key not in state]
+    if state and missing:
+        raise RuntimeError(
+            f"the state of parameter {name} has no {', '.join(missing)}: expected step, exp_avg and "
+            f"exp_avg_sq, or nothing, found {', '.join(map(str, state))}. docs/migration.md tells how to "
+            "convert checkpoints of other optimizers."
+        )
+    step = state.get("step", 0)
+    if not (step.numel() == 1 if isinstance(step, Tensor) else isinstance(step, Real)):
+        found = f"a tensor of shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
+        raise RuntimeError(f"step of parameter {name} is {found}, expected a number")
+    for key in MOMENTS:
+        if key in state:
+            check_like(key, state[key], p, name, anywhere=saved)
+            if not saved:
+                check_writable(state[key], f"{key} of parameter {name}")
+
+
+def check_like(what: str, t: Any, p: Tensor, name: str, *, anywhere: bool = False) -> None:
+    """Check that a moment or a gradient is a floating point tensor of the parameter's shape, beside it."""
+    kind = "complex" if p.is_complex() else "floating point"
+    if not isinstance(t, Tensor) or not (t.is_complex() if p.is_complex() else t.is_floating_point()):
+        found = f"a tensor of {t.dtype}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+        raise RuntimeError(f"{what} of parameter {name} is {found}, expected a {kind} tensor")
+    if t.shape != p.shape or (t.device != p.device and not anywhere):
+        raise RuntimeError(
+            f"{what} of parameter {name} is {tuple(t.shape)} on {t.device}, expected {tuple(p.shape)} on "
+            f"{p.device} like the parameter. Was the model moved or resized after the optimizer had state?"
+        )
+
+
+def check_writable(t: Tensor, what: str) -> None:
+    """Refuse what torch would refuse to write, halfway through a step."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True))
+    if expanded or t.is_conj():
+        raise RuntimeError(
+            f"{what} cannot be changed in place: it is {'an expanded' if expanded else 'a conjugate'} view. "
+            "Clone it first."
         )

@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .extension import load_extension
+
+# Types that are nothing but their memory.
+PLAIN = (Tensor, nn.Parameter)
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -34,19 +38,42 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
-def _address(t: Tensor) -> int:
+def overlapping(tensors: Sequence[Tensor]) -> set[int]:
+    """Positions of the plain, dense tensors that share memory with another one."""
+    spans = [
+        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i)
+        for i, t in enumerate(tensors)
+        if type(t) in PLAIN and t.numel() and is_dense(t)
+    ]
+    found: set[int] = set()
+    last_end, last = 0, -1
+    for start, end, i in sorted(spans):
+        if start < last_end:
+            found |= {last, i}
+        if end > last_end:
+            last_end, last = end, i
+    return found
+
+
+def address_of(t: Tensor) -> int:
     """Where a tensor's memory starts; an identity for what has no memory of its own."""
     try:
-        return t.data_ptr()
+        return id(t) if isinstance(t, FakeTensor) else t.data_ptr()
     except RuntimeError:
         return id(t)
 
 
-def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+def any_fake(tensors: Iterable[Tensor]) -> bool:
+    """Whether some are of a FakeTensorMode: asking those for their memory warns."""
+    return any(isinstance(t, FakeTensor) for t in tensors)
+
+
+def addresses_of(tensors: Sequence[Tensor], *, fake: bool = False) -> list[int]:
+    """Where each tensor's memory starts. `fake` tells whether some may be fake."""
     try:
-        return list(map(Tensor.data_ptr, tensors))
+        return list(map(address_of if fake else Tensor.data_ptr, tensors))
     except RuntimeError:
-        return list(map(_address, tensors))
+        return list(map(address_of, tensors))
 
 
 def same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
@@ -97,12 +124,12 @@ def _guards(tensors: Sequence[Tensor]) -> Any:
         return None
 
 
-def grad_addresses_of(grads: Sequence[Tensor | None]) -> list[int]:
+def grad_addresses_of(grads: Sequence[Tensor | None], *, fake: bool = False) -> list[int]:
     """Addresses of gradients: 0 where there is none, never 0 where there is one, if only an empty one."""
     try:
-        addresses = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):  # some are absent, or have no memory of their own
-        return [0 if g is None else _address(g) or 1 for g in grads]
+        addresses = list(map(address_of if fake else Tensor.data_ptr, grads))  # type: ignore[arg-type]
+    except (AttributeError, TypeError, RuntimeError):  # some are absent, or have no memory of their own
+        return [0 if g is None else address_of(g) or 1 for g in grads]
     return addresses if all(addresses) else [address or 1 for address in addresses]
 
 
@@ -160,5 +187,6 @@ def _same_state(state: Mapping[Tensor, Mapping[str, object]], objects: Sequence[
 
 def _watch_in_python(tensors: Sequence[Tensor]) -> Callable[[], bool]:
     """Watch of csrc/bindings.cpp, for tensors of any type and where there is no extension."""
-    addresses, columns = addresses_of(tensors), _columns(tensors)
-    return lambda: addresses_of(tensors) == addresses and _columns(tensors) == columns
+    fake = any_fake(tensors)
+    addresses, columns = addresses_of(tensors, fake=fake), _columns(tensors)
+    return lambda: addresses_of(tensors, fake=fake) == addresses and _columns(tensors) == columns

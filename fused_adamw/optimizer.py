@@ -15,7 +15,16 @@ from torch._compile import _disable_dynamo
 
 from .backends import check_backend, kernels_for, reference
 from .checkpoints import NamedGroup, completed, own_step, without_foreign_names
-from .checks import check_hypers, check_no_transform
+from .checks import (
+    MOMENTS,
+    check_hypers,
+    check_like,
+    check_listed_once,
+    check_no_transform,
+    check_not_differentiable,
+    check_state,
+    check_writable,
+)
 from .distributed import (
     NormGroup,
     has_peers,
@@ -27,13 +36,13 @@ from .distributed import (
     why_misplaced,
 )
 from .groups import build_param_groups, compare_param_names, summarize_param_groups
+from .memory import address_of
 from .plan import Plan
 from .tables import StepInputs, is_capturing
 
 logger = logging.getLogger("fused_adamw")
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # Arguments of our own. They live on the optimizer: a group key of ours would end up in checkpoints, and
 # loading torch's would fail on it.
 _OWN = ("max_grad_norm", "skip_nonfinite", "norm_process_group", "state_dtype", "backend")
@@ -250,27 +259,22 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
         group = self.param_groups[index]
         names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
+        names = [f"{name} of group {index}" for name in names]
         try:
-            self._check_params(group["params"], names, index)
+            check_listed_once(group["params"], names)
+            self._check_params(group["params"], names)
             check_hypers(group, index)
             self._check_own(group, index)
         except Exception:
             del self.param_groups[index:]
             raise
 
-    def _check_params(self, params: Sequence[Any], names: Sequence[str], group: int) -> None:
-        seen: dict[int, str] = {}
+    def _check_params(self, params: Sequence[Tensor], names: Sequence[str]) -> None:
         for name, p in zip(names, params, strict=True):
-            if id(p) in seen:
-                raise ValueError(
-                    f"parameter {name} of group {group} is listed twice (also as {seen[id(p)]}): it would be "
-                    "stepped twice"
-                )
-            seen[id(p)] = name
             if not (p.is_floating_point() or p.is_complex()):
                 raise ValueError(
-                    f"parameter {name} of group {group} has dtype {p.dtype}: expected a floating point or "
-                    "complex tensor. Leave it out of the optimizer: requires_grad=False, or a buffer."
+                    f"parameter {name} has dtype {p.dtype}: expected a floating point or complex tensor. "
+                    "Leave it out of the optimizer: requires_grad=False, or a buffer."
                 )
             kernels_for(self._backend, p.device)
 
@@ -300,12 +304,15 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             What the closure returned, else None.
 
         Raises:
+            ValueError: A parameter is listed twice in groups that were edited.
             RuntimeError: A gradient is sparse; a gradient or a moment is not on its parameter's device or
-                mesh, or has another shape; FSDP1 hides the norm that is asked for; the step is inside a
-                transform of `torch.func`.
+                mesh, or has another shape; a state lacks a moment or its step count; a group is
+                `differentiable`; FSDP1 hides the norm that is asked for; the step is inside a transform of
+                `torch.func`.
         """
         self._check_graph_capture()
         check_no_transform()
+        check_not_differentiable(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -339,8 +346,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def _look_for_second_clip(self) -> None:
         """Warn, once, if gradients look clipped before the step. On the CPU: elsewhere it would wait."""
         limit, status = self._max_grad_norm, self._status
-        if self._clipped_before is None or status is None or status.device.type != "cpu":
-            return
+        if self._clipped_before is None or type(status) is not Tensor or status.device.type != "cpu":
+            return  # told already; nothing stepped yet, or fake; not to be read without waiting
         if limit is None or not 0.0 < limit < math.inf:
             return
         equal = math.isclose(status.tolist()[0], limit, rel_tol=_CLIPPED_ERROR)
@@ -365,13 +372,16 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def _check_norm_is_known(self, flattened: Sequence[int]) -> None:
         """Raise if a norm is asked for that cannot be known from parameters of which FSDP1 flattened some."""
         if flattened and self._needs_norm() and self._norm_group is None and has_peers():
+            name = self._names()[flattened[0]]
             raise RuntimeError(
-                f"parameter {self._name(flattened[0])} is sharded by FSDP1 (FullyShardedDataParallel), and a "
+                f"parameter {name} is sharded by FSDP1 (FullyShardedDataParallel), and a "
                 "gradient norm over the shards of one process is wrong. Pass norm_process_group=, the group "
                 "over which FSDP shards; with NO_SHARD a callable that returns what it is given; or clip by "
                 "FullyShardedDataParallel.clip_grad_norm_, without max_grad_norm and skip_nonfinite."
             )
 
+    @torch.inference_mode(False)  # what is made under it could not be written after it
+    @torch.no_grad()
     def _new_plan(
         self, params: Sequence[Tensor], grads: Sequence[Tensor | None], local: list[Tensor | None] | None
     ) -> tuple[Plan, list[Tensor | None]]:
@@ -391,8 +401,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 "FusedHygieneAdamW cannot allocate its state and tables while a CUDA graph is captured: run "
                 "a step without capture first, with gradients of the same layouts"
             )
-        for slot, (p, grad) in enumerate(zip(params, grads, strict=True)):
-            self._check_step(slot, p, grad)
+        names = self._names()
+        check_listed_once(params, names)
+        for name, p, grad in zip(names, params, grads, strict=True):
+            self._check_step(name, p, grad)
         flattened = [slot for slot, p in enumerate(params) if is_flattened(p)]
         self._check_norm_is_known(flattened)
         local = held_grads(params, grads) if local is None else local
@@ -401,7 +413,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         slot = 0
         for group in self.param_groups:
             for p in group["params"]:
-                if grads[slot] is not None or self.state.get(p):
+                if grads[slot] is not None or "step" in self.state.get(p, ()):
                     self._init_state(p, group, steps)
                 slot += 1
         plan = Plan(
@@ -415,38 +427,33 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         )
         self._plan, self._status = plan, plan.launches[0].status
         for slot, reason in plan.fallbacks.items():
-            logger.debug("parameter %s is stepped by the reference: %s", self._name(slot), reason)
+            logger.debug("parameter %s is stepped by the reference: %s", names[slot], reason)
         return plan, local
 
-    def _check_step(self, slot: int, p: Tensor, grad: Tensor | None) -> None:
+    def _check_step(self, name: str, p: Tensor, grad: Tensor | None) -> None:
         """Raise for what cannot be stepped."""
         if is_partial(p):
             raise RuntimeError(
-                f"parameter {self._name(slot)} is a Partial DTensor, of which every process has an addend: "
+                f"parameter {name} is a Partial DTensor, of which every process has an addend: "
                 "expected Shard and Replicate placements"
             )
         if grad is not None and grad.layout is not torch.strided:
             raise RuntimeError(
                 "FusedHygieneAdamW does not support sparse gradients, please consider SparseAdam instead: "
-                f"parameter {self._name(slot)} has a gradient of layout {grad.layout}"
+                f"parameter {name} has a gradient of layout {grad.layout}"
             )
-        others = {key: value for key, value in self.state.get(p, {}).items() if key in _MOMENTS}
+        state = self.state.get(p, {})
+        if grad is not None:
+            check_writable(p, f"parameter {name}")
+            check_like("gradient", grad, p, name)
+        if grad is not None or "step" in state:
+            check_state(state, p, name)
+        others = {key: state[key] for key in MOMENTS if key in state}
         if grad is not None:
             others["gradient"] = grad
         for what, t in others.items():
-            if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
-                found = f"a tensor of {t.dtype}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
-                raise RuntimeError(
-                    f"{what} of parameter {self._name(slot)} is {found}, expected a floating point tensor"
-                )
-            if t.device != p.device or t.shape != p.shape:
-                raise RuntimeError(
-                    f"{what} of parameter {self._name(slot)} is {tuple(t.shape)} on {t.device}, expected "
-                    f"{tuple(p.shape)} on {p.device} like the parameter. Was the model moved or resized "
-                    "after the optimizer had state?"
-                )
             if reason := why_misplaced(t, p, can_move=what == "gradient"):
-                raise RuntimeError(f"{what} of parameter {self._name(slot)} {reason}")
+                raise RuntimeError(f"{what} of parameter {name} {reason}")
 
     def _init_state(self, p: Tensor, group: dict[str, Any], steps: set[int]) -> None:
         """Complete the state of one parameter: torch's keys, `step` a float32 of its own on the device."""
@@ -457,11 +464,11 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             and step.dim() == 0
             and step.dtype == torch.float32
             and step.device == p.device
-            and step.data_ptr() not in steps
+            and address_of(step) not in steps
         ):
             state["step"] = own_step(step, p)
-        steps.add(state["step"].data_ptr())
-        for key in _MOMENTS[: 3 if group["amsgrad"] else 2]:
+        steps.add(address_of(state["step"]))
+        for key in MOMENTS[: 3 if group["amsgrad"] else 2]:
             if key not in state:
                 dtype = self._moment_dtype(p)
                 state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
@@ -484,14 +491,14 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             status=status,
         )
 
-    def _name(self, slot: int) -> str:
-        """What to call a parameter in a message."""
+    def _names(self) -> list[str]:
+        """What to call each parameter in a message."""
+        names: list[str] = []
         for index, group in enumerate(self.param_groups):
-            if slot < len(group["params"]):
-                names = group.get("param_names")
-                return repr(names[slot]) if names else f"number {slot} of group {index}"
-            slot -= len(group["params"])
-        raise IndexError(slot)
+            numbers = [f"number {i} of group {index}" for i in range(len(group["params"]))]
+            known = list(map(repr, group.get("param_names", ())))[: len(numbers)]
+            names += [*known, *numbers[len(known) :]]
+        return names
 
     # Copies and checkpoints.
 
@@ -521,6 +528,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             ValueError: The groups do not match the optimizer's: in number, in size, or, where both have
                 `param_names`, in which parameters they hold; or a moment is a DTensor where the parameter is
                 not, or the other way round, or is on another mesh.
+            RuntimeError: A saved state is not AdamW's: a step count or a moment is missing (that of another
+                optimizer, say), or a moment is not of its parameter's shape; a group is `differentiable`.
         """
         loaded: list[dict[str, Any]] = []
 
@@ -529,9 +538,11 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             saved, live = ([g.get("param_names") for g in some] for some in (groups, self.param_groups))
             if message := compare_param_names(saved, live):
                 raise ValueError(message)
-            if len(groups) == len(self.param_groups):  # else torch raises
+            sizes, live_sizes = ([len(g["params"]) for g in some] for some in (groups, self.param_groups))
+            if sizes == live_sizes:  # else torch raises
                 groups = [completed(*pair) for pair in zip(groups, self.param_groups, strict=True)]
-            self._check_saved(groups, final["state"])
+                check_not_differentiable(groups)
+                self._check_saved(groups, final["state"])
             loaded.append({**final, "param_groups": groups})
             return loaded[0]
 
@@ -542,18 +553,20 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             handle.remove()
         self._restore(loaded[0])
 
-    def _check_saved(self, groups: Sequence[dict[str, Any]], state: dict[Any, Any]) -> None:
-        """Raise for saved moments that are distributed otherwise than their parameters."""
+    def _check_saved(self, groups: Sequence[dict[str, Any]], states: dict[Any, Any]) -> None:
+        """Raise for saved states that are not AdamW's, or are distributed otherwise than their parameters."""
         ids = [i for group in groups for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for slot, (i, p) in enumerate(zip(ids, params, strict=False)):  # torch raises for other numbers
-            for key in _MOMENTS:
-                moment = state.get(i, {}).get(key)
+        for i, p, name in zip(ids, params, self._names(), strict=True):
+            state = states.get(i, {})
+            for key in MOMENTS:
+                moment = state.get(key)
                 if isinstance(moment, Tensor) and (reason := why_misplaced(moment, p, can_move=True)):
                     raise ValueError(
-                        f"the saved {key} of parameter {self._name(slot)} {reason}. Load what other "
-                        "processes saved through torch.distributed.checkpoint.state_dict"
+                        f"the saved {key} of parameter {name} {reason}. Load what others saved through "
+                        "torch.distributed.checkpoint.state_dict"
                     )
+            check_state(state, p, name, saved=True)
 
     @torch.no_grad()
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -564,7 +577,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             source = saved["state"].get(i, {})
             if "step" in source:
                 self.state[p]["step"] = own_step(source["step"], p)
-            for key in _MOMENTS:
+            for key in MOMENTS:
                 if isinstance(value := source.get(key), Tensor):
                     dtype = self._moment_dtype(p)
                     moment = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)

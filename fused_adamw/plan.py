@@ -22,11 +22,14 @@ from torch import Tensor
 
 from .distributed import NormGroup, Reduction, held, is_dtensor, is_flattened
 from .memory import (
+    PLAIN,
     Metadata,
     StateSnapshot,
     addresses_of,
+    any_fake,
     grad_addresses_of,
     is_dense,
+    overlapping,
     same_layout,
     same_objects,
 )
@@ -83,7 +86,7 @@ def why_not_tabular(entry: Entry, grad: Tensor | None) -> str | None:
     if grad is not None:
         tensors["gradient"] = grad
     for name, t in tensors.items():
-        if type(t) not in (Tensor, torch.nn.Parameter):
+        if type(t) not in PLAIN:
             return f"{name} is a {type(t).__name__}"
         if t.layout is not torch.strided or t.is_neg() or t.is_conj():
             return f"{name} is not plain strided memory"
@@ -265,7 +268,8 @@ class Plan:
         self._structure = self._structure_of(groups)
         self._state = StateSnapshot(state, held)
         local_params: list[Tensor] = held(self._params)
-        self._addresses = addresses_of(local_params)
+        self._fake = any_fake(local_params)
+        self._addresses = addresses_of(local_params, fake=self._fake)
         self._metadata = Metadata(local_params, local_params)
         self._expected = [self._expected_grad(slot, grad, previous) for slot, grad in enumerate(grads)]
         self._grad_metadata = Metadata(grads, self._expected)
@@ -276,9 +280,10 @@ class Plan:
         self.fallbacks: dict[int, str] = {}
 
         alike: dict[tuple[Any, ...], list[Entry]] = {}
+        shared = overlapping(local_params)
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         for slot, (p, group) in enumerate(zip(local_params, group_of, strict=True)):
-            if not (s := state.get(self._params[slot])):
+            if "step" not in (s := state.get(self._params[slot], {})):
                 continue  # no gradient so far
             grad = self._expected[slot] if grads[slot] is None else grads[slot]
             v_max = s["max_exp_avg_sq"] if groups[group]["amsgrad"] else None
@@ -288,7 +293,10 @@ class Plan:
             entry = Entry(slot, group, domain, p, m, v, v_max, s["step"], grad_dtype)
             key: tuple[Any, ...] = (p.device,)
             if kernels_for(p.device) is not None:
-                if reason := why_not_tabular(entry, grad):
+                reason = why_not_tabular(entry, grad)
+                if reason is None and slot in shared:  # rows are stepped at the same time
+                    reason = "parameter shares memory with another one"
+                if reason is not None:
                     self.fallbacks[slot] = reason
                 else:
                     key = (p.device, p.dtype, grad_dtype, entry.exp_avg.dtype)
@@ -357,7 +365,7 @@ class Plan:
             self._structure_of(groups) == self._structure
             and self._state.matches(state)
             and same_objects(params, self._params)
-            and addresses_of(local_params) == self._addresses
+            and addresses_of(local_params, fake=self._fake) == self._addresses
             and self._metadata.match(local_params)
             and not any(grads[slot] is not None for slot in self._without_state)
             and self._grad_metadata.match(grads)
@@ -365,7 +373,7 @@ class Plan:
 
     def prepare(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor | None]) -> None:
         """Bring gradient addresses and hyper-parameters up to date, where they changed."""
-        addresses = grad_addresses_of(grads)
+        addresses = grad_addresses_of(grads, fake=self._fake)
         if addresses != self._grad_addresses:
             for bucket, _, _ in self.launches:
                 bucket.set_grads(addresses)

@@ -1,6 +1,7 @@
 """What several test files share: the backends under test, twins of parameters, comparisons."""
 
 import importlib.util
+import mmap
 import os
 from dataclasses import dataclass
 
@@ -70,6 +71,13 @@ def parameters(shapes, seed=0, dtype=F32, device="cpu"):
         torch.nn.Parameter(randn(*shape, seed=1000 * seed + i, dtype=dtype, device=device))
         for i, shape in enumerate(shapes)
     ]
+
+
+def thin_zeros(numel, dtype):
+    """Zeros that take memory only where they are written."""
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has a name for it since 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype)
 
 
 def twins(params):

@@ -58,8 +58,14 @@ KERNEL_FILES = {"test_oracle", "test_clip", "test_layouts", "test_amp"}
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Leave interpreted Triton to the files about kernels: elsewhere it is slow and adds little."""
+def pytest_collection_modifyitems(config, items):
+    """Leave interpreted Triton to the files about kernels: elsewhere it is slow and adds little.
+
+    And leave out what needs gigabytes, unless `-m` asks for it: `pytest -m large`.
+    """
+    if "large" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("large")])
+        items[:] = [item for item in items if not item.get_closest_marker("large")]
     for item in items:
         target = getattr(item, "callspec", None) and item.callspec.params.get("target")
         if isinstance(target, Target) and target.slow and item.module.__name__ not in KERNEL_FILES:

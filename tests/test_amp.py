@@ -259,3 +259,15 @@ def test_an_infinite_element_is_found_where_the_sum_of_squares_is_large(target):
     optimizer.step()
     assert optimizer.skipped_steps.item() == 0
     assert optimizer.state[p]["step"].item() == 1
+
+
+def test_a_scaler_takes_no_closure(target):
+    """It says so itself; nothing has changed then."""
+    params = parameters([(3,)], device=target.device)
+    optimizer = target.adamw(params)
+    give_grads(params, 0)
+    scaler = torch.amp.GradScaler(target.device)
+    scaler.scale(params[0].sum())
+    with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
+        scaler.step(optimizer, closure=lambda: pytest.fail("the closure ran"))
+    assert not optimizer.state

@@ -24,7 +24,7 @@ ALLOWED = {
     "backends": {"extension", "tables"},
     "checkpoints": set(),
     "checks": set(),
-    "optimizer": {"groups", "plan", "tables", "distributed", "backends", "checkpoints", "checks"},
+    "optimizer": {"groups", "plan", "memory", "tables", "distributed", "backends", "checkpoints", "checks"},
     "version": set(),
     "__init__": {"groups", "backends", "optimizer", "version"},
     "__main__": {"groups", "backends", "optimizer", "version"},

@@ -48,6 +48,19 @@ def test_library_needs_no_cuda_driver_nor_libpython():
     assert not [name for name in needed if re.search("cuda|nvidia|python|torch_python", name)]
 
 
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
+def test_library_is_hardened():
+    """What torch's cpp_extension leaves out."""
+    headers = run("readelf", "-lW", str(LIBRARY))
+    assert "GNU_RELRO" in headers
+    assert "NOW" in run("readelf", "-d", str(LIBRARY))
+    assert not re.search(r"GNU_STACK.* RWE ", headers)
+    symbols = run("readelf", "--dyn-syms", "-W", str(LIBRARY))
+    assert "__stack_chk_fail" in symbols
+    exported = re.findall(r"(?:FUNC|OBJECT) +GLOBAL DEFAULT +\d+ (\S+)", symbols)
+    assert [name for name in exported if not name.startswith("_Z")] == ["PyInit__C"]
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
 def test_library_uses_the_stable_abi_alone():
     undefined = run("nm", "-D", "--undefined-only", "--demangle", str(LIBRARY))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import thin_zeros
 
 ROOT = Path(__file__).parent.parent
 CXX = shutil.which("g++")
@@ -458,3 +459,29 @@ def test_errors_are_returned_and_the_current_device_restored(cuda):
     model.dtypes, model.table.chunk_size = (F32, F32, F32), 1 << 31
     with pytest.raises(AssertionError, match="chunk_size is out of range"):
         model.update(cuda)
+
+
+def test_positions_that_32_bits_do_not_hold(cuda):
+    """The chunks with such positions of a row of 2**32 + 1 elements, in thin memory."""
+    numel, far = 2**32 + 1, [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32]
+    c = 2**12
+    index = sorted({place // c for place in far})
+    p, g, m, v = tensors = [thin_zeros(numel, torch.float32).numpy() for _ in range(4)]
+    g[far] = 1.0
+    model = Model([Param(1)], chunk_size=c)
+    row = model.rows[0]
+    row.param, row.grad, row.exp_avg, row.exp_avg_sq = (t.ctypes.data for t in tensors)
+    row.numel = numel
+    model.chunks = (Chunk * len(index))(*((0, i) for i in index))
+    model.table.chunks, model.table.n_chunks = ctypes.addressof(model.chunks), len(index)
+    assert model.norm(cuda)[0] == len(far)
+    status = Buffer([0.0, 0.0], F64)
+    inputs = StepInputs(max_grad_norm=1.0, status=status.address)
+    hypers = ctypes.addressof(model.hypers)
+    args = UpdateArgs(model.table, hypers, 1, F32, F32, F32, inputs, model.ticket.address)
+    assert cuda.update(ctypes.byref(args), True, 0) is None
+    for t, value in ((p, -1e-2), (m, 0.1), (v, 1e-3)):
+        np.testing.assert_allclose(t[far], value, rtol=1e-6)
+        for i in index:
+            chunk = t[i * c : (i + 1) * c]
+            assert np.flatnonzero(chunk).tolist() == [x - i * c for x in far if x // c == i]

@@ -73,8 +73,8 @@ def check(target, layouts, shape=SHAPE, steps=2, dtype=torch.float32, moments=No
     p = torch.nn.Parameter(lay_p(start))
     optimizer = target.adamw([p], lr=1e-2, weight_decay=0.1, max_grad_norm=1.0, **options)
     zeros = torch.zeros_like(start, memory_format=torch.contiguous_format)
-    optimizer.state[p] = {"exp_avg": lay_m(zeros), "exp_avg_sq": lay_v(zeros)}
-    tensors = [p, *optimizer.state[p].values()]
+    optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": lay_m(zeros), "exp_avg_sq": lay_v(zeros)}
+    tensors = [p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]]
     hypers = oracle.Hypers(lr=1e-2, weight_decay=0.1)
     expected = oracle.AdamW([([array(start).astype(np.float64)], hypers)], "float64", max_grad_norm=1.0)
     for step in range(steps):
@@ -152,7 +152,7 @@ def test_misaligned_storage(target, offset, dtype):
         optimizer = target.adamw([p], max_grad_norm=1.0)
         zeros = torch.zeros_like(p.detach())
         moments = {"exp_avg": lay(zeros, (offset + 3) % 8), "exp_avg_sq": lay(zeros, 8 - offset)}
-        optimizer.state[p] = moments
+        optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
         for step in range(2):
             p.grad = lay(randn(numel, seed=step, dtype=dtype, device=target.device), (offset + 1) % 8)
             optimizer.step()

@@ -117,7 +117,8 @@ def test_dtypes(target, dtypes, amsgrad):
     if moments is not param:  # any dtype, whether state_dtype can ask for it or not
         keys = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
         for p in params:
-            optimizer.state[p] = {key: torch.zeros_like(p, dtype=moments) for key in keys}
+            zeros = {key: torch.zeros_like(p, dtype=moments) for key in keys}
+            optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
     run(target, optimizer, expected, steps, grad_dtype=grad)
     compare(target, optimizer, expected, steps)
 

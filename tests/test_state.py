@@ -367,3 +367,142 @@ def test_user_hooks_see_loading_and_saving():
     optimizer.load_state_dict(optimizer.state_dict())
     assert calls == ["saved", "loaded"]
     assert optimizer.state[params[0]]["step"].item() == 2
+
+
+@pytest.mark.parametrize("names", [None, ["a", "b", "c"]], ids=["numbered", "named"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: {"step": 3, "state1": s["exp_avg"], "state2": s["exp_avg_sq"]},
+            r"has no exp_avg, exp_avg_sq: .* found step, state1, state2\. docs/migration\.md",
+        ),
+        (
+            lambda s: {"step": s["step"], "exp_avg_sq": s["exp_avg_sq"]},
+            "has no exp_avg: .* found step, exp_avg_sq",
+        ),
+        (lambda s: {"exp_avg": s["exp_avg"], "exp_avg_sq": s["exp_avg_sq"]}, "has no step: "),
+        (
+            lambda s: {"momentum_buffer": s["exp_avg"]},
+            "has no step, exp_avg, exp_avg_sq: .* found momentum_buffer",
+        ),
+        (lambda s: {"step": torch.zeros(())}, "has no exp_avg, exp_avg_sq: .* found step"),
+        (lambda s: {**s, "exp_avg": None}, "is a NoneType, expected a floating point tensor"),
+        (lambda s: {**s, "exp_avg_sq": s["exp_avg_sq"].byte()}, r"is a tensor of torch\.uint8, expected"),
+        (lambda s: {**s, "exp_avg": s["exp_avg"][:1]}, r"is \(1, 4\) on .*, expected \(3, 4\) on"),
+        (lambda s: {**s, "step": s["exp_avg"]}, r"is a tensor of shape \(3, 4\), expected a number"),
+        (lambda s: {**s, "step": None}, "is None, expected a number"),
+    ],
+    ids=[
+        "bitsandbytes",
+        "a moment lost",
+        "step lost",
+        "SGD",
+        "moments lost at step 0",
+        "none",
+        "8-bit",
+        "would broadcast",
+        "step of many",
+        "step of none",
+    ],
+)
+@pytest.mark.parametrize("way", ["loaded", "set"])
+def test_a_state_that_is_not_adamw_s_is_refused(target, way, names, change, message):
+    """What is missing would start from zero; torch raises KeyError, having loaded."""
+    params = parameters(SHAPES, device=target.device)
+    optimizer = target.adamw(list(zip(names, params, strict=True)) if names else params)
+    train([(optimizer, params)])
+    state = optimizer.state[params[1]]
+    name = "'b'" if names else "number 1 of group 0"
+    if way == "loaded":
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["state"][1] = change(saved["state"][1])
+        saved["param_groups"][0]["lr"] = 0.5
+    else:
+        optimizer.state[params[1]] = change(state)
+        give_grads(params, 3)
+    before, values = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state[params[0]])
+    with pytest.raises(RuntimeError, match=f"parameter {name} {message}"):
+        optimizer.load_state_dict(saved) if way == "loaded" else optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    optimizer.state[params[1]] = state
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert all(torch.equal(optimizer.state[params[0]][key], value) for key, value in values.items())
+    train([(optimizer, params)], first=3)
+
+
+@pytest.mark.parametrize("way", ["loaded", "set"])
+def test_amsgrad_may_begin_with_a_state_without_a_maximum(target, way):
+    """The maximum then starts with the next step, as if there were none before; torch raises KeyError."""
+    params = parameters(SHAPES, device=target.device)
+    optimizer = trained(target.adamw, params)
+    if way == "loaded":
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0]["amsgrad"] = True
+        optimizer.load_state_dict(saved)
+    else:
+        optimizer.param_groups[0]["amsgrad"] = True
+    for scale in (1.0, 0.0):
+        give_grads(params, 3, scale=scale)
+        optimizer.step()
+        state = optimizer.state[params[0]]
+        if scale:
+            assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
+        else:
+            assert state["max_exp_avg_sq"].gt(state["exp_avg_sq"]).all()
+
+
+def test_notes_on_a_parameter_without_gradients_are_nobody_s_business(target):
+    """They become so with the first gradient, as in torch."""
+    params = parameters(SHAPES, device=target.device)
+    optimizer = target.adamw(params)
+    optimizer.state[params[2]]["note"] = "frozen"
+    for step in range(2):
+        give_grads(params[:2], step)
+        optimizer.step()
+    assert optimizer.state[params[2]] == {"note": "frozen"}
+    give_grads(params, 2)
+    with pytest.raises(RuntimeError, match="number 2 of group 0 has no step, exp_avg, exp_avg_sq"):
+        optimizer.step()
+    assert optimizer.state[params[0]]["step"].item() == 2
+
+
+@pytest.mark.parametrize("way", ["loaded", "set"])
+def test_a_differentiable_group_is_refused(target, way):
+    """As by the constructor; it would be ignored in silence."""
+    params = parameters(SHAPES, device=target.device)
+    optimizer = trained(target.adamw, params)
+    before = snapshot(optimizer)
+    give_grads(params, 3)
+    refused = pytest.raises(RuntimeError, match="`fused` does not support `differentiable`")
+    if way == "loaded":
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0]["differentiable"] = True
+        with refused:
+            optimizer.load_state_dict(saved)
+        assert not optimizer.param_groups[0]["differentiable"]
+    else:
+        optimizer.param_groups[0]["differentiable"] = True
+        with refused:
+            optimizer.step(lambda: pytest.fail("the closure ran"))
+        optimizer.param_groups[0]["differentiable"] = False
+    assert unchanged_since(optimizer, before)
+    optimizer.step()
+
+
+def test_options_of_others_stay_in_a_group_and_change_nothing(target):
+    """As in torch: a scheduler's `initial_lr` must stay, and nobody can tell it from apex's options."""
+    foreign = {"initial_lr": 0.5, "bias_correction": False, "state_dtype": "float32"}
+
+    def change(saved):
+        saved["param_groups"][0].update(foreign)
+
+    resumed = resume_from(target, change)
+    assert resumed.param_groups[0].items() >= foreign.items()
+    for make in (torch_adamw, target.adamw):
+        params = twins(resumed.param_groups[0]["params"])
+        other = make(params)
+        other.load_state_dict(through_a_file(resumed.state_dict()))
+        assert other.param_groups[0].items() >= foreign.items()
+        train([(other, params)])
+        assert other.state[params[0]]["step"].item() == 9

@@ -115,7 +115,7 @@ def update(
             t for t in (entry.param, entry.exp_avg, entry.exp_avg_sq, entry.max_exp_avg_sq) if t is not None
         ]
         if entry.param.is_complex():
-            stored, grad = [torch.view_as_real(t) for t in stored], torch.view_as_real(grad)
+            stored, grad = [torch.view_as_real(t) for t in stored], torch.view_as_real(grad.resolve_conj())
         p, m, v, *maxima = (t.to(dtype) for t in stored)
         step = entry.step + 1
         hyper = hypers[entry.group]
