@@ -327,8 +327,6 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             plan, local = self._new_plan(params, grads, None if is_plain else local)
         self._check_norm_is_known(plan.flattened)
         plan.prepare(self.param_groups, local)
-        self._check_norm_is_known(plan.flattened)
-        plan.prepare(self.param_groups, local)
 
         self._has_norm = self._needs_norm()
         if self._has_norm:
@@ -336,9 +334,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         sums, found_inf = plan.totals(self._has_norm, getattr(self, "found_inf", None), self._norm_group)
         for bucket, _, status in plan.launches:
             bucket.update(local, self._step_inputs(sums.get(bucket.device), found_inf, status))
-        stepped = [p for p, g in zip(params, local, strict=True) if g is not None]
+        stepped = plan.stepped
         if plan.is_sharded:  # graphs save a DTensor, or the memory that to_local() returns
-            stepped += held(filter(is_dtensor, stepped))
+            stepped = stepped + held(filter(is_dtensor, stepped))
         torch.autograd.graph.increment_version(stepped)
         self._look_for_second_clip()
         return loss

@@ -57,6 +57,10 @@ COVERED = {
     "tensors replaced in groups": "test_plan::test_parameter_replaced_in_the_group",
     "the same, edited by hand": "contract/test_hostile_use::test_a_parameter_listed_twice_by_hand",
     "torch-xpu-ops 3413: half a step before an error": "test_errors::test_sparse_gradient",
+    "ShardedGradScaler and fused: an overflow in one process": (
+        "distributed/test_nonfinite::test_sharded_grad_scaler"
+    ),
+    "88621, 170862, 180346, torchrec 3199: norms of shards": "distributed/test_dtensor::test_as_in_one_process",
     "46334, 189245, OpenEquivariance 207: compiling at import": (
         "test_build::test_import_writes_nothing_and_starts_nothing"
     ),
