@@ -60,7 +60,9 @@ COVERED = {
     "ShardedGradScaler and fused: an overflow in one process": (
         "distributed/test_nonfinite::test_sharded_grad_scaler"
     ),
-    "88621, 170862, 180346, torchrec 3199: norms of shards": "distributed/test_dtensor::test_as_in_one_process",
+    "88621, 170862, 180346, torchrec 3199: norms of shards": (
+        "distributed/test_dtensor::test_as_in_one_process"
+    ),
     "46334, 189245, OpenEquivariance 207: compiling at import": (
         "test_build::test_import_writes_nothing_and_starts_nothing"
     ),
