@@ -82,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warm = medians(mine) | medians(whole)
     cold = medians(mine, other_optimizer) | medians(whole, other_optimizer)
     theirs = medians({"": other_optimizer})[""]
-    print(
-        f"{args.tensors} tensors of {args.numel}; µs, median of {ROUNDS}; {provenance(torch.device('cpu'))}"
-    )
+    print(f"{args.tensors} tensors of {args.numel}, median of {ROUNDS}, µs")
     print(f"{'':32}{'warm':>8}{'after a peer':>14}")
     for name in warm:
         print(f"{name:32}{warm[name]:8.1f}{cold[name]:14.1f}")
