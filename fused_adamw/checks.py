@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import is_partial, why_misplaced
+
 # The last one is there with amsgrad only.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -115,3 +117,47 @@ def check_writable(t: Tensor, what: str) -> None:
             f"{what} cannot be changed in place: it is {'an expanded' if expanded else 'a conjugate'} view. "
             "Clone it first."
         )
+
+
+def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: str) -> None:
+    """Refuse a parameter that cannot be stepped, before anything is changed.
+
+    Args:
+        state: The parameter's state.
+        p: The parameter.
+        grad: Its gradient.
+        name: What to call it.
+    """
+    if is_partial(p):
+        raise RuntimeError(
+            f"parameter {name} is a Partial DTensor, of which every process has an addend: "
+            "expected Shard and Replicate placements"
+        )
+    if grad is not None and grad.layout is not torch.strided:
+        raise RuntimeError(
+            "FusedHygieneAdamW does not support sparse gradients, please consider SparseAdam instead: "
+            f"parameter {name} has a gradient of layout {grad.layout}"
+        )
+    if grad is not None:
+        check_writable(p, f"parameter {name}")
+        check_like("gradient", grad, p, name)
+    if grad is not None or "step" in state:
+        check_state(state, p, name)
+    others = {key: state[key] for key in MOMENTS if key in state}
+    if grad is not None:
+        others["gradient"] = grad
+    for what, t in others.items():
+        if reason := why_misplaced(t, p, can_move=what == "gradient"):
+            raise RuntimeError(f"{what} of parameter {name} {reason}")
+
+
+def check_saved(state: Mapping[str, Any], p: Tensor, name: str) -> None:
+    """Refuse a saved state that is not AdamW's, or is distributed otherwise than its parameter."""
+    for key in MOMENTS:
+        moment = state.get(key)
+        if isinstance(moment, Tensor) and (reason := why_misplaced(moment, p, can_move=True)):
+            raise ValueError(
+                f"the saved {key} of parameter {name} {reason}. Load what others saved through "
+                "torch.distributed.checkpoint.state_dict"
+            )
+    check_state(state, p, name, saved=True)

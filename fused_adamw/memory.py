@@ -160,9 +160,10 @@ class StateSnapshot:
         self._held_then = held(self._stand_ins)
         extension = load_extension()
         self._same_state = _same_state if isinstance(extension, str) else extension.same_state
-        self._are_unmoved = _watch_in_python(local)
         plain = all(type(t) is Tensor and t.layout is torch.strided for t in local)
-        if plain and not isinstance(extension, str):
+        if isinstance(extension, str) or not plain:
+            self._are_unmoved = _watch_in_python(local)
+        else:
             objects = [i for t in local for i in (t._cdata, t.untyped_storage()._cdata)]
             watch = torch.ops.fused_adamw.watch(local, objects)
             weakref.finalize(self, extension.unwatch, watch).atexit = False

@@ -18,12 +18,11 @@ from .checkpoints import NamedGroup, completed, own_step, without_foreign_names
 from .checks import (
     MOMENTS,
     check_hypers,
-    check_like,
     check_listed_once,
     check_no_transform,
     check_not_differentiable,
-    check_state,
-    check_writable,
+    check_saved,
+    check_step,
 )
 from .distributed import (
     NormGroup,
@@ -32,8 +31,6 @@ from .distributed import (
     held_grads,
     is_dtensor,
     is_flattened,
-    is_partial,
-    why_misplaced,
 )
 from .groups import build_param_groups, compare_param_names, summarize_param_groups
 from .memory import address_of
@@ -402,7 +399,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         names = self._names()
         check_listed_once(params, names)
         for name, p, grad in zip(names, params, grads, strict=True):
-            self._check_step(name, p, grad)
+            check_step(self.state.get(p, {}), p, grad, name)
         flattened = [slot for slot, p in enumerate(params) if is_flattened(p)]
         self._check_norm_is_known(flattened)
         local = held_grads(params, grads) if local is None else local
@@ -427,31 +424,6 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         for slot, reason in plan.fallbacks.items():
             logger.debug("parameter %s is stepped by the reference: %s", names[slot], reason)
         return plan, local
-
-    def _check_step(self, name: str, p: Tensor, grad: Tensor | None) -> None:
-        """Raise for what cannot be stepped."""
-        if is_partial(p):
-            raise RuntimeError(
-                f"parameter {name} is a Partial DTensor, of which every process has an addend: "
-                "expected Shard and Replicate placements"
-            )
-        if grad is not None and grad.layout is not torch.strided:
-            raise RuntimeError(
-                "FusedHygieneAdamW does not support sparse gradients, please consider SparseAdam instead: "
-                f"parameter {name} has a gradient of layout {grad.layout}"
-            )
-        state = self.state.get(p, {})
-        if grad is not None:
-            check_writable(p, f"parameter {name}")
-            check_like("gradient", grad, p, name)
-        if grad is not None or "step" in state:
-            check_state(state, p, name)
-        others = {key: state[key] for key in MOMENTS if key in state}
-        if grad is not None:
-            others["gradient"] = grad
-        for what, t in others.items():
-            if reason := why_misplaced(t, p, can_move=what == "gradient"):
-                raise RuntimeError(f"{what} of parameter {name} {reason}")
 
     def _init_state(self, p: Tensor, group: dict[str, Any], steps: set[int]) -> None:
         """Complete the state of one parameter: torch's keys, `step` a float32 of its own on the device."""
@@ -540,7 +512,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             if sizes == live_sizes:  # else torch raises
                 groups = [completed(*pair) for pair in zip(groups, self.param_groups, strict=True)]
                 check_not_differentiable(groups)
-                self._check_saved(groups, final["state"])
+                ids = [i for group in groups for i in group["params"]]
+                params = [p for group in self.param_groups for p in group["params"]]
+                for i, p, name in zip(ids, params, self._names(), strict=True):
+                    check_saved(final["state"].get(i, {}), p, name)
             loaded.append({**final, "param_groups": groups})
             return loaded[0]
 
@@ -550,21 +525,6 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         finally:
             handle.remove()
         self._restore(loaded[0])
-
-    def _check_saved(self, groups: Sequence[dict[str, Any]], states: dict[Any, Any]) -> None:
-        """Raise for saved states that are not AdamW's, or are distributed otherwise than their parameters."""
-        ids = [i for group in groups for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p, name in zip(ids, params, self._names(), strict=True):
-            state = states.get(i, {})
-            for key in MOMENTS:
-                moment = state.get(key)
-                if isinstance(moment, Tensor) and (reason := why_misplaced(moment, p, can_move=True)):
-                    raise ValueError(
-                        f"the saved {key} of parameter {name} {reason}. Load what others saved through "
-                        "torch.distributed.checkpoint.state_dict"
-                    )
-            check_state(state, p, name, saved=True)
 
     @torch.no_grad()
     def _restore(self, saved: dict[str, Any]) -> None:

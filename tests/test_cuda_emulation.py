@@ -13,28 +13,15 @@ import numpy as np
 import pytest
 import torch
 from common import thin_zeros
+from dtype_codes import BF16, BUILT, F16, F32, F64
 
 ROOT = Path(__file__).parent.parent
 CXX = shutil.which("g++")
 pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++")
 
-F32, BF16, F16, F64 = range(4)
 TORCH = {F32: torch.float32, BF16: torch.bfloat16, F16: torch.float16, F64: torch.float64}
 SIZE = {F32: 4, BF16: 2, F16: 2, F64: 8}
 NAME = {F32: "fp32", BF16: "bf16", F16: "fp16", F64: "fp64"}
-COMBINATIONS = [
-    (F32, F32, F32),
-    (F32, F32, BF16),
-    (F32, BF16, F32),
-    (BF16, BF16, BF16),
-    (BF16, BF16, F32),
-    (BF16, F32, BF16),
-    (BF16, F32, F32),
-    (F16, F16, F16),
-    (F16, F16, F32),
-    (F16, F16, BF16),
-    (F64, F64, F64),
-]
 # More than one pass of 256 threads over a chunk, for every vector width. The norm takes more at a time.
 C = 2560
 C_NORM = 10240
@@ -294,7 +281,7 @@ def ids(dtypes):
     return "-".join(NAME[x] for x in dtypes)
 
 
-combinations = pytest.mark.parametrize("dtypes", COMBINATIONS, ids=ids)
+combinations = pytest.mark.parametrize("dtypes", BUILT, ids=ids)
 
 
 # ---- Tests

@@ -11,26 +11,13 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from dtype_codes import BF16, BUILT, F16, F32, F64
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 from fused_adamw.backends import triton as backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # enum DType
-F32, BF16, F16, F64 = range(4)
-BUILT = [  # FUSED_ADAMW_FOR_EACH_DTYPES: parameter, gradient, moments
-    (F32, F32, F32),
-    (F32, F32, BF16),
-    (F32, BF16, F32),
-    (BF16, BF16, BF16),
-    (BF16, BF16, F32),
-    (BF16, F32, BF16),
-    (BF16, F32, F32),
-    (F16, F16, F16),
-    (F16, F16, F32),
-    (F16, F16, BF16),
-    (F64, F64, F64),
-]
 GUARD = 16  # elements before and after every tensor, which no kernel may touch
 BLOCK = 512  # of float32
 

@@ -55,6 +55,17 @@ def torch_adamw(model):
     return torch.optim.AdamW(build_param_groups(model, WEIGHT_DECAY), lr=LR)
 
 
+def train_epoch(model, optimizer, clip=None):
+    """One epoch of plain PyTorch; returns the model."""
+    for batch in loader():
+        loss_of(model, batch).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
 def run_snippet(section, number=0, **names):
     """Run a snippet of docs/integrations.md.
 

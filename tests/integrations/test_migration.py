@@ -11,7 +11,7 @@ from groups.torchvision_stub import torchvision_stub
 
 from fused_adamw import FusedHygieneAdamW, build_param_groups
 
-from .loops import LR, TOLERANCE, WEIGHT_DECAY, Model, distance, loader, loss_of
+from .loops import LR, TOLERANCE, WEIGHT_DECAY, Model, distance, train_epoch
 
 DOCS = Path(__file__).parents[2] / "docs" / "migration.md"
 
@@ -35,16 +35,6 @@ def optimizer_of(heading, model):
     return names["optimizer"]
 
 
-def train(model, optimizer, clip=None):
-    for batch in loader():
-        loss_of(model, batch).backward()
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
-
-
 @pytest.mark.parametrize(("heading", "code"), list(snippets()), ids=lambda text: text.split("\n")[0])
 def test_every_line_runs(heading, code):
     assert code.startswith("# optimizer = ")  # what there was
@@ -52,17 +42,17 @@ def test_every_line_runs(heading, code):
     optimizer = optimizer_of(heading, model)
     assert type(optimizer) is FusedHygieneAdamW
     assert [group["weight_decay"] for group in optimizer.param_groups] == [WEIGHT_DECAY, 0.0]
-    assert distance(train(model, optimizer), Model()) > 0
+    assert distance(train_epoch(model, optimizer), Model()) > 0
 
 
 def test_torch_with_the_parameters_changes_nothing_but_the_kernels():
     model, peer = Model(), Model()
     options = {"lr": LR, "weight_decay": WEIGHT_DECAY}
-    train(model, FusedHygieneAdamW(model.parameters(), **options, max_grad_norm=1.0))
-    train(peer, torch.optim.AdamW(peer.parameters(), **options), clip=1.0)
+    train_epoch(model, FusedHygieneAdamW(model.parameters(), **options, max_grad_norm=1.0))
+    train_epoch(peer, torch.optim.AdamW(peer.parameters(), **options), clip=1.0)
     assert distance(model, peer) < TOLERANCE
     hygiene = Model()
-    train(hygiene, optimizer_of("From torch AdamW and `clip_grad_norm_`", hygiene))
+    train_epoch(hygiene, optimizer_of("From torch AdamW and `clip_grad_norm_`", hygiene))
     assert distance(hygiene, peer) > TOLERANCE
 
 
@@ -70,19 +60,20 @@ def test_timm():
     with torchvision_stub():
         optim = pytest.importorskip("timm.optim")
     model, peer = Model(), Model()
-    train(model, optimizer_of("From timm `create_optimizer`", model))
-    train(peer, optim.create_optimizer_v2(peer, opt="adamw", lr=LR, weight_decay=WEIGHT_DECAY), clip=1.0)
+    train_epoch(model, optimizer_of("From timm `create_optimizer`", model))
+    theirs = optim.create_optimizer_v2(peer, opt="adamw", lr=LR, weight_decay=WEIGHT_DECAY)
+    train_epoch(peer, theirs, clip=1.0)
     assert distance(model, peer) < TOLERANCE
 
 
 def test_optimi():
     optimi = pytest.importorskip("optimi")
     model, peer = Model(), Model()
-    train(model, optimizer_of("From optimi", model))
+    train_epoch(model, optimizer_of("From optimi", model))
     groups = build_param_groups(peer, WEIGHT_DECAY)
     for group in groups:
         del group["param_names"]  # it knows no names
-    train(peer, optimi.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY))
+    train_epoch(peer, optimi.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY))
     # It computes 1 - beta and the bias correction in other orders: more roundings, of the same size.
     assert distance(model, peer) < 10 * TOLERANCE
 
@@ -125,7 +116,7 @@ def test_a_checkpoint_of_bitsandbytes(nested):
     heading = "From bitsandbytes AdamW"
     model = Model()
     source = optimizer_of(heading, model)
-    train(model, source)
+    train_epoch(model, source)
     checkpoint = copy.deepcopy(source.state_dict())
     for i, state in checkpoint["state"].items():
         moments = {"state1": state["exp_avg"], "state2": state["exp_avg_sq"]}
