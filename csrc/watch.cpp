@@ -12,7 +12,7 @@ namespace fused_adamw {
 namespace {
 
 constexpr char kCapsule[] = "fused_adamw.watch";
-// What stands for the description of a gradient where there must not be one.
+// In place of the description of a gradient where there must not be one: like nothing.
 constexpr int64_t kNoGrad = -1;
 // Numbers of a description beside two for each dimension.
 constexpr int64_t kFixedNumbers = 3;
@@ -230,7 +230,6 @@ class Look {
       number_ += *number_ == kNoGrad ? 1 : kFixedNumbers + 2 * *number_;
       return grads.push_back(0), true;
     }
-    if (*number_ == kNoGrad) return false;
     if (param.is_dtensor && !is_placed_alike(grad.get(), param.object)) return false;
     return with_local({grad.get(), param.is_dtensor}, [this](PyObject* local) {
       if (Py_TYPE(local) != watch_.tensor_type) return false;
