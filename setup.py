@@ -78,14 +78,20 @@ def ninja_file(output: Path, build: Path) -> str:
     ).stdout.strip()
     nvcc = find_nvcc()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
+    python_flags = (
+        f"-DPy_LIMITED_API={PY_LIMITED_API} -isystem {torch_dir}/include"
+        f" -isystem {sysconfig.get_paths()['include']}"
+    )
     torch_flags = (
-        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -DPy_LIMITED_API={PY_LIMITED_API}"
+        f"{python_flags} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
         f" -DFUSED_ADAMW_COMPILER='\"{Path(cxx).name} {compiler}\"'"
-        f" -isystem {torch_dir}/include -isystem {sysconfig.get_paths()['include']}"
     )
     torch_flags += " -DFUSED_ADAMW_X86" * x86 + " -DFUSED_ADAMW_CUDA" * bool(nvcc)
 
-    jobs = [(f"{name}.o", "cxx", CSRC / f"{name}.cpp", torch_flags) for name in ("bindings", "same_state")]
+    jobs = [
+        ("bindings.o", "cxx", CSRC / "bindings.cpp", torch_flags),
+        ("watch.o", "cxx", CSRC / "watch.cpp", python_flags),  # of torch's headers only DLPack's
+    ]
     for name, flags in CPU_CAPABILITIES.items():
         if name == "Baseline" or x86:
             jobs.append((f"cpu_{name}.o", "cxx", CSRC / "adamw_cpu.cpp", f"-DCPU_CAPABILITY={name} {flags}"))

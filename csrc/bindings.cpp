@@ -1,5 +1,5 @@
 // The only file that sees torch, through its stable ABI: one build serves torch >= 2.10 and every Python
-// >= 3.10. Schemas, checks, the current stream, the thread pool, tensors that are watched. No arithmetic.
+// >= 3.10. Schemas, checks, the current stream, the thread pool. No arithmetic.
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -10,15 +10,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <exception>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "adamw.h"
 #include "adamw_cpu.h"
-#include "same_state.h"
+#include "watch.h"
 #ifdef FUSED_ADAMW_CUDA
 #include "adamw_cuda.h"
 // Absent from a CPU-only torch, where the extension must still load.
@@ -206,79 +204,6 @@ void update_cuda(Tensor rows, Tensor chunks, int64_t chunk_size, Tensor hypers, 
 }
 #endif
 
-// Tensors, held, and what kernels take for granted of them: address, dtype, shape and strides.
-class Watch {
- public:
-  // `objects`: addresses of what lies behind the tensors, as many for each, to be fetched ahead; only a hint.
-  Watch(std::vector<Tensor> tensors, std::vector<int64_t> objects)
-      : tensors_(std::move(tensors)), objects_(std::move(objects)) {
-    for (const Tensor& t : tensors_) {
-      describe(t, [this](int64_t number) { return description_.push_back(number), true; });
-    }
-  }
-
-  bool is_unmoved() const {
-    const int64_t n = tensors_.size();
-    const int64_t* expected = description_.data();
-    for (int64_t i = 0; i < n; ++i) {
-      if (i + kAhead < n) prefetch(i + kAhead);
-      if (!describe(tensors_[i], [&](int64_t number) { return number == *expected++; })) return false;
-    }
-    return true;
-  }
-
- private:
-  // A step finds these objects far from the caches, each behind a pointer in the one before.
-  static constexpr int64_t kAhead = 16;
-
-  // Inline, or GCC takes it for a function without effects and drops the call.
-  __attribute__((always_inline)) void prefetch(int64_t i) const {
-    __builtin_prefetch(tensors_[i].get());
-    const int64_t each = objects_.size() / tensors_.size();
-    for (int64_t j = i * each; j < (i + 1) * each; ++j) {
-      const char* const object = reinterpret_cast<const char*>(objects_[j]);
-      for (int64_t offset = 0; offset < 192; offset += 64) __builtin_prefetch(object + offset);
-    }
-  }
-
-  // Hands the numbers that describe a tensor to `take` while it returns true; the first says how many follow.
-  template <typename F>
-  static bool describe(const Tensor& t, const F& take) {
-    int32_t dtype = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-    const auto sizes = t.sizes(), strides = t.strides();
-    bool going = take(sizes.size()) && take(reinterpret_cast<int64_t>(t.const_data_ptr())) && take(dtype);
-    for (size_t i = 0; going && i < sizes.size(); ++i) going = take(sizes[i]) && take(strides[i]);
-    return going;
-  }
-
-  std::vector<Tensor> tensors_;
-  std::vector<int64_t> objects_;
-  std::vector<int64_t> description_;
-};
-
-// The address of a Watch, for is_unmoved() and unwatch().
-int64_t watch(std::vector<Tensor> tensors, std::vector<int64_t> objects) {
-  return reinterpret_cast<int64_t>(new Watch(std::move(tensors), std::move(objects)));
-}
-
-// Functions of the Python module: no dispatch, which would cost more than they do.
-PyObject* is_unmoved(PyObject*, PyObject* watch) {
-  const auto* const self = static_cast<const Watch*>(PyLong_AsVoidPtr(watch));
-  if (!self) return nullptr;
-  try {
-    return PyBool_FromLong(self->is_unmoved());
-  } catch (const std::exception& error) {
-    return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
-  }
-}
-
-PyObject* unwatch(PyObject*, PyObject* watch) {
-  delete static_cast<Watch*>(PyLong_AsVoidPtr(watch));
-  if (PyErr_Occurred()) return nullptr;
-  Py_RETURN_NONE;
-}
-
 std::string build_info() {
   std::string info = "{\"cpu_capability\": \"" + std::string(cpu_kernels().capability) +
                      "\", \"compiler\": \"" + FUSED_ADAMW_COMPILER + "\", \"cuda\": \"";
@@ -301,7 +226,6 @@ STABLE_TORCH_LIBRARY(fused_adamw, m) {
       "update(Tensor rows, Tensor chunks, int chunk_size, Tensor hypers, int param_dtype, int grad_dtype, "
       "int state_dtype, Tensor? sums, float max_grad_norm, bool skip_nonfinite, Tensor? grad_scale, "
       "Tensor? found_inf, Tensor(a!) status, Tensor(b!) workspace) -> ()");
-  m.def("watch(Tensor[] tensors, int[] objects) -> int");
   m.def("build_info() -> str");
 }
 
@@ -318,17 +242,18 @@ STABLE_TORCH_LIBRARY_IMPL(fused_adamw, CUDA, m) {
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(fused_adamw, CompositeExplicitAutograd, m) {
-  m.impl("watch", TORCH_BOX(&fused_adamw::watch));
   m.impl("build_info", TORCH_BOX(&fused_adamw::build_info));
 }
 
 // Importing fused_adamw._C loads the library, which registers the operators above.
 PyMODINIT_FUNC PyInit__C(void) {
+  using Fastcall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+  const auto fastcall = [](Fastcall function) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+  };
   static PyMethodDef methods[] = {
-      {"same_state", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&fused_adamw::same_state)),
-       METH_FASTCALL, "same_state(state, snapshot) -> bool"},
-      {"is_unmoved", &fused_adamw::is_unmoved, METH_O, "is_unmoved(watch) -> bool"},
-      {"unwatch", &fused_adamw::unwatch, METH_O, "unwatch(watch) -> None"},
+      {"watch", fastcall(&fused_adamw::watch), METH_FASTCALL, "watch(tensor_type, params, grads, state)"},
+      {"look", fastcall(&fused_adamw::look), METH_FASTCALL, "look(watch, params, state) -> bytes | None"},
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {

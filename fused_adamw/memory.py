@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import operator
-import weakref
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .extension import load_extension
+
+State = Mapping[Tensor, Mapping[str, object]]
 
 # Types that are nothing but their memory.
 PLAIN = (Tensor, nn.Parameter)
@@ -80,114 +82,144 @@ def same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-class Metadata:
-    """What kernels take for granted of tensors beside addresses: type, dtype, layout, shape and strides.
+class Gradients(NamedTuple):
+    """The gradients of a step.
 
-    Args:
-        tensors: As they are now; None stands for an absent gradient.
-        expected: Where a tensor is absent, one like it.
+    Attributes:
+        addresses: An int64 for each parameter: where its gradient's memory starts; 0 where there is none,
+            never 0 where there is one, if only an empty one.
+        tensors: The gradient of each parameter; empty where no bucket asks for tensors.
     """
 
-    def __init__(self, tensors: Sequence[Tensor | None], expected: Sequence[Tensor]) -> None:
-        self._columns = _columns([e if t is None else t for t, e in zip(tensors, expected, strict=True)])
-        present = [t for t in tensors if t is not None]
-        self._guards = _guards(present) if len(present) == len(tensors) else None
+    addresses: bytes
+    tensors: Sequence[Tensor | None]
 
-    def match(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether every tensor that is present looks as it did, or as it was expected to."""
-        if self._guards is not None and self._guards.check(*tensors):
-            return True
-        is_there = [t is not None for t in tensors]
-        present = [t for t in tensors if t is not None]
-        return _columns(present) == [list(compress(column, is_there)) for column in self._columns]
+    @classmethod
+    def of(cls, grads: Sequence[Tensor | None]) -> Gradients:
+        """These, of any type."""
+        addresses = array("q", [0 if g is None else address_of(g) or 1 for g in grads])
+        return cls(addresses.tobytes(), grads)
 
 
-def _columns(tensors: Sequence[Tensor]) -> list[Sequence[object]]:
-    return [
-        list(map(type, tensors)),
-        [t.dtype for t in tensors],
-        [t.layout for t in tensors],
-        [t.shape for t in tensors],
-        list(map(Tensor.stride, tensors)),
-    ]
-
-
-def _guards(tensors: Sequence[Tensor]) -> Any:
-    """Dynamo's check of the same things, in one call into C++ for all tensors; None where torch has none."""
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-
-        sizes: Any = [list(t.shape) for t in tensors]
-        strides: Any = [list(t.stride()) for t in tensors]
-        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    except (ImportError, TypeError, RuntimeError, NotImplementedError):
-        return None
-
-
-def grad_addresses_of(grads: Sequence[Tensor | None], *, fake: bool = False) -> list[int]:
-    """Addresses of gradients: 0 where there is none, never 0 where there is one, if only an empty one."""
-    try:
-        addresses = list(map(address_of if fake else Tensor.data_ptr, grads))  # type: ignore[arg-type]
-    except (AttributeError, TypeError, RuntimeError):  # some are absent, or have no memory of their own
-        return [0 if g is None else address_of(g) or 1 for g in grads]
-    return addresses if all(addresses) else [address or 1 for address in addresses]
-
-
-class StateSnapshot:
-    """An optimizer's state as it was: which objects it held, and where and what its tensors were.
-
-    The tensors are held in C++, so that one call compares them all. Nobody swaps what is inside them, which
-    `torch.utils.swap_tensors` refuses for a tensor that others hold; of parameters it may be asked.
+class Snapshot:
+    """An optimizer's tensors as they were.
 
     Args:
+        params: All parameters.
+        grads: For each of them a tensor that is what its gradient will be, beside its address; None: there
+            will be none.
         state: `Optimizer.state`.
         held: From tensors to those that kernels read of them: the local tensors of DTensors.
     """
 
     def __init__(
         self,
-        state: Mapping[Tensor, Mapping[str, object]],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        state: State,
         held: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
     ) -> None:
-        self._objects = tuple(
-            x if isinstance(x, Tensor) else None for p, s in state.items() for x in (p, *s.values())
-        )
-        tensors = [v for s in state.values() for v in s.values() if isinstance(v, Tensor)]
-        local = held(tensors)
-        # What stands for another tensor may come to stand for a third.
-        self._stand_ins = [t for t, mine in zip(tensors, local, strict=True) if t is not mine]
+        self._params = params
+        self._state = _flat(state)
         self._held = held
-        self._held_then = held(self._stand_ins)
-        extension = load_extension()
-        self._same_state = _same_state if isinstance(extension, str) else extension.same_state
-        plain = all(type(t) is Tensor and t.layout is torch.strided for t in local)
-        if isinstance(extension, str) or not plain:
-            self._are_unmoved = _watch_in_python(local)
-        else:
-            objects = [i for t in local for i in (t._cdata, t.untyped_storage()._cdata)]
-            watch = torch.ops.fused_adamw.watch(local, objects)
-            weakref.finalize(self, extension.unwatch, watch).atexit = False
-            self._are_unmoved = functools.partial(extension.is_unmoved, watch)
+        tensors = held([*params, *_tensors(self._state)])
+        self._fake = any_fake(tensors)
+        self._addresses = addresses_of(tensors, fake=self._fake)
+        self._columns = _columns(tensors)
+        self._has_grad = [grad is not None for grad in grads]
+        self._grad_columns = _columns([p if g is None else g for p, g in zip(params, grads, strict=True)])
 
-    def matches(self, state: Mapping[Tensor, Mapping[str, object]]) -> bool:
-        """Whether the state holds the same tensors, each with the same address, dtype, shape and strides."""
-        return bool(
-            self._same_state(state, self._objects)
-            and same_objects(self._held(self._stand_ins), self._held_then)
-            and self._are_unmoved()
+    def matches(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], state: State) -> bool:
+        """Whether these are the same tensors, where and as they were, and the gradients as they were to be.
+
+        Args:
+            params: All parameters now.
+            grads: Their gradients now, local ones of DTensors.
+            state: The optimizer's state now.
+        """
+        flat = _flat(state)
+        if not (same_objects(params, self._params) and same_objects(flat, self._state)):
+            return False
+        tensors = self._held([*params, *_tensors(flat)])
+        is_there = [grad is not None for grad in grads]
+        return (
+            addresses_of(tensors, fake=self._fake) == self._addresses
+            and _columns(tensors) == self._columns
+            and not any(there > known for there, known in zip(is_there, self._has_grad, strict=True))
+            and _columns([g for g in grads if g is not None])
+            == [list(compress(column, is_there)) for column in self._grad_columns]
         )
 
 
-def _same_state(state: Mapping[Tensor, Mapping[str, object]], objects: Sequence[object]) -> bool:
-    """csrc/same_state.h, where there is no extension."""
-    found = [x for p, s in state.items() for x in (p, *s.values())]
-    return len(found) == len(objects) and all(
-        y is None or x is y for x, y in zip(found, objects, strict=True)
-    )
+class Watch:
+    """A `Snapshot` that is compared in one call into C++ (csrc/watch.h), for plain tensors and DTensors.
+
+    Args:
+        params: All parameters.
+        grads: As for `Snapshot`.
+        state: `Optimizer.state`.
+        held: As for `Snapshot`.
+
+    Raises:
+        NotImplementedError: There is no extension, or a tensor is of another kind.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        state: State,
+        held: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
+    ) -> None:
+        extension = load_extension()
+        local = held(params)
+        tensors = [*local, *held(_tensors(_flat(state)))]
+        if isinstance(extension, str) or any(type(t) not in PLAIN for t in tensors):
+            raise NotImplementedError
+        sample = functools.cache(lambda dtype, device: torch.empty(0, dtype=dtype, device=device))
+        expected = [
+            None if g is None else (sample(g.dtype, p.device), tuple(g.shape), g.stride())
+            for p, g in zip(local, grads, strict=True)
+        ]
+        # Kept here, where the garbage collector sees them: C++ only knows where they are.
+        self._watched = tuple(params), tuple((p, *_values(s)) for p, s in state.items())
+        try:
+            self._watch = extension.watch(Tensor, self._watched[0], tuple(expected), self._watched[1])
+        except (AttributeError, RuntimeError) as error:  # no DLPack, or none that can describe them
+            raise NotImplementedError from error
+        self._look = extension.look
+
+    def grad_addresses(self, params: list[list[Tensor]], state: State) -> bytes | None:
+        """The gradients' addresses; None if anything else is not as it was, or cannot be told.
+
+        Args:
+            params: The parameters of each group now.
+            state: The optimizer's state now.
+        """
+        addresses: bytes | None = self._look(self._watch, params, state)
+        return addresses
 
 
-def _watch_in_python(tensors: Sequence[Tensor]) -> Callable[[], bool]:
-    """Watch of csrc/bindings.cpp, for tensors of any type and where there is no extension."""
-    fake = any_fake(tensors)
-    addresses, columns = addresses_of(tensors, fake=fake), _columns(tensors)
-    return lambda: addresses_of(tensors, fake=fake) == addresses and _columns(tensors) == columns
+def _values(of_param: Mapping[str, object]) -> list[Tensor | None]:
+    """Tensors in a parameter's state, None for anything else: no kernel reads it."""
+    return [value if isinstance(value, Tensor) else None for value in of_param.values()]
+
+
+def _flat(state: State) -> list[Tensor | None]:
+    return [t for p, of_param in state.items() for t in (p, *_values(of_param))]
+
+
+def _tensors(values: Iterable[Tensor | None]) -> list[Tensor]:
+    return [t for t in values if t is not None]
+
+
+def _columns(tensors: Sequence[Tensor]) -> list[Sequence[object]]:
+    """What kernels take for granted of tensors beside their addresses, and their types."""
+    return [
+        list(map(type, tensors)),
+        [t.dtype for t in tensors],
+        [t.layout for t in tensors],
+        [t.shape for t in tensors],
+        list(map(Tensor.stride, tensors)),
+        list(map(Tensor.is_neg, tensors)),
+    ]

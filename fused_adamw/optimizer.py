@@ -29,11 +29,10 @@ from .distributed import (
     has_peers,
     held,
     held_grads,
-    is_dtensor,
     is_flattened,
 )
 from .groups import build_param_groups, compare_param_names, summarize_param_groups
-from .memory import address_of
+from .memory import Gradients, address_of
 from .plan import Plan
 from .tables import StepInputs, is_capturing
 
@@ -315,26 +314,17 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
 
-        params = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
-        plan = self._plan
-        is_plain = plan is not None and not plan.is_sharded
-        local = grads if is_plain else held_grads(params, grads)
-        if plan is None or local is None or not plan.is_current(self.param_groups, params, local, self.state):
-            plan, local = self._new_plan(params, grads, None if is_plain else local)
+        plan, grads = self._current_plan()
         self._check_norm_is_known(plan.flattened)
-        plan.prepare(self.param_groups, local)
+        plan.prepare(self.param_groups, grads)
 
         self._has_norm = self._needs_norm()
         if self._has_norm:
-            plan.sum_of_squares(local)
+            plan.sum_of_squares(grads.tensors)
         sums, found_inf = plan.totals(self._has_norm, getattr(self, "found_inf", None), self._norm_group)
         for bucket, _, status in plan.launches:
-            bucket.update(local, self._step_inputs(sums.get(bucket.device), found_inf, status))
-        stepped = plan.stepped
-        if plan.is_sharded:  # graphs save a DTensor, or the memory that to_local() returns
-            stepped = stepped + held(filter(is_dtensor, stepped))
-        torch.autograd.graph.increment_version(stepped)
+            bucket.update(grads.tensors, self._step_inputs(sums.get(bucket.device), found_inf, status))
+        torch.autograd.graph.increment_version(plan.stepped)
         self._look_for_second_clip()
         return loss
 
@@ -374,6 +364,18 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 "over which FSDP shards; with NO_SHARD a callable that returns what it is given; or clip by "
                 "FullyShardedDataParallel.clip_grad_norm_, without max_grad_norm and skip_nonfinite."
             )
+
+    def _current_plan(self) -> tuple[Plan, Gradients]:
+        """The plan, a new one if it is no longer true, and the gradients."""
+        plan = self._plan
+        if plan is not None and (seen := plan.glance(self.param_groups, self.state)) is not None:
+            return plan, seen
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        local = held_grads(params, grads)
+        if plan is None or local is None or not plan.is_current(self.param_groups, params, local, self.state):
+            plan, local = self._new_plan(params, grads, local)
+        return plan, Gradients.of(local)
 
     @torch.inference_mode(False)  # what is made under it could not be written after it
     @torch.no_grad()

@@ -10,6 +10,7 @@ optimizer builds another.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from array import array
@@ -21,18 +22,7 @@ import torch
 from torch import Tensor
 
 from .distributed import NormGroup, Reduction, held, is_dtensor, is_flattened
-from .memory import (
-    PLAIN,
-    Metadata,
-    StateSnapshot,
-    addresses_of,
-    any_fake,
-    grad_addresses_of,
-    is_dense,
-    overlapping,
-    same_layout,
-    same_objects,
-)
+from .memory import PLAIN, Gradients, Snapshot, State, Watch, is_dense, overlapping, same_layout
 from .tables import (
     DTYPE_CODE,
     GRAD,
@@ -109,6 +99,7 @@ class TableBucket:
         first = entries[0]
         self.device = first.param.device
         self.slots = [entry.slot for entry in entries]
+        self._slots = torch.tensor(self.slots, device="cpu")
         self.dtypes = (first.param.dtype, first.grad_dtype, first.exp_avg.dtype)
         self._codes = tuple(DTYPE_CODE[dtype] for dtype in self.dtypes)
         self._backend = backend
@@ -132,10 +123,9 @@ class TableBucket:
         self._hypers = torch.empty(0, device="cpu")
         self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
 
-    def set_grads(self, addresses: Sequence[int]) -> None:
+    def set_grads(self, addresses: array[int]) -> None:
         """Write the gradient address of every row: `addresses` has one for each slot of the plan."""
-        column = array("q", [addresses[slot] for slot in self.slots])
-        self._rows_host[:, GRAD] = torch.frombuffer(column, dtype=torch.int64)
+        self._rows_host[:, GRAD] = torch.frombuffer(addresses, dtype=torch.int64)[self._slots]
         self._rows = self._rows_table.upload(self._rows_host)
 
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
@@ -196,7 +186,7 @@ class TensorBucket:
         self._hypers: Sequence[Hyper] = ()
         self._backend = backend
 
-    def set_grads(self, addresses: Sequence[int]) -> None:
+    def set_grads(self, addresses: array[int]) -> None:
         """Nothing to note: gradients are taken as tensors."""
 
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
@@ -245,8 +235,8 @@ class Plan:
 
     Attributes:
         launches: What to run, at least one.
-        stepped: The parameters that have a gradient, once prepared.
-        is_sharded: Whether a parameter is a DTensor. Gradients are then to be given as `held_grads`.
+        stepped: The parameters that have a gradient, once prepared; of DTensors their local tensors, too, as
+            graphs save the one or the other.
         flattened: Slots of parameters that FSDP1 flattened.
         fallbacks: Slot to the reason why kernels that serve its device do not step it.
     """
@@ -262,18 +252,12 @@ class Plan:
         previous: Plan | None,
     ) -> None:
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
-        self.is_sharded = any(map(is_dtensor, self._params))
         self.flattened = [slot for slot, p in enumerate(self._params) if is_flattened(p)]
         self._reduction = Reduction(self._params)
         self._structure = self._structure_of(groups)
-        self._state = StateSnapshot(state, held)
         local_params: list[Tensor] = held(self._params)
-        self._fake = any_fake(local_params)
-        self._addresses = addresses_of(local_params, fake=self._fake)
-        self._metadata = Metadata(local_params, local_params)
         self._expected = [self._expected_grad(slot, grad, previous) for slot, grad in enumerate(grads)]
-        self._grad_metadata = Metadata(grads, self._expected)
-        self._grad_addresses: list[int] | None = None
+        self._grad_addresses: bytes | None = None
         self.stepped: list[Tensor] = []
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
@@ -330,8 +314,16 @@ class Plan:
                 if status is None:
                     status = torch.zeros(2, dtype=sums.dtype, device=device)
                 self.launches.append(Launch(bucket, places, status.to(device, sums.dtype, copy=True)))
+        self._reads_tensors = any(isinstance(b, TensorBucket) and b.slots for b, _, _ in self.launches)
         stepped = {slot for launch in self.launches for slot in launch.bucket.slots}
-        self._without_state = [slot for slot in range(len(self._params)) if slot not in stepped]
+        known = [
+            None if slot not in stepped else self._expected[slot] if grad is None else grad
+            for slot, grad in enumerate(grads)
+        ]
+        self._snapshot = Snapshot(self._params, known, state, held)
+        self._watch: Watch | None = None
+        with contextlib.suppress(NotImplementedError):
+            self._watch = Watch(self._params, known, state, held)
 
     def _expected_grad(self, slot: int, grad: Tensor | None, previous: Plan | None) -> Tensor:
         """What a parameter's gradient looks like, as it is, was, or as the parameter; not its memory."""
@@ -345,40 +337,48 @@ class Plan:
     def _structure_of(groups: Sequence[Mapping[str, Any]]) -> list[object]:
         return [(len(group["params"]), bool(group["amsgrad"])) for group in groups]
 
+    def glance(self, groups: Sequence[Mapping[str, Any]], state: State) -> Gradients | None:
+        """The gradients, if one call tells that the plan is current; None if it takes `is_current` to tell.
+
+        Args:
+            groups: The optimizer's `param_groups` now.
+            state: The optimizer's state now.
+        """
+        if self._watch is None or self._structure_of(groups) != self._structure:
+            return None
+        addresses = self._watch.grad_addresses([group["params"] for group in groups], state)
+        if addresses is None:
+            return None
+        if not self._reads_tensors:
+            return Gradients(addresses, ())
+        return Gradients(addresses, held(p.grad for group in groups for p in group["params"]))
+
     def is_current(
         self,
         groups: Sequence[Mapping[str, Any]],
         params: list[Tensor],
         grads: Sequence[Tensor | None],
-        state: Mapping[Tensor, dict[str, Any]],
+        state: State,
     ) -> bool:
         """Whether the plan still describes the optimizer, up to gradient addresses and hyper-parameters.
 
         Args:
             groups: The optimizer's `param_groups` now.
             params: All parameters of all groups now, in order.
-            grads: Their gradients now.
+            grads: Their gradients now, `held_grads` of them.
             state: The optimizer's state now.
         """
-        local_params = held(params) if self.is_sharded else params
-        return (
-            self._structure_of(groups) == self._structure
-            and self._state.matches(state)
-            and same_objects(params, self._params)
-            and addresses_of(local_params, fake=self._fake) == self._addresses
-            and self._metadata.match(local_params)
-            and not any(grads[slot] is not None for slot in self._without_state)
-            and self._grad_metadata.match(grads)
-        )
+        return self._structure_of(groups) == self._structure and self._snapshot.matches(params, grads, state)
 
-    def prepare(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor | None]) -> None:
+    def prepare(self, groups: Sequence[Mapping[str, Any]], grads: Gradients) -> None:
         """Bring gradient addresses and hyper-parameters up to date, where they changed."""
-        addresses = grad_addresses_of(grads, fake=self._fake)
-        if addresses != self._grad_addresses:
+        if grads.addresses != self._grad_addresses:
+            addresses = array("q", grads.addresses)
             for bucket, _, _ in self.launches:
                 bucket.set_grads(addresses)
-            self._grad_addresses = addresses
-            self.stepped = list(compress(self._params, addresses))
+            stepped = list(compress(self._params, addresses))
+            self.stepped = stepped + held(filter(is_dtensor, stepped))
+            self._grad_addresses = grads.addresses
         hypers = [Hyper.of(group) for group in groups]
         keys = [hyper.key() for hyper in hypers]
         if keys != self._hyper_keys or self._reads_lr_of_another_device(hypers):

@@ -1,176 +1,325 @@
 """What a plan remembers of tensors: that each change that a kernel would stumble over is seen."""
 
+import gc
 import weakref
+from array import array
 
 import pytest
 import torch
 
 from fused_adamw import memory
-
-# Metadata
-
-
-@pytest.mark.parametrize("guards", [memory._guards, lambda tensors: None], ids=["guards", "columns"])
-@pytest.mark.parametrize(
-    "other",
-    [
-        torch.ones(3, 4, dtype=torch.float16),
-        torch.ones(4, 3),
-        torch.ones(3, 3),
-        torch.ones(4, 3).t(),
-        torch.ones(3, 8)[:, ::2],
-        torch.ones(3, 4).to_sparse(),
-    ],
-    ids=["dtype", "shape", "smaller", "transposed", "strided", "sparse"],
-)
-def test_metadata_tells_tensors_apart(guards, other, monkeypatch):
-    monkeypatch.setattr(memory, "_guards", guards)
-    like, also = torch.zeros(3, 4), torch.zeros(2)
-    whole = memory.Metadata([like, also], [like, also])
-    part = memory.Metadata([None, also], [like, also])
-    for metadata in (whole, part):
-        assert metadata.match([torch.ones(3, 4), also])
-        assert metadata.match([None, also])
-        assert not metadata.match([other, also])
-        assert not metadata.match([other, None])
+from fused_adamw.extension import load_extension
 
 
-# StateSnapshot
+class Held:
+    """What an optimizer holds: two parameters with gradient and state, and one that has neither."""
+
+    def __init__(self):
+        shapes = [(3, 4), (), (2,)]
+        self.groups = [[torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]]
+        self.p, self.scalar, self.without = self.groups[0]
+        self.state = {}
+        for p in (self.p, self.scalar):
+            p.grad = torch.ones_like(p)
+            moments = {"exp_avg": torch.ones(p.shape), "exp_avg_sq": torch.ones(p.shape)}
+            self.state[p] = {"step": torch.tensor(2.0), **moments, "n": 7}
+        self.s = self.state[self.p]
+
+    @property
+    def params(self):
+        return [p for group in self.groups for p in group]
+
+    @property
+    def known_grads(self):
+        return [p.detach() if p in self.state else None for p in self.params]
+
+    def addresses(self):
+        return array("q", [0 if p.grad is None else p.grad.data_ptr() for p in self.params]).tobytes()
 
 
-def some_state():
-    params = [torch.zeros(3, 4), torch.zeros(())]
-    return {
-        p: {
-            "step": torch.tensor(2.0),
-            "exp_avg": torch.ones_like(p),
-            "exp_avg_sq": torch.ones_like(p),
-            "n": 7,
-        }
-        for p in params
-    }
+def look_by_snapshot(held):
+    snapshot = memory.Snapshot(held.params, held.known_grads, held.state)
+
+    def look(held):
+        grads = [p.grad for p in held.params]
+        is_same = snapshot.matches(held.params, grads, held.state)
+        return memory.Gradients.of(grads).addresses if is_same else None
+
+    return look
 
 
-def _replace_moment(state, first):
-    first["exp_avg"] = torch.ones(3, 4)
+def look_by_watch(held):
+    if isinstance(load_extension(), str):
+        pytest.skip("the extension is not built")
+    watch = memory.Watch(held.params, held.known_grads, held.state)
+    return lambda held: watch.grad_addresses(held.groups, held.state)
 
 
-def _replace_step_by_an_equal_one(state, first):
-    first["step"] = torch.tensor(2.0)
+@pytest.fixture(params=[look_by_snapshot, look_by_watch], ids=["snapshot", "watch"])
+def looks(request):
+    """Takes down what is held; returns a function that tells the gradients' addresses, None if it changed."""
+    return request.param
 
 
-def _exchange_moments(state, first):
-    first["exp_avg"], first["exp_avg_sq"] = first["exp_avg_sq"], first["exp_avg"]
+# Changes of one tensor, made in place: its object stays the same.
+MOVES = {
+    "elsewhere": lambda t: t.clone(),
+    "reshaped": lambda t: t.view(4, 3),
+    "restrided": lambda t: t.as_strided((3, 4), (1, 3)),
+    "cut": lambda t: t[:2],
+    "flattened": lambda t: t.view(-1),
+    "of another dtype": lambda t: t.view(torch.int32),
+}
+# Of another dtype, a parameter cannot have a gradient.
+MOVES_OF_PARAMS = {name: move for name, move in MOVES.items() if name != "of another dtype"}
 
 
-def _swap_data(state, first):
-    first["exp_avg"].data = torch.ones(3, 4)
+def step_replaced_by_an_equal_one(held):
+    held.s["step"] = torch.tensor(2.0)
 
 
-def _transpose(state, first):
-    first["exp_avg"].data = first["exp_avg"].view(4, 3)
+def moments_exchanged(held):
+    held.s["exp_avg"], held.s["exp_avg_sq"] = held.s["exp_avg_sq"], held.s["exp_avg"]
 
 
-def _restride(state, first):
-    first["exp_avg"].data = first["exp_avg"].as_strided((3, 4), (1, 3))
+def moment_no_tensor(held):
+    held.s["exp_avg"] = None
 
 
-def _cut(state, first):
-    first["exp_avg"].data = first["exp_avg"][:2]
+def key_added(held):
+    held.s["max_exp_avg_sq"] = torch.ones(3, 4)
 
 
-def _flatten(state, first):
-    first["exp_avg"].data = first["exp_avg"].view(-1)
+def key_removed(held):
+    del held.s["exp_avg_sq"]
 
 
-def _view_as_another_dtype(state, first):
-    first["exp_avg"].data = first["exp_avg"].view(torch.int32)
+def state_removed(held):
+    del held.state[held.scalar]
 
 
-def _add_key(state, first):
-    first["max_exp_avg_sq"] = torch.ones(3, 4)
+def state_added(held):
+    held.state[torch.zeros(1)] = {"step": torch.tensor(0.0)}
 
 
-def _remove_key(state, first):
-    del first["exp_avg_sq"]
+def state_of_another_parameter(held):
+    held.state[torch.zeros(())] = held.state.pop(held.scalar)
 
 
-def _remove_parameter(state, first):
-    del state[list(state)[-1]]
+def parameter_replaced(held):
+    held.groups[0][0] = torch.nn.Parameter(torch.zeros(3, 4))
 
 
-def _add_parameter(state, first):
-    state[torch.zeros(1)] = {"step": torch.tensor(0.0)}
+def parameters_reordered(held):
+    held.groups[0].reverse()
 
 
-def _rename_parameter(state, first):
-    last = list(state)[-1]
-    state[torch.zeros(())] = state.pop(last)
+def parameter_added(held):
+    held.groups[0].append(torch.nn.Parameter(torch.zeros(3)))
+
+
+def parameter_removed(held):
+    held.groups[0].pop()
+
+
+def group_added(held):
+    held.groups.append([held.without])
+
+
+def parameters_swapped(held):
+    other = torch.nn.Parameter(held.p.detach().clone())
+    other.grad = held.p.grad
+    torch.utils.swap_tensors(held.p, other)
+
+
+def first_gradient(held):
+    held.without.grad = torch.ones(2)
+
+
+def gradient_transposed(held):
+    held.p.grad = torch.ones(4, 3).t()
+
+
+def gradient_strided(held):
+    held.p.grad = torch.ones(3, 8)[:, ::2]
+
+
+def gradient_smaller(held):
+    held.p.grad.data = torch.ones(3, 3)
+
+
+def gradient_of_another_dtype(held):
+    held.p.grad.data = torch.ones(3, 4, dtype=torch.float64)
+
+
+def gradient_sparse(held):
+    held.p.grad = torch.ones(3, 4).to_sparse()
+
+
+def gradient_of_a_subclass(held):
+    held.p.grad = torch.ones(3, 4).as_subclass(type("Subclass", (torch.Tensor,), {}))
+
+
+def gradient_negative(held):
+    held.scalar.grad = torch.tensor(1 + 2j).conj().imag
+    assert held.scalar.grad.is_neg()
+
+
+def gradient_negative_at_the_same_address(held):
+    held.scalar.grad = held.complex.conj().imag
 
 
 CHANGES = [
-    *(_replace_moment, _replace_step_by_an_equal_one, _exchange_moments, _swap_data, _transpose, _restride),
-    *(_cut, _flatten, _view_as_another_dtype, _add_key, _remove_key),
-    *(_remove_parameter, _add_parameter, _rename_parameter),
+    *(step_replaced_by_an_equal_one, moments_exchanged, moment_no_tensor, key_added, key_removed),
+    *(state_removed, state_added, state_of_another_parameter),
+    *(parameter_replaced, parameters_reordered, parameter_added, parameter_removed, group_added),
+    *(parameters_swapped, first_gradient, gradient_transposed, gradient_strided, gradient_smaller),
+    *(gradient_of_another_dtype, gradient_sparse, gradient_of_a_subclass),
+    *(gradient_negative, gradient_negative_at_the_same_address),
 ]
 
 
-@pytest.fixture(params=["extension", "python"])
-def state_snapshot(request, monkeypatch):
-    if request.param == "python":
-        monkeypatch.setattr(memory, "load_extension", lambda: "not built")
-    elif isinstance(memory.load_extension(), str):
-        pytest.skip("the extension is not built")
-    return memory.StateSnapshot
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_seen(looks, change):
+    held = Held()
+    held.complex = torch.tensor(1 + 2j)
+    held.scalar.grad = held.complex.imag
+    look = looks(held)
+    assert look(held) == held.addresses()
+    change(held)
+    assert look(held) is None
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
-def test_state_snapshot_sees_a_change(state_snapshot, change):
-    state = some_state()
-    snapshot = state_snapshot(state)
-    assert snapshot.matches(state)
-    change(state, next(iter(state.values())))
-    assert not snapshot.matches(state)
-    assert state_snapshot(state).matches(state)
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_a_move_of_a_moment_is_seen(looks, key, move):
+    held = Held()
+    look = looks(held)
+    held.s[key].data = move(held.s[key])
+    assert look(held) is None
+    assert looks(held)(held) == held.addresses()
 
 
-def test_state_snapshot_does_not_mind_what_a_step_changes(state_snapshot):
-    state = some_state()
-    snapshot = state_snapshot(state)
-    for s in state.values():
+@pytest.mark.parametrize("move", MOVES_OF_PARAMS.values(), ids=MOVES_OF_PARAMS)
+def test_a_move_of_a_parameter_is_seen(looks, move):
+    held = Held()
+    look = looks(held)
+    held.p.data = move(held.p.data)
+    assert look(held) is None
+
+
+def test_what_a_step_changes_is_no_change(looks):
+    held = Held()
+    look = looks(held)
+    for s in held.state.values():
         s["step"] += 1
         s["exp_avg"].mul_(0.5)
         s["n"] += 1  # not a tensor: no kernel reads it
-    assert snapshot.matches(state)
-    assert snapshot.matches({p: dict(s) for p, s in state.items()})
+    with torch.no_grad():
+        held.p.mul_(2)
+    assert look(held) == held.addresses()
+    held.groups = [[held.p], [held.scalar, held.without]]
+    held.state = {p: dict(s) for p, s in held.state.items()}
+    assert look(held) == held.addresses()
 
 
-def test_state_snapshot_of_nothing_and_of_tensors_without_memory(state_snapshot):
-    assert state_snapshot({}).matches({})
-    p = torch.zeros(2)
-    sparse = {p: {"exp_avg": torch.zeros(2).to_sparse()}}
-    assert state_snapshot(sparse).matches(sparse)
-    assert not state_snapshot(sparse).matches({})
+def test_gradients_come_and_go_and_move(looks):
+    held = Held()
+    look = looks(held)
+    seen = set()
+    for grad in (None, torch.ones(3, 4), torch.zeros(5, 4)[1:4], torch.zeros(1).expand(3, 4).clone()):
+        held.p.grad = grad
+        assert look(held) == held.addresses()
+        seen.add(look(held))
+    assert len(seen) == 4
+    held.scalar.grad = None
+    assert look(held) == held.addresses()
 
 
-def test_state_snapshot_lets_go_of_the_state(state_snapshot):
-    state = some_state()
-    moment = weakref.ref(next(iter(state.values()))["exp_avg"])
-    snapshot = state_snapshot(state)
-    state.clear()
+def test_an_empty_gradient_is_not_an_absent_one(looks):
+    held = Held()
+    empty = torch.nn.Parameter(torch.zeros(0, 3))
+    held.groups.append([empty])
+    held.state[empty] = {}
+    look = looks(held)
+    assert look(held)[-8:] == bytes(8)
+    empty.grad = torch.zeros(0, 3)
+    assert array("q", look(held))[-1] == 1
+
+
+def test_nothing_is_held(looks):
+    held = Held()
+    held.groups, held.state = [], {}
+    assert looks(held)(held) == b""
+
+
+def test_it_lets_go(looks):
+    held = Held()
+    moment, p = weakref.ref(held.s["exp_avg"]), weakref.ref(held.p)
+    look = looks(held)
+    held.s.clear()
     assert moment() is not None
-    del snapshot
+    # The optimizer that a hook steps: only the garbage collector can tell that nobody else knows it.
+    held.p.register_hook(lambda grad, look=look: look)
+    del held, look
+    gc.collect()
     assert moment() is None
+    assert p() is None
 
 
-def test_same_state_refuses_other_types():
-    extension = memory.load_extension()
+def a_subclass(held):
+    held.s["exp_avg"] = held.s["exp_avg"].as_subclass(type("Subclass", (torch.Tensor,), {}))
+
+
+def a_sparse_one(held):
+    held.s["exp_avg"] = held.s["exp_avg"].to_sparse()
+
+
+def a_meta_one(held):
+    held.s["exp_avg"] = held.s["exp_avg"].to("meta")
+
+
+@pytest.mark.parametrize("tensor", [a_subclass, a_sparse_one, a_meta_one], ids=lambda f: f.__name__)
+def test_other_kinds_of_tensors_are_not_watched(tensor):
+    held = Held()
+    tensor(held)
+    with pytest.raises(NotImplementedError):
+        memory.Watch(held.params, held.known_grads, held.state)
+    look = look_by_snapshot(held)
+    assert look(held) == held.addresses()
+    held.s["exp_avg"] = torch.ones(3, 4)
+    assert look(held) is None
+
+
+def test_without_an_extension_nothing_is_watched(monkeypatch):
+    monkeypatch.setattr(memory, "load_extension", lambda: "not built")
+    held = Held()
+    with pytest.raises(NotImplementedError):
+        memory.Watch(held.params, held.known_grads, held.state)
+
+
+def test_functions_of_the_extension_refuse_other_types():
+    extension = load_extension()
     if isinstance(extension, str):
         pytest.skip("the extension is not built")
-    for args in [(), ({},), ([], ()), ({}, []), ({}, (), ())]:
-        with pytest.raises(TypeError, match="a dict and a tuple"):
-            extension.same_state(*args)
-    assert not extension.same_state({1: 2}, (1, 2))
+    watch = extension.watch(torch.Tensor, (), (), ())
+    assert extension.look(watch, [], {}) == b""
+    assert extension.look(watch, [()], {}) is None  # only lists are looked into
+    assert extension.look(watch, [[1]], {}) is None
+    assert extension.look(watch, [], {1: 2}) is None
+    for args in [(), (watch,), (watch, (), {}), (watch, [], ()), (watch, [], {}, 1)]:
+        with pytest.raises(TypeError, match="a capsule, a list and a dict"):
+            extension.look(*args)
+    with pytest.raises(ValueError, match="PyCapsule"):
+        extension.look(torch.Tensor.__dlpack_c_exchange_api__, [], {})
+    t = torch.zeros(2)
+    for args in [([], (), ()), ((1,), (None,), ()), ((t,), (), ()), ((t,), ((t, ()),), ()), ((), (), (1,))]:
+        with pytest.raises((IndexError, RuntimeError, SystemError)):
+            extension.watch(torch.Tensor, *args)
+    with pytest.raises(TypeError, match="4 arguments"):
+        extension.watch(torch.Tensor)
+    with pytest.raises(AttributeError, match="dlpack"):
+        extension.watch(int, (), (), ())
 
 
 # Layouts

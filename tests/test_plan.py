@@ -11,8 +11,9 @@ import torch
 from common import NATIVE, assert_same_path, give_grads, parameters, twins
 from torch.optim.lr_scheduler import LambdaLR
 
+from fused_adamw import memory, plan, tables
 from fused_adamw import optimizer as optimizer_module
-from fused_adamw import plan, tables
+from fused_adamw.extension import load_extension
 
 CSRC = Path(__file__).parents[1] / "csrc"
 
@@ -164,6 +165,27 @@ def test_one_plan_while_gradients_come_and_go(target, built):
     for present in itertools.product([True, False], repeat=3):
         pair.step(without=[i for i in range(3) if not present[i]])
     assert len(built) == 1
+
+
+def test_a_steady_step_takes_one_look(target, monkeypatch):
+    """Also where some parameters are stepped as tensors."""
+    if isinstance(load_extension(), str):
+        pytest.skip("the extension is not built")
+    params = [*parameters([(3, 4), (5,), ()], device=target.device)]
+    params += parameters([(4,)], device=target.device, dtype=torch.complex64)
+    copies = twins(params)
+    ours = target.adamw(params, lr=1e-2, max_grad_norm=1e9)
+    theirs = torch.optim.AdamW(copies, lr=1e-2, foreach=False)
+    for step in range(5):
+        if step == 1:
+            monkeypatch.delattr(memory.Snapshot, "matches")
+        give_grads(params, step)
+        give_grads(copies, step)
+        for each in (params, copies):
+            each[step % 4].grad = None if step else each[0].grad
+        ours.step()
+        theirs.step()
+    assert_same_path(params, copies, 5, grad_error=1e-6)
 
 
 def test_only_what_is_stepped_gets_a_new_version(target):

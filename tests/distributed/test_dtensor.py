@@ -41,6 +41,11 @@ def in_one_process(options=None, without=()):
     return [gathered(p) for p in params]
 
 
+def is_seen_at_a_glance(optimizer):
+    """Whether one call into C++ finds the plan current; of the reference there is none to make."""
+    return optimizer._plan.glance(optimizer.param_groups, optimizer.state) is not None
+
+
 def train(name, options=None, without=(), device="cpu"):
     """What training comes to: parameters, norms, the collectives of each step, what fell back."""
     layout = LAYOUTS[name](device)
@@ -61,6 +66,7 @@ def train(name, options=None, without=(), device="cpu"):
         plan = plan or optimizer._plan
         assert optimizer._plan is plan
         assert len(plan.launches) == 1
+        assert is_seen_at_a_glance(optimizer)
     for p, where in zip(params, layout, strict=True):
         if state := optimizer.state[p]:
             assert type(state["step"]) is torch.Tensor

@@ -1,0 +1,314 @@
+#include "watch.h"
+
+#include <ATen/dlpack.h>
+
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace fused_adamw {
+namespace {
+
+constexpr char kCapsule[] = "fused_adamw.watch";
+// In place of the description of a gradient where there must not be one: like nothing.
+constexpr int64_t kNoGrad = -1;
+// Numbers of a description beside two for each dimension.
+constexpr int64_t kFixedNumbers = 3;
+// How many objects ahead a look fetches.
+constexpr int64_t kAhead = 12;
+
+// Thrown where a Python exception is set.
+struct PythonError : std::exception {};
+
+template <typename T>
+T* checked(T* result) {
+  if (!result) throw PythonError();
+  return result;
+}
+
+// A new reference, given back at the end.
+class Owned {
+ public:
+  explicit Owned(PyObject* object) : object_(checked(object)) {}
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  ~Owned() { Py_DecRef(object_); }
+  PyObject* get() const { return object_; }
+
+ private:
+  PyObject* const object_;
+};
+
+// Attributes that a look reads.
+struct Names {
+  PyObject* const grad = checked(PyUnicode_InternFromString("grad"));
+  PyObject* const is_neg = checked(PyUnicode_InternFromString("is_neg"));
+  PyObject* const local_tensor = checked(PyUnicode_InternFromString("_local_tensor"));
+  PyObject* const mesh = checked(PyUnicode_InternFromString("mesh"));
+  PyObject* const placements = checked(PyUnicode_InternFromString("placements"));
+  PyObject* const spec = checked(PyUnicode_InternFromString("_spec"));
+};
+
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+int64_t address_of(const DLTensor& t) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) + t.byte_offset);
+}
+
+// Hands `take` the numbers that say what kernels take for granted of a tensor beside its address, while it
+// returns true. The first of them tells how many there are.
+template <typename F>
+bool describe(const DLTensor& t, const F& take) {
+  bool going = take(t.ndim) && take(t.dtype.code | t.dtype.bits << 8 | int64_t{t.dtype.lanes} << 16) &&
+               take(t.device.device_type | int64_t{t.device.device_id} << 32);
+  for (int32_t i = 0; going && i < t.ndim; ++i) {
+    going = take(t.shape[i]) && take(t.shape[i] > 1 ? t.strides[i] : 0);  // a stride that leads nowhere
+  }
+  return going;
+}
+
+PyObject* item(PyObject* tuple, Py_ssize_t i) { return checked(PyTuple_GetItem(tuple, i)); }
+
+std::vector<int64_t> integers(PyObject* tuple) {
+  std::vector<int64_t> found;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i) found.push_back(PyLong_AsLongLong(item(tuple, i)));
+  if (PyErr_Occurred()) throw PythonError();
+  return found;
+}
+
+struct Object {
+  PyObject* object;  // null: any
+  bool is_dtensor = false;
+  // Where the tensor and its storage were, which a look comes to by way of the object: a hint.
+  const char* behind[2] = {};
+};
+
+// Calls f with what this process holds of a tensor: of a DTensor its local tensor.
+template <typename F>
+bool with_local(const Object& tensor, const F& f) {
+  if (!tensor.is_dtensor) return f(tensor.object);
+  return f(Owned(PyObject_GetAttr(tensor.object, names().local_tensor)).get());
+}
+
+// What was taken down.
+class Watch {
+ public:
+  Watch(PyObject* tensor_type, PyObject* params, PyObject* grads, PyObject* state)
+      : tensor_type(reinterpret_cast<PyTypeObject*>(tensor_type)) {
+    const Owned capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
+    const auto* const api = static_cast<const DLPackExchangeAPI*>(
+        checked(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api")));
+    to_dlpack_ = api->dltensor_from_py_object_no_sync;
+    if (api->header.version.major != DLPACK_MAJOR_VERSION || !to_dlpack_) {
+      PyErr_SetString(PyExc_NotImplementedError, "another version of DLPack");
+      throw PythonError();
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_Size(state); ++i) {
+      PyObject* const of_param = item(state, i);
+      this->state.push_back({item(of_param, 0)});
+      for (Py_ssize_t j = 1; j < PyTuple_Size(of_param); ++j)
+        this->state.push_back(take_down(item(of_param, j)));
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_Size(params); ++i) {
+      this->params.push_back(take_down(item(params, i)));
+      take_down_grad(item(grads, i));
+    }
+    if (PyErr_Occurred()) throw PythonError();
+  }
+
+  DLTensor to_dlpack(PyObject* tensor) const {
+    DLTensor t;
+    if (to_dlpack_(tensor, &t) != 0) throw PythonError();
+    return t;
+  }
+
+  PyTypeObject* const tensor_type;
+  // In the order of a look. Of each parameter in the state itself, then what belongs to it.
+  std::vector<Object> state, params;
+  // Address and description of each tensor of the state and each parameter; after a parameter its gradient's
+  // description.
+  std::vector<int64_t> numbers;
+
+ private:
+  Object take_down(PyObject* tensor) {
+    if (tensor == Py_None) return {nullptr};
+    Object object{tensor, PyObject_HasAttr(tensor, names().local_tensor) == 1};
+    with_local(object, [&](PyObject* local) {
+      const DLTensor t = to_dlpack(local);
+      numbers.push_back(address_of(t));
+      object.behind[0] = cdata_of(local);
+      object.behind[1] = cdata_of(Owned(PyObject_CallMethod(local, "untyped_storage", nullptr)).get());
+      return take_down_description(t);
+    });
+    return object;
+  }
+
+  void take_down_grad(PyObject* expected) {
+    if (expected == Py_None) return numbers.push_back(kNoGrad);
+    DLTensor t = to_dlpack(item(expected, 0));
+    std::vector<int64_t> shape = integers(item(expected, 1)), strides = integers(item(expected, 2));
+    t.ndim = static_cast<int32_t>(shape.size());
+    t.shape = shape.data();
+    t.strides = strides.data();
+    take_down_description(t);
+  }
+
+  bool take_down_description(const DLTensor& t) {
+    return describe(t, [this](int64_t number) { return numbers.push_back(number), true; });
+  }
+
+  static const char* cdata_of(PyObject* object) {
+    const Owned address(PyObject_GetAttrString(object, "_cdata"));
+    return static_cast<const char*>(checked(PyLong_AsVoidPtr(address.get())));
+  }
+
+  DLPackDLTensorFromPyObjectNoSync to_dlpack_;
+};
+
+// One comparison with what was taken down.
+class Look {
+ public:
+  explicit Look(const Watch& watch) : watch_(watch), number_(watch.numbers.data()) {}
+
+  bool is_same_state(PyObject* state) {
+    PyObject *param, *of_param, *name, *value;
+    size_t n = 0;
+    const std::vector<Object>& known = watch_.state;
+    for (Py_ssize_t i = 0; PyDict_Next(state, &i, &param, &of_param);) {
+      if (n == known.size() || param != known[n++].object || !PyDict_Check(of_param)) return false;
+      for (Py_ssize_t j = 0; PyDict_Next(of_param, &j, &name, &value);) {
+        if (n == known.size() || !is_same(value, known, n++)) return false;
+      }
+    }
+    return n == known.size();
+  }
+
+  bool finds_grads(PyObject* groups) {
+    size_t n = 0;
+    const std::vector<Object>& known = watch_.params;
+    for (Py_ssize_t i = 0; i < PyList_Size(groups); ++i) {
+      PyObject* const params = PyList_GetItem(groups, i);
+      if (!PyList_Check(params)) return false;
+      for (Py_ssize_t j = 0; j < PyList_Size(params); ++j, ++n) {
+        if (n == known.size() || !is_same(PyList_GetItem(params, j), known, n)) return false;
+        if (!finds_grad(known[n])) return false;
+      }
+    }
+    return n == known.size();
+  }
+
+  // The addresses of the gradients found.
+  std::vector<int64_t> grads;
+
+ private:
+  // Whether this is the n-th of the objects known, where and as it was.
+  bool is_same(PyObject* tensor, const std::vector<Object>& known, size_t n) {
+    if (n + kAhead < known.size()) prefetch(known[n + kAhead]);
+    if (!known[n].object) return true;
+    return tensor == known[n].object && with_local(known[n], [this](PyObject* local) {
+             const DLTensor t = watch_.to_dlpack(local);
+             return address_of(t) == *number_++ && is_as_expected(t);
+           });
+  }
+
+  // A step finds all this far from the caches, each behind a pointer in the one before. Inline, or GCC takes
+  // it for a function without effects and drops the call.
+  __attribute__((always_inline)) static void prefetch(const Object& object) {
+    __builtin_prefetch(object.object);
+    for (const char* const behind : object.behind)
+      for (int offset = 0; offset < 192; offset += 64) __builtin_prefetch(behind + offset);
+  }
+
+  bool finds_grad(const Object& param) {
+    const Owned grad(PyObject_GetAttr(param.object, names().grad));
+    if (grad.get() == Py_None) {
+      number_ += *number_ == kNoGrad ? 1 : kFixedNumbers + 2 * *number_;
+      return grads.push_back(0), true;
+    }
+    if (param.is_dtensor && !is_placed_alike(grad.get(), param.object)) return false;
+    return with_local({grad.get(), param.is_dtensor}, [this](PyObject* local) {
+      if (Py_TYPE(local) != watch_.tensor_type) return false;
+      const DLTensor t = watch_.to_dlpack(local);
+      if (!is_as_expected(t) || is_negative_view(local, t)) return false;
+      const int64_t address = address_of(t);
+      return grads.push_back(address ? address : 1), true;  // an empty one has none
+    });
+  }
+
+  // Whether two DTensors have the same mesh and placements. Those of FSDP2 share one object that says so.
+  static bool is_placed_alike(PyObject* a, PyObject* b) {
+    const Owned spec_a(PyObject_GetAttr(a, names().spec)), spec_b(PyObject_GetAttr(b, names().spec));
+    return spec_a.get() == spec_b.get() || (has_equal(names().mesh, spec_a.get(), spec_b.get()) &&
+                                            has_equal(names().placements, spec_a.get(), spec_b.get()));
+  }
+  static bool has_equal(PyObject* name, PyObject* a, PyObject* b) {
+    const Owned of_a(PyObject_GetAttr(a, name)), of_b(PyObject_GetAttr(b, name));
+    return PyObject_RichCompareBool(of_a.get(), of_b.get(), Py_EQ) == 1;
+  }
+
+  bool is_as_expected(const DLTensor& t) {
+    return describe(t, [this](int64_t number) { return number == *number_++; });
+  }
+
+  // Whether a gradient is to be read with the other sign: as the imaginary part of a conjugate is, which
+  // lies at the odd places of a complex tensor.
+  static bool is_negative_view(PyObject* tensor, const DLTensor& t) {
+    if (address_of(t) % (t.dtype.bits / 4) == 0) return false;
+    return Owned(PyObject_CallMethodObjArgs(tensor, names().is_neg, nullptr)).get() == Py_True;
+  }
+
+  const Watch& watch_;
+  const int64_t* number_;  // the next one to compare
+};
+
+void destroy(PyObject* capsule) { delete static_cast<Watch*>(PyCapsule_GetPointer(capsule, kCapsule)); }
+
+// Runs f; what it throws becomes a Python exception.
+template <typename F>
+PyObject* guarded(const F& f) {
+  try {
+    return f();
+  } catch (const PythonError&) {
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
+  if (n_args != 4) return PyErr_Format(PyExc_TypeError, "watch expects 4 arguments, got %zd", n_args);
+  return guarded([args] {
+    auto made = std::make_unique<Watch>(args[0], args[1], args[2], args[3]);
+    PyObject* const capsule = checked(PyCapsule_New(made.get(), kCapsule, &destroy));
+    made.release();
+    return capsule;
+  });
+}
+
+PyObject* look(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
+  if (n_args != 3 || !PyList_Check(args[1]) || !PyDict_Check(args[2]))
+    return PyErr_Format(PyExc_TypeError, "look expects a capsule, a list and a dict");
+  const auto* const made = static_cast<const Watch*>(PyCapsule_GetPointer(args[0], kCapsule));
+  if (!made) return nullptr;
+  return guarded([args, made]() -> PyObject* {
+    Look look(*made);
+    look.grads.reserve(made->params.size());
+    try {
+      if (!look.is_same_state(args[2]) || !look.finds_grads(args[1])) Py_RETURN_NONE;
+    } catch (const PythonError&) {
+      PyErr_Clear();  // it cannot be told
+      Py_RETURN_NONE;
+    }
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(look.grads.data()),
+                                     static_cast<Py_ssize_t>(look.grads.size() * sizeof(int64_t)));
+  });
+}
+
+}  // namespace fused_adamw

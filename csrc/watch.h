@@ -1,0 +1,34 @@
+// What a step asks before kernels may follow the addresses in its tables: does the optimizer still hold the
+// same tensors, where and as they were, and where are the gradients? Python's stable C API, and DLPack's for
+// what is behind a tensor; no torch.
+#pragma once
+
+#include <Python.h>
+
+namespace fused_adamw {
+
+// watch(tensor_type, params, grads, state) -> capsule
+//
+//   tensor_type  torch.Tensor
+//   params       tuple of the parameters of all groups
+//   grads        tuple with a tuple for each parameter: a tensor that has the gradient's dtype and device,
+//   its
+//                shape, its strides; or None where there must not be a gradient
+//   state        tuple: for each parameter in the optimizer's state the parameter, then the values of its
+//                dict, None for one that may change
+//
+// Takes down what these objects are now. It does not own them: who holds the capsule holds the tuples, too,
+// so that the garbage collector sees them. Of a DTensor, its local tensor is watched. Raises if DLPack cannot
+// describe a tensor.
+PyObject* watch(PyObject* module, PyObject* const* args, Py_ssize_t n_args);
+
+// look(capsule, params, state) -> bytes | None
+//
+//   params       list of the lists of parameters of all groups
+//   state        dict of dicts: the optimizer's state
+//
+// The addresses of all gradients, int64 each, 0 where there is none; None if anything is not as it was, or
+// cannot be told.
+PyObject* look(PyObject* module, PyObject* const* args, Py_ssize_t n_args);
+
+}  // namespace fused_adamw
