@@ -81,6 +81,12 @@ std::vector<int64_t> integers(PyObject* tuple) {
   return found;
 }
 
+// Another reference to a tensor, beside Python's.
+struct Release {
+  void operator()(DLManagedTensorVersioned* tensor) const { tensor->deleter(tensor); }
+};
+using Reference = std::unique_ptr<DLManagedTensorVersioned, Release>;
+
 struct Object {
   PyObject* object;  // null: any
   bool is_dtensor = false;
@@ -104,6 +110,7 @@ class Watch {
     const auto* const api = static_cast<const DLPackExchangeAPI*>(
         checked(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api")));
     to_dlpack_ = api->dltensor_from_py_object_no_sync;
+    to_reference_ = api->managed_tensor_from_py_object_no_sync;
     if (api->header.version.major != DLPACK_MAJOR_VERSION || !to_dlpack_) {
       PyErr_SetString(PyExc_NotImplementedError, "another version of DLPack");
       throw PythonError();
@@ -111,8 +118,10 @@ class Watch {
     for (Py_ssize_t i = 0; i < PyTuple_Size(state); ++i) {
       PyObject* const of_param = item(state, i);
       this->state.push_back({item(of_param, 0)});
-      for (Py_ssize_t j = 1; j < PyTuple_Size(of_param); ++j)
+      for (Py_ssize_t j = 1; j < PyTuple_Size(of_param); ++j) {
         this->state.push_back(take_down(item(of_param, j)));
+        if (this->state.back().object) hold(this->state.back());
+      }
     }
     for (Py_ssize_t i = 0; i < PyTuple_Size(params); ++i) {
       this->params.push_back(take_down(item(params, i)));
@@ -148,6 +157,18 @@ class Watch {
     return object;
   }
 
+  // A look takes a reference to each tensor for a moment. Where it is the second one, torch also takes one to
+  // the tensor's Python object, which doubles the time: so it is to be the third. Parameters are not held:
+  // `torch.utils.swap_tensors`, which `Module.to` may use, refuses what others hold.
+  void hold(const Object& tensor) {
+    with_local(tensor, [this](PyObject* local) {
+      DLManagedTensorVersioned* reference = nullptr;
+      if (to_reference_(local, &reference) != 0) throw PythonError();
+      held_.emplace_back(reference);
+      return true;
+    });
+  }
+
   void take_down_grad(PyObject* expected) {
     if (expected == Py_None) return numbers.push_back(kNoGrad);
     DLTensor t = to_dlpack(item(expected, 0));
@@ -168,6 +189,8 @@ class Watch {
   }
 
   DLPackDLTensorFromPyObjectNoSync to_dlpack_;
+  DLPackManagedTensorFromPyObjectNoSync to_reference_;
+  std::vector<Reference> held_;
 };
 
 // One comparison with what was taken down.

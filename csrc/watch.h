@@ -11,15 +11,14 @@ namespace fused_adamw {
 //
 //   tensor_type  torch.Tensor
 //   params       tuple of the parameters of all groups
-//   grads        tuple with a tuple for each parameter: a tensor that has the gradient's dtype and device,
-//   its
-//                shape, its strides; or None where there must not be a gradient
-//   state        tuple: for each parameter in the optimizer's state the parameter, then the values of its
-//                dict, None for one that may change
+//   grads        tuple of tuples, one for each parameter: a tensor with the dtype and device of its gradient,
+//                the gradient's shape, its strides; or None where there must not be a gradient
+//   state        tuple of tuples, one for each parameter in the optimizer's state: the parameter, then the
+//                values of its dict, None for one that may change
 //
-// Takes down what these objects are now. It does not own them: who holds the capsule holds the tuples, too,
-// so that the garbage collector sees them. Of a DTensor, its local tensor is watched. Raises if DLPack cannot
-// describe a tensor.
+// Takes down what these objects are now. Of a DTensor, its local tensor is watched. The capsule does not keep
+// the objects alive: who holds it holds the tuples, too, where the garbage collector sees them. Raises if
+// DLPack cannot describe a tensor.
 PyObject* watch(PyObject* module, PyObject* const* args, Py_ssize_t n_args);
 
 // look(capsule, params, state) -> bytes | None
