@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +34,7 @@ from benchmarks.cases import (
 from benchmarks.equality import check_equal_results
 from benchmarks.measure import Bandwidth, Heat, Turn, block_medians, threads
 from benchmarks.peers import PASSES, PEERS, Problem, line_up
+from benchmarks.pictures import plot_ratios
 from benchmarks.results import CASE_KEYS, Result, evaluate, from_json, print_table, to_json
 from fused_adamw import FusedHygieneAdamW
 
@@ -295,16 +296,76 @@ def test_all_that_is_wanted_counts(more: dict[str, object], reached: bool) -> No
     assert _evaluated([1.0, 1.0, 1.0], **more)[0].reached is reached
 
 
-def test_compare_tells_a_change_from_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whence = provenance.provenance(CPU)
-    noisy, steady, faster = ([1.0, 1.5, 1.0], [1.0, 1.0, 1.0], [0.5, 0.5, 0.5])
-    for name, ours in (("noisy", noisy), ("steady", steady), ("faster", faster)):
-        (tmp_path / name).write_text(json.dumps(to_json(_evaluated(ours), whence)))
-    a, b, c = (from_json(json.loads((tmp_path / name).read_text())) for name in ("noisy", "steady", "faster"))
-    assert [beyond for *_, beyond in compare.compare(a, b)] == [False, False]
-    assert [(speedup, beyond) for _, _, speedup, beyond in compare.compare(b, c)] == [(2.0, True)] * 2
-    assert compare.main([str(tmp_path / "steady"), str(tmp_path / "faster")]) == 0
-    assert "2.00" in capsys.readouterr().out
+@pytest.fixture
+def result_files(tmp_path: Path) -> Callable[..., list[str]]:
+    """Writes a file of results for each of the times of ours."""
+
+    def write(**times: list[float]) -> list[str]:
+        for name, ours in times.items():
+            payload = to_json(_evaluated(ours), provenance.provenance(CPU))
+            (tmp_path / name).write_text(json.dumps(payload))
+        return [str(tmp_path / name) for name in times]
+
+    return write
+
+
+def test_compare_tells_a_change_from_noise() -> None:
+    noisy, steady, faster = map(_evaluated, ([1.0, 1.5, 1.25], [1.0, 1.0, 1.0], [0.5, 0.5, 0.5]))
+    assert compare.speedup(noisy[0], steady[0]) == (1.25, False)
+    assert compare.speedup(noisy[0], faster[0]) == (2.5, True)
+    assert compare.speedup(faster[0], steady[0]) == (0.5, True)
+    assert compare.matched([noisy, steady]) == list(zip(noisy, steady, strict=True))
+    assert compare.matched([noisy, steady[1:]]) == [(noisy[1], steady[1])]
+
+
+def test_compare_finds_the_best_of_several() -> None:
+    slow, fast, between = map(_evaluated, ([4.0, 4.0, 4.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]))
+    fused, loop = compare.matched([slow, fast, between])
+    assert compare.best(fused) == (fast[0], True)
+    assert compare.best(loop) == (fast[1], None)
+    assert compare.best([slow[0], slow[0]]) == (slow[0], False)
+    assert compare.best([fast[0], replace(slow[0], wanted_ratio=4.5)]) == (fast[0], False)
+
+
+def test_compare_prints_every_ratio_and_the_best(
+    result_files: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main(result_files(a=[4.0, 4.0, 4.0], b=[1.0, 1.0, 1.0], c=[2.0, 2.0, 2.0])) == 0
+    times, ratios = capsys.readouterr().out.split("Ratios")
+
+    def row(table: str) -> list[str]:
+        (line,) = (line for line in table.splitlines() if "vs-fused" in line)
+        return [cell.strip() for cell in line.split("│")[2:-1]]
+
+    assert row(times) == ["4000.000 ±0%", "1000.000 ±0%", "2000.000 ±0%", "4.00", "2.00"]
+    assert row(ratios) == ["1.00 (1.50)", "4.00 (1.50)", "2.00 (1.50)", "4.00 ≥2 (1.50)", "yes"]
+    assert ratios.rstrip().endswith("Reached by the best of 3: 1 of 1")
+
+
+def test_compare_marks_what_no_file_reached(
+    result_files: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main(result_files(a=[4.0, 4.0, 4.0], b=[3.0, 3.0, 3.0])) == 0
+    out = capsys.readouterr().out
+    assert "│      no │" in out
+    assert out.rstrip().endswith("Reached by the best of 2: 0 of 1")
+
+
+def test_results_without_first_steps_can_be_read(
+    result_files: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = result_files(old=[1.0, 1.0, 1.0])
+    payload = json.loads(Path(file).read_text())
+    for detail in payload["details"].values():
+        for key in ("ours_first_ms", "peer_first_ms", "first_ratio"):
+            del detail[key]
+    Path(file).write_text(json.dumps(payload))
+    assert compare.main([file, *result_files(new=[1.0, 1.0, 1.0])]) == 0
+    assert "│ 4.00 │ 4.00 (1.50) │" in capsys.readouterr().out
+    print_table(from_json(payload), "title")
+    assert "│ 4.00 ≥2 │" in capsys.readouterr().out
+    plot_ratios(from_json(payload), payload, tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").exists()
 
 
 def test_parts_of_a_step_are_what_a_step_finds_unchanged() -> None:
