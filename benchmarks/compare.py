@@ -1,4 +1,7 @@
-"""Compare two results: `python -m benchmarks.compare A.json B.json`."""
+"""Compare results: `python -m benchmarks.compare A.json B.json ...`.
+
+Two tables: the times of ours beside those of the first file, with their noise; and the ratios, with the best.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from rich.table import Table
 
-from .results import Result, console, from_json
+from .results import Result, console, from_json, ratio_text
 
 
 def noise(result: Result) -> float:
@@ -19,21 +23,62 @@ def noise(result: Result) -> float:
     return float(max(runs) / min(runs) - 1)
 
 
-def compare(a: Sequence[Result], b: Sequence[Result]) -> list[tuple[Result, Result, float, bool]]:
-    """Pair the results of the same name.
+def speedup(old: Result, new: Result) -> tuple[float, bool]:
+    """Time of ours in the old over that in the new; and whether that is more than the noise of both."""
+    times = old.ours_ms / new.ours_ms
+    return times, max(times, 1 / times) - 1 > noise(old) + noise(new)
 
-    Returns:
-        A's, B's, time of ours in A over that in B (above 1: B is faster), and whether that is more than the
-        noise of both.
-    """
-    by_name = {result.name: result for result in b}
-    rows = []
-    for old in a:
-        if (new := by_name.get(old.name)) is not None:
-            speedup = old.ours_ms / new.ours_ms
-            beyond = max(speedup, 1 / speedup) - 1 > noise(old) + noise(new)
-            rows.append((old, new, speedup, beyond))
-    return rows
+
+def matched(files: Sequence[Sequence[Result]]) -> list[tuple[Result, ...]]:
+    """The results of each race that is in all files."""
+    by_name = [{result.name: result for result in results} for results in files]
+    return [
+        tuple(results[name] for results in by_name)
+        for name in by_name[0]
+        if all(name in results for results in by_name)
+    ]
+
+
+def best(race: Sequence[Result]) -> tuple[Result, bool | None]:
+    """The result with the best ratio, and whether it reached what the last file wants; None: nothing."""
+    wanted = race[-1].wanted_ratio
+    result = max(race, key=lambda result: result.ratio)
+    return result, None if wanted is None else result.ratio >= wanted
+
+
+def _times_table(letters: str, races: Sequence[Sequence[Result]]) -> Table:
+    table = Table(
+        title="Times of ours",
+        caption="ms ± noise: spread of its three runs; A/B: above 1, B is faster; bold: beyond both's noise",
+    )
+    table.add_column("race", no_wrap=True)
+    for name in (*letters, *(f"A/{letter}" for letter in letters[1:])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for race in races:
+        speedups = []
+        for result in race[1:]:
+            times, beyond = speedup(race[0], result)
+            style = ("bold green" if times > 1 else "bold red") if beyond else "dim"
+            speedups.append(f"[{style}]{times:.2f}[/]")
+        table.add_row(race[0].name, *(f"{r.ours_ms:.3f} ±{noise(r):.0%}" for r in race), *speedups)
+    return table
+
+
+def _ratios_table(letters: str, races: Sequence[Sequence[Result]]) -> Table:
+    table = Table(title="Ratios", caption="peer's time / ours (of first steps)")
+    table.add_column("race", no_wrap=True)
+    for name in (*letters, "best", "reached"):
+        table.add_column(name, justify="right", no_wrap=True)
+    marks = {True: "[green]yes[/]", False: "[bold red]no[/]", None: ""}
+    for race in races:
+        winner, reached = best(race)
+        table.add_row(
+            winner.name,
+            *(ratio_text(result, None) for result in race),
+            ratio_text(winner, race[-1].wanted_ratio),
+            marks[reached],
+        )
+    return table
 
 
 def _describe(payload: dict[str, Any]) -> str:
@@ -42,37 +87,28 @@ def _describe(payload: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
-    parser.add_argument("a", type=Path)
-    parser.add_argument("b", type=Path)
+    parser.add_argument("first", type=Path)
+    parser.add_argument("others", type=Path, nargs="+")
     args = parser.parse_args(argv)
-    old, new = (json.loads(path.read_text()) for path in (args.a, args.b))
-    table = Table(caption="A/B: above 1, B is faster; bold: more than the spread of the runs of both")
-    for name in ("race", "ours ms A", "ours ms B", "A/B", "noise A", "noise B", "ratio A", "ratio B"):
-        table.add_column(name, justify="left" if name == "race" else "right", no_wrap=True)
-    rows = compare(from_json(old), from_json(new))
-    for a, b, speedup, beyond in rows:
-        style = ("bold green" if speedup > 1 else "bold red") if beyond else "dim"
-        table.add_row(
-            a.name,
-            f"{a.ours_ms:.3f}",
-            f"{b.ours_ms:.3f}",
-            f"[{style}]{speedup:.2f}[/]",
-            f"{noise(a):.0%}",
-            f"{noise(b):.0%}",
-            f"{a.ratio:.2f}",
-            f"{b.ratio:.2f}",
-        )
+    payloads = [json.loads(path.read_text()) for path in (args.first, *args.others)]
+    letters = ascii_uppercase[: len(payloads)]
+    files = [from_json(payload) for payload in payloads]
+    races = matched(files)
     out = console()
-    out.print(f"A: {_describe(old)}\nB: {_describe(new)}", highlight=False)
-    if old["device"] != new["device"]:
+    for letter, payload in zip(letters, payloads, strict=True):
+        out.print(f"{letter}: {_describe(payload)}", highlight=False)
+    if len({payload["device"] for payload in payloads}) > 1:
         out.print("[bold red]These are different devices.[/]")
-    out.print(table)
-    unmatched = {r.name for r in from_json(old)} ^ {r.name for r in from_json(new)}
+    out.print(_times_table(letters, races))
+    out.print(_ratios_table(letters, races))
+    unmatched = {result.name for results in files for result in results} - {race[0].name for race in races}
     if unmatched:
-        out.print(f"In one file only: {', '.join(sorted(unmatched))}")
-    return 0 if rows else 1
+        out.print(f"Not in all files: {', '.join(sorted(unmatched))}")
+    verdicts = [reached for _, reached in map(best, races) if reached is not None]
+    out.print(f"Reached by the best of {len(files)}: {sum(verdicts)} of {len(verdicts)}", highlight=False)
+    return 0 if races else 1
 
 
 if __name__ == "__main__":

@@ -257,32 +257,27 @@ def launches(run: Acceptance) -> dict[str, Any]:
 def _race(run: Acceptance, problem: Problem, race: Race, seconds: float) -> list[Result]:
     peers = list(line_up(problem, PEERS, clip=race.clip, backends=run.backends))
     check_equal_results(problem, peers)
-
-    def moving(step: Callable[[], object]) -> Callable[[], object]:
-        def move_and_step() -> None:
-            problem.move_gradients()
-            step()
-
-        return move_and_step
-
-    steps = {peer.name: moving(peer.step) if race.moved_grads else peer.step for peer in peers}
-    heat = Heat(steps, run.device, turn_seconds=0.001 if run.dry_run else 0.05)
-    heat.run(heat.rounds_in(seconds, least=3, most=60))
+    heat = Heat(
+        {peer.name: peer.step for peer in peers},
+        run.device,
+        turn_seconds=0.001 if run.dry_run else 0.05,
+        before=problem.move_gradients if race.moved_grads else None,
+    )
+    heat.run(seconds, least=3, most=60)
     assert run.bandwidth is not None
     results = []
     for backend in run.backends:
         wanted = dict(race.wanted)
         if backend == "triton" and race.wanted_copy_fraction is not None:
             wanted["native"] = WANTED_NATIVE_OVER_TRITON
-        rivals = [name for name in heat.seconds if name not in run.backends]
-        rivals += ["native"] * (backend != "native" and "native" in heat.seconds)
+        rivals = [name for name in heat.turns if name not in run.backends]
+        rivals += ["native"] * (backend != "native" and "native" in heat.turns)
         results += evaluate(
             replace(race, wanted=wanted),
-            {name: heat.seconds[name] for name in (backend, *rivals)},
+            {name: heat.turns[name] for name in (backend, *rivals)},
             run.bandwidth,
             ours=backend,
             best=False,
-            device_seconds=heat.device_seconds,
         )
     return results
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,13 +33,30 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def time_steps(step: Callable[[], object], n: int, device: torch.device) -> tuple[float, float]:
+def time_steps(
+    step: Callable[[], object], n: int, device: torch.device, before: Callable[[], object] | None = None
+) -> tuple[float, float]:
     """Time n back-to-back steps.
+
+    Args:
+        step: What to time.
+        n: How often.
+        device: Where it runs.
+        before: Run before every step, outside the time.
 
     Returns:
         Seconds per step by the wall clock, until the device has finished the last; and seconds per step
         between two events on the device. On a CPU both are the same.
     """
+    if before is not None:
+        # What runs between the steps is left out only where each is timed on its own; it takes many of them
+        # all the same to come to the steady state. On a GPU, host and device then wait for each other.
+        alone = []
+        for _ in range(n):
+            before()
+            alone.append(time_steps(step, 1, device))
+        wall, on_device = (sum(seconds) / n for seconds in zip(*alone, strict=True))
+        return wall, on_device
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(n):
@@ -55,17 +74,34 @@ def time_steps(step: Callable[[], object], n: int, device: torch.device) -> tupl
     return (time.perf_counter() - start) / n, first.elapsed_time(last) * 1e-3 / n
 
 
+class Turn(NamedTuple):
+    """What one turn of a contestant took, in seconds.
+
+    Attributes:
+        first: Wall time of its first step, which finds nothing of its own in the caches; None where a step is
+            long and that makes little difference.
+        wall: Wall time per step of the batch that follows.
+        device: The same between events on the device.
+    """
+
+    first: float | None
+    wall: float
+    device: float
+
+
 class Heat:
     """Contestants whose steps are timed in turn, so that a disturbance meets all of them.
 
     Attributes:
-        seconds: Wall time per step of each contestant, one entry per turn.
-        device_seconds: The same between events on the device.
+        turns: What the turns of each contestant took.
     """
 
-    # A step shorter than this is preceded by an untimed one: what its code and small tensors left in the
-    # caches, the others have pushed out.
+    # A step shorter than this is slower right after other work has pushed its code and small tensors out of
+    # the caches: the first is timed on its own.
     WARM_BELOW = 0.02
+    # That work: a pass over so many bytes, more than caches hold. It is the same for all, where what the
+    # contestant before left in the caches is not.
+    FLUSHED_BYTES = 1 << 27
     # Contestants slower than this, and than twice the fastest, take their turn in every third round.
     RARE_ABOVE = 0.2
 
@@ -73,76 +109,72 @@ class Heat:
         self,
         steps: Mapping[str, Callable[[], object]],
         device: torch.device,
-        before: Callable[[], object] = lambda: None,
-        turn_seconds: float = 0.0,
+        turn_seconds: float,
+        before: Callable[[], object] | None = None,
     ) -> None:
-        """Estimate how long each step takes.
+        """Find out how many steps of each make a batch.
 
         Args:
             steps: What to time, by name.
             device: Where it runs.
-            before: Run before the steps of each turn, outside the time.
-            turn_seconds: A turn is as many back-to-back steps as take so long, at least one.
+            turn_seconds: A batch is as many back-to-back steps as last so long, at least one.
+            before: Run before every step, outside the time.
         """
         self._steps = steps
         self._device = device
         self._before = before
+        self._batches: dict[str, int] = {}
         self._estimates: dict[str, float] = {}
         for name, step in steps.items():
-            step()  # builds state and tables
-            self._estimates[name] = time_steps(step, 1, device)[0]
+            time_steps(step, 1, device, before)  # builds state and tables
+            n, seconds = 1, time_steps(step, 1, device, before)[0]
+            while n * seconds < turn_seconds:  # the longer the batch, the shorter its steps
+                n = math.ceil(turn_seconds / seconds)
+                seconds = time_steps(step, n, device, before)[0]
+            self._batches[name], self._estimates[name] = n, seconds
         slow = max(self.RARE_ABOVE, 2 * min(self._estimates.values()))
         self._every = {name: 3 if s > slow else 1 for name, s in self._estimates.items()}
+        devices = {torch.device("cpu"), device}  # the host has caches too
+        self._flushed = [torch.zeros(self.FLUSHED_BYTES // 4, device=d) for d in devices]
         self._rounds = 0
-        self._batches = {name: max(1, int(turn_seconds / s)) for name, s in self._estimates.items()}
-        self.seconds: dict[str, list[float]] = {name: [] for name in steps}
-        self.device_seconds: dict[str, list[float]] = {name: [] for name in steps}
+        self.turns: dict[str, list[Turn]] = {name: [] for name in steps}
 
-    def rounds_in(self, seconds: float, least: int, most: int) -> int:
-        """How many rounds take so long; divisible by the number of blocks."""
-        turns = [
-            (self._batches[name] + self._is_warmed(name)) * s / self._every[name]
-            for name, s in self._estimates.items()
-        ]
-        rounds = max(least, min(most, int(seconds / sum(turns))))
-        return -(-rounds // BLOCKS) * BLOCKS
-
-    def _is_warmed(self, name: str) -> bool:
-        return self._estimates[name] < self.WARM_BELOW
-
-    def ready(self, name: str) -> None:
-        """What precedes the timed steps of a turn."""
-        if self._is_warmed(name):
+    def _before_first(self) -> None:
+        if self._before is not None:
             self._before()
-            self._steps[name]()
-        self._before()
+        for tensor in self._flushed:
+            tensor.add_(1)
 
-    def turn(self, name: str) -> None:
-        """Time one contestant."""
-        self.ready(name)
-        wall, on_device = time_steps(self._steps[name], self._batches[name], self._device)
-        self.seconds[name].append(wall)
-        self.device_seconds[name].append(on_device)
-
-    def round(self, names: Iterable[str]) -> None:
-        """Let each of these have its turn, if this is one of its rounds."""
-        for name in names:
+    def round(self) -> None:
+        """Let each contestant have its turn, if this is one of its rounds."""
+        for name, step in self._steps.items():
             if self._rounds % self._every[name] == 0:
-                self.turn(name)
+                first = None
+                if self._estimates[name] < self.WARM_BELOW:
+                    first, _ = time_steps(step, 1, self._device, self._before_first)
+                batch = time_steps(step, self._batches[name], self._device, self._before)
+                self.turns[name].append(Turn(first, *batch))
         self._rounds += 1
 
-    def run(self, rounds: int) -> None:
-        """Run so many rounds of all contestants."""
-        for _ in range(rounds):
-            self.round(self._steps)
+    def run(self, seconds: float, least: int, most: int) -> None:
+        """Run rounds for so long, between so many; their number is divisible by that of the blocks."""
+        end = time.perf_counter() + seconds
+        while (
+            self._rounds < least
+            or (self._rounds < most and time.perf_counter() < end)
+            or self._rounds % BLOCKS
+        ):
+            self.round()
 
 
-def block_medians(seconds: Sequence[float]) -> list[float]:
-    """The median of each third of the rounds; of all where there are fewer than three."""
-    size = len(seconds) // BLOCKS
-    if size == 0:
-        return [median(seconds)] * BLOCKS
-    return [median(seconds[i : i + size]) for i in range(0, size * BLOCKS, size)]
+def block_medians(turns: Sequence[Turn]) -> list[Turn]:
+    """The medians of each third of the turns; of all where there are fewer than three."""
+    size = len(turns) // BLOCKS
+    blocks = [turns[i * size : (i + 1) * size] for i in range(BLOCKS)] if size else [turns] * BLOCKS
+    return [
+        Turn(*(None if None in seconds else median(seconds) for seconds in zip(*block, strict=True)))
+        for block in blocks
+    ]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Pat
         figure, axes = plt.subplots(figsize=(9.5, 1.5 + 0.46 * len(races)))
         _plain_axes(axes)
         top = max([result.ratio for result in results] + [result.wanted_ratio or 1 for result in results])
-        bottom = min([0.9, *(0.9 * result.ratio for result in results)])
+        firsts = [first for result in results if (first := result.detail.get("first_ratio")) is not None]
+        bottom = 0.9 * min([1.0, *(result.ratio for result in results), *firsts])
         for row, members in enumerate(races.values()):
             axes.plot([bottom, top * 1.5], [row, row], color=GRID, linewidth=0.7, zorder=0)
             for result in members:
@@ -73,6 +74,8 @@ def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Pat
                 if peer == "fused":
                     axes.plot([1, result.ratio], [row, row], color=color, linewidth=7, alpha=0.25)
                     axes.plot([min(runs), max(runs)], [row, row], color=color, linewidth=2)
+                    first = result.detail.get("first_ratio") or math.nan
+                    axes.scatter(first, row, s=46, color="white", edgecolor=color, label="fused, first step")
                 axes.scatter(result.ratio, row, s=46, color=color, zorder=3, label=peer, edgecolor="white")
                 if result.wanted_ratio is not None:
                     axes.scatter(

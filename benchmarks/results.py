@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .cases import Race
-from .measure import Bandwidth, block_medians
+from .measure import Bandwidth, Turn, block_medians
 from .peers import PASSES
 
 
@@ -63,12 +63,11 @@ CASE_KEYS = tuple(f.name for f in fields(Result) if f.name != "detail")
 
 def evaluate(
     race: Race,
-    seconds: Mapping[str, Sequence[float]],
+    turns: Mapping[str, Sequence[Turn]],
     bandwidth: Bandwidth,
     *,
     ours: str = "ours",
     best: bool,
-    device_seconds: Mapping[str, Sequence[float]] | None = None,
     detail: Mapping[str, Any] | None = None,
 ) -> list[Result]:
     """What a race comes to, against every peer.
@@ -78,25 +77,24 @@ def evaluate(
 
     Args:
         race: What was run.
-        seconds: Wall time per step of every contestant, by round.
+        turns: What the turns of every contestant took.
         bandwidth: Of the memory, measured in the same run.
         ours: Which contestant is ours; other backends of ours are peers.
         best: Which of the three runs to report.
-        device_seconds: Time per step between events on the device; by default the wall time.
         detail: What else to note.
     """
     results = []
     nbytes = race.case.bytes_moved(PASSES["ours"][not race.clip])
-    mine = block_medians(seconds[ours])
-    mine_on_device = block_medians((device_seconds or seconds)[ours])
-    for peer, times in seconds.items():
+    mine = block_medians(turns[ours])
+    for peer, peer_turns in turns.items():
         if peer == ours:
             continue
-        theirs = block_medians(times)
-        ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
+        theirs = block_medians(peer_turns)
+        ratios = [b.wall / a.wall for a, b in zip(mine, theirs, strict=True)]
         order = sorted(range(len(ratios)), key=ratios.__getitem__)
         run = order[-1 if best else len(order) // 2]
-        speed = nbytes / mine_on_device[run]
+        a, b = mine[run], theirs[run]
+        speed = nbytes / a.device
         passes = PASSES.get(peer)
         peer_bytes = None if passes is None else race.case.bytes_moved(passes[not race.clip])
         results.append(
@@ -106,8 +104,8 @@ def evaluate(
                 wanted_ratio=race.wanted.get(peer),
                 copy_fraction=speed / bandwidth.copy,
                 wanted_copy_fraction=race.wanted_copy_fraction,
-                ours_ms=mine[run] * 1e3,
-                peer_ms=theirs[run] * 1e3,
+                ours_ms=a.wall * 1e3,
+                peer_ms=b.wall * 1e3,
                 bytes=nbytes,
                 detail={
                     "race": race.name,
@@ -120,10 +118,13 @@ def evaluate(
                     "tensors": len(race.case.shapes),
                     "groups": len(race.case.groups),
                     "values": race.case.numel,
-                    "rounds": len(times),
+                    "rounds": len(peer_turns),
                     "ratios": ratios,
-                    "ours_ms_by_run": [t * 1e3 for t in mine],
-                    "device_ms": mine_on_device[run] * 1e3,
+                    "ours_ms_by_run": [t.wall * 1e3 for t in mine],
+                    "ours_first_ms": a.first and a.first * 1e3,
+                    "peer_first_ms": b.first and b.first * 1e3,
+                    "first_ratio": a.first and b.first and b.first / a.first,
+                    "device_ms": a.device * 1e3,
                     "wanted_ms": race.wanted_ms,
                     "gbps": speed / 1e9,
                     "peer_bytes": peer_bytes,
@@ -177,15 +178,25 @@ def _verdict(value: float, wanted: float | None, spec: str, unit: str = "") -> T
     return text
 
 
+def ratio_text(result: Result, wanted: float | None) -> Text:
+    """The ratio, beside what is wanted of it; in brackets that of the first steps, where it is known."""
+    first = result.detail.get("first_ratio")
+    brackets = Text("" if first is None else f" ({first:.2f})", style="dim")
+    return Text.assemble(_verdict(result.ratio, wanted, ".2f"), brackets)
+
+
 def console() -> Console:
     """Where tables go; wide enough for them in a log."""
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def print_table(results: Sequence[Result], title: str) -> None:
     """One line per race, one column of ratios per peer."""
     peers = list(dict.fromkeys(result.detail["peer"] for result in results))
-    table = Table(title=title, caption="ratio: peer's time / ours; of copy, of stream: share of bandwidth")
+    table = Table(
+        title=title,
+        caption="ratio: peer's time / ours (of first steps); of copy, of stream: share of bandwidth",
+    )
     table.add_column("race", no_wrap=True)
     for name in ("ours ms", "GB/s", "of copy", "of stream", *peers):
         table.add_column(name, justify="right", no_wrap=True)
@@ -207,7 +218,7 @@ def print_table(results: Sequence[Result], title: str) -> None:
             _verdict(100 * one.copy_fraction, None if wanted is None else 100 * wanted, ".0f", "%"),
             f"{100 * one.detail['stream_fraction']:.0f}%",
             *(
-                _verdict(by_peer[peer].ratio, by_peer[peer].wanted_ratio, ".2f") if peer in by_peer else ""
+                ratio_text(by_peer[peer], by_peer[peer].wanted_ratio) if peer in by_peer else ""
                 for peer in peers
             ),
         )

@@ -7,9 +7,10 @@ import json
 import shutil
 import subprocess
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import compare, gpu_acceptance, host, provenance
+from benchmarks import compare, gpu_acceptance, host, measure, provenance
 from benchmarks.cases import (
     CASES,
     CPU_RACES,
@@ -32,12 +33,13 @@ from benchmarks.cases import (
     Race,
 )
 from benchmarks.equality import check_equal_results
-from benchmarks.measure import Bandwidth, Heat, block_medians, threads
+from benchmarks.measure import Bandwidth, Heat, Turn, block_medians, threads
 from benchmarks.peers import PASSES, PEERS, Problem, line_up
-from benchmarks.results import CASE_KEYS, evaluate, from_json, to_json
+from benchmarks.pictures import plot_ratios
+from benchmarks.results import CASE_KEYS, Result, evaluate, from_json, print_table, to_json
 from fused_adamw import FusedHygieneAdamW
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FEW = Case("few", ((3, 5), (7,), (4, 2, 3), (1,)), group_of=(0, 1, 0, 1))
 
 
@@ -144,25 +146,116 @@ def test_moved_gradients_are_elsewhere_and_equal() -> None:
         assert torch.equal(p.grad, grad)
 
 
-def test_a_heat_times_all_in_turn() -> None:
-    calls: list[str] = []
-    heat = Heat({name: lambda name=name: calls.append(name) for name in "ab"}, CPU)  # type: ignore[misc]
-    assert heat.rounds_in(0.0, least=4, most=9) == 6  # three blocks of the same size
-    calls.clear()
-    heat.run(3)
-    assert calls == ["a", "a", "b", "b"] * 3  # each after an untimed step
-    assert all(len(times) == 3 for times in heat.seconds.values())
+class Machine:
+    """A host and a device as benchmarks.measure sees them; time passes only as work is said to take it.
+
+    Attributes:
+        calls: The work that was done.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self._now = self._device_until = 0.0
+        cuda = SimpleNamespace(synchronize=lambda _: self._wait(self._device_until), Event=self._event)
+        fake = SimpleNamespace(device=torch.device, cuda=cuda, zeros=self._zeros)
+        monkeypatch.setattr(measure, "torch", fake)
+        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: self._now))
+
+    def work(self, name: str, on_host: float, on_device: float = 0.0) -> None:
+        """Launch it on the host, then leave it to the device."""
+        self.calls.append(name)
+        self._now += on_host
+        self._device_until = max(self._now, self._device_until) + on_device
+
+    def _wait(self, until: float) -> None:
+        self._now = max(self._now, until)
+
+    def _event(self, *, enable_timing: bool) -> SimpleNamespace:
+        def record() -> None:
+            event.at = max(self._now, self._device_until)
+
+        event = SimpleNamespace(record=record, synchronize=lambda: self._wait(event.at))
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+    def _zeros(self, numel: int, *, device: torch.device) -> SimpleNamespace:
+        # Longer than all steps, and longest on the device.
+        return SimpleNamespace(add_=lambda _: self.work("flush", device == CPU, 2 * (device == CUDA)))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_turn_is_a_first_step_and_a_batch(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    tick = 1 / 1024
+
+    def short() -> None:
+        machine.work("short", 8 * tick if machine.calls[-1:] == ["flush"] else 2 * tick)
+
+    def move() -> None:
+        machine.work("move", on_host=1.0)
+
+    steps = {"short": short, "long": lambda: machine.work("long", 32 * tick)}
+    heat = Heat(steps, CPU, turn_seconds=5 * tick, before=move if moved else None)
+    machine.calls.clear()
+    heat.round()
+    first, batch = ["flush", "short"], ["short"] * 3
+    if moved:
+        first, batch = ["move", *first], ["move", "short"] * 3
+    assert machine.calls == [*first, *batch, *["move"] * moved, "long"]
+    assert heat.turns == {
+        "short": [Turn(8 * tick, 2 * tick, 2 * tick)],
+        "long": [Turn(None, 32 * tick, 32 * tick)],
+    }
+
+
+def test_a_turn_on_a_gpu_ends_when_the_device_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    tick = 1 / 1024
+    heat = Heat(
+        {"step": lambda: machine.work("step", on_host=tick, on_device=4 * tick)}, CUDA, turn_seconds=33 * tick
+    )
+    machine.calls.clear()
+    heat.round()
+    assert machine.calls == ["flush"] * 2 + ["step"] * (1 + 8)  # the caches of both
+    overlapped = (tick + 8 * 4 * tick) / 8
+    assert heat.turns == {"step": [Turn(5 * tick, overlapped, overlapped)]}
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 6), (6.5, 9), (99.0, 12)])
+def test_a_heat_runs_for_so_long(seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    heat = Heat({name: lambda: machine.work("step", on_host=0.5) for name in "ab"}, CPU, turn_seconds=0.0)
+    heat.run(seconds, least=4, most=10)
+    assert all(len(turns) == rounds for turns in heat.turns.values())  # three blocks of the same size
+
+
+def test_slow_contestants_take_their_turn_in_every_third_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    steps = {name: lambda name=name: machine.work(name, float(name)) for name in ("0.25", "0.75")}  # type: ignore[misc]
+    heat = Heat(steps, CPU, turn_seconds=0.0)
+    machine.calls.clear()
+    heat.run(0.0, least=6, most=6)
+    assert machine.calls == ["0.25", "0.75", "0.25", "0.25"] * 2
+
+
+def _turns(seconds: Sequence[float]) -> list[Turn]:
+    return [Turn(None, wall, wall) for wall in seconds]
 
 
 def test_medians_by_thirds() -> None:
-    assert block_medians([1, 2, 9, 4, 4, 5, 6, 6, 7]) == [2, 4, 6]
-    assert block_medians([3, 1]) == [2, 2, 2]
+    assert block_medians(_turns([1, 2, 9, 4, 4, 5, 6, 6, 7])) == _turns([2, 4, 6])
+    assert block_medians(_turns([3, 1])) == _turns([2, 2, 2])
+    assert block_medians([Turn(9, 1, 2)] * 4) == [Turn(9, 1, 2)] * 3
 
 
-def _evaluated(ours: list[float], **more: object) -> list:  # type: ignore[type-arg]
+def _evaluated(ours: list[float], **more: object) -> list[Result]:
     race = Race(FEW, 1, wanted={"fused": 2.0}, **more)  # type: ignore[arg-type]
-    seconds = {"ours": ours, "fused": [2.0, 3.0, 4.0], "for-loop": [5.0, 5.0, 5.0]}
-    return evaluate(race, seconds, Bandwidth(copy=4000.0, stream=8000.0), best=True)
+    turns = {
+        "ours": list(map(Turn, (4.0, 5.0, 6.0), ours, ours)),
+        "fused": list(map(Turn, (8.0, 7.0, 9.0), (2.0, 3.0, 4.0), (2.0, 3.0, 4.0))),
+        "for-loop": _turns([5.0, 5.0, 5.0]),
+    }
+    return evaluate(race, turns, Bandwidth(copy=4000.0, stream=8000.0), best=True)
 
 
 def test_the_best_of_three_runs_is_reported() -> None:
@@ -174,6 +267,21 @@ def test_the_best_of_three_runs_is_reported() -> None:
     assert fused.copy_fraction == fused.bytes / 4000.0
     assert fused.reached is True
     assert (loop.ratio, loop.reached) == (5.0, None)
+
+
+def test_first_steps_are_those_of_the_run_reported() -> None:
+    keys = ("ours_first_ms", "peer_first_ms", "first_ratio")
+    fused, loop = _evaluated([1.0, 1.0, 1.0])
+    assert [fused.detail[key] for key in keys] == [6000.0, 9000.0, 1.5]
+    fused, _ = _evaluated([1.0, 0.5, 1.0])
+    assert [fused.detail[key] for key in keys] == [5000.0, 7000.0, 1.4]
+    assert [loop.detail[key] for key in keys] == [6000.0, None, None]  # the peer's step is a long one
+
+
+def test_the_table_shows_first_steps_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(_evaluated([1.0, 1.0, 1.0]), "title")
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "few/" in line)
+    assert [cell.strip() for cell in row.split("│")[-3:-1]] == ["4.00 ≥2 (1.50)", "5.00"]
 
 
 @pytest.mark.parametrize(
@@ -189,16 +297,76 @@ def test_all_that_is_wanted_counts(more: dict[str, object], reached: bool) -> No
     assert _evaluated([1.0, 1.0, 1.0], **more)[0].reached is reached
 
 
-def test_compare_tells_a_change_from_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whence = provenance.provenance(CPU)
-    noisy, steady, faster = ([1.0, 1.5, 1.0], [1.0, 1.0, 1.0], [0.5, 0.5, 0.5])
-    for name, ours in (("noisy", noisy), ("steady", steady), ("faster", faster)):
-        (tmp_path / name).write_text(json.dumps(to_json(_evaluated(ours), whence)))
-    a, b, c = (from_json(json.loads((tmp_path / name).read_text())) for name in ("noisy", "steady", "faster"))
-    assert [beyond for *_, beyond in compare.compare(a, b)] == [False, False]
-    assert [(speedup, beyond) for _, _, speedup, beyond in compare.compare(b, c)] == [(2.0, True)] * 2
-    assert compare.main([str(tmp_path / "steady"), str(tmp_path / "faster")]) == 0
-    assert "2.00" in capsys.readouterr().out
+@pytest.fixture
+def result_files(tmp_path: Path) -> Callable[..., list[str]]:
+    """Writes a file of results for each of the times of ours."""
+
+    def write(**times: list[float]) -> list[str]:
+        for name, ours in times.items():
+            payload = to_json(_evaluated(ours), provenance.provenance(CPU))
+            (tmp_path / name).write_text(json.dumps(payload))
+        return [str(tmp_path / name) for name in times]
+
+    return write
+
+
+def test_compare_tells_a_change_from_noise() -> None:
+    noisy, steady, faster = map(_evaluated, ([1.0, 1.5, 1.25], [1.0, 1.0, 1.0], [0.5, 0.5, 0.5]))
+    assert compare.speedup(noisy[0], steady[0]) == (1.25, False)
+    assert compare.speedup(noisy[0], faster[0]) == (2.5, True)
+    assert compare.speedup(faster[0], steady[0]) == (0.5, True)
+    assert compare.matched([noisy, steady]) == list(zip(noisy, steady, strict=True))
+    assert compare.matched([noisy, steady[1:]]) == [(noisy[1], steady[1])]
+
+
+def test_compare_finds_the_best_of_several() -> None:
+    slow, fast, between = map(_evaluated, ([4.0, 4.0, 4.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]))
+    fused, loop = compare.matched([slow, fast, between])
+    assert compare.best(fused) == (fast[0], True)
+    assert compare.best(loop) == (fast[1], None)
+    assert compare.best([slow[0], slow[0]]) == (slow[0], False)
+    assert compare.best([fast[0], replace(slow[0], wanted_ratio=4.5)]) == (fast[0], False)
+
+
+def test_compare_prints_every_ratio_and_the_best(
+    result_files: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main(result_files(a=[4.0, 4.0, 4.0], b=[1.0, 1.0, 1.0], c=[2.0, 2.0, 2.0])) == 0
+    times, ratios = capsys.readouterr().out.split("Ratios")
+
+    def row(table: str) -> list[str]:
+        (line,) = (line for line in table.splitlines() if "vs-fused" in line)
+        return [cell.strip() for cell in line.split("│")[2:-1]]
+
+    assert row(times) == ["4000.000 ±0%", "1000.000 ±0%", "2000.000 ±0%", "4.00", "2.00"]
+    assert row(ratios) == ["1.00 (1.50)", "4.00 (1.50)", "2.00 (1.50)", "4.00 ≥2 (1.50)", "yes"]
+    assert ratios.rstrip().endswith("Reached by the best of 3: 1 of 1")
+
+
+def test_compare_marks_what_no_file_reached(
+    result_files: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main(result_files(a=[4.0, 4.0, 4.0], b=[3.0, 3.0, 3.0])) == 0
+    out = capsys.readouterr().out
+    assert "│      no │" in out
+    assert out.rstrip().endswith("Reached by the best of 2: 0 of 1")
+
+
+def test_results_without_first_steps_can_be_read(
+    result_files: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = result_files(old=[1.0, 1.0, 1.0])
+    payload = json.loads(Path(file).read_text())
+    for detail in payload["details"].values():
+        for key in ("ours_first_ms", "peer_first_ms", "first_ratio"):
+            del detail[key]
+    Path(file).write_text(json.dumps(payload))
+    assert compare.main([file, *result_files(new=[1.0, 1.0, 1.0])]) == 0
+    assert "│ 4.00 │ 4.00 (1.50) │" in capsys.readouterr().out
+    print_table(from_json(payload), "title")
+    assert "│ 4.00 ≥2 │" in capsys.readouterr().out
+    plot_ratios(from_json(payload), payload, tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").exists()
 
 
 def test_parts_of_a_step_are_what_a_step_finds_unchanged() -> None:
