@@ -71,6 +71,16 @@ def test_library_uses_the_stable_abi_alone():
             assert line.split()[0] == "w"
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
+def test_library_asks_nothing_of_torch_that_2_10_has_not():
+    """Whichever torch it was built with."""
+    undefined = run("nm", "-D", "--undefined-only", str(LIBRARY))
+    listed = (Path(__file__).parent / "torch_2_10_abi.txt").read_text().splitlines()
+    asked = set(re.findall(r"\b(?:aoti_)?torch_\w+", undefined))
+    assert asked
+    assert asked <= set(listed)
+
+
 def test_python_api_is_a_part_of_the_stable_one():
     undefined = run("nm", "-D", "--undefined-only", str(LIBRARY))
     module = "Module_Create2 Capsule_New Capsule_GetPointer _NoneStruct _TrueStruct _DecRef Type_GetFlags"

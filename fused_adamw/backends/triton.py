@@ -167,9 +167,8 @@ def update_blocks(
     v_ptr = pointer(row + _EXP_AVG_SQ, start, S, VECTOR)
     v_max_ptr = pointer(row + _MAX_EXP_AVG_SQ, start, S, VECTOR)
     T: tl.constexpr = c.eps.dtype
-    block = 0
-    while block < tl.cdiv(n, BLOCK):
-        i = block * BLOCK + tl.arange(0, BLOCK)
+    i = tl.arange(0, BLOCK)
+    while n > 0:
         mask = None if VECTOR else i < n
         p = tl.load(p_ptr + i, mask=mask).to(T)
         g = tl.load(g_ptr + i, mask=mask).to(T)
@@ -177,12 +176,17 @@ def update_blocks(
         v = tl.load(v_ptr + i, mask=mask).to(T)
         v_max = tl.load(v_max_ptr + i, mask=mask).to(T) if AMSGRAD else tl.zeros([BLOCK], T)
         p, m, v, v_max = adamw_update(p, g, m, v, v_max, c)
-        tl.store(p_ptr + i, p.to(P), mask=mask)
         tl.store(m_ptr + i, m.to(S), mask=mask)
         tl.store(v_ptr + i, v.to(S), mask=mask)
         if AMSGRAD:
             tl.store(v_max_ptr + i, v_max.to(S), mask=mask)
-        block += 1
+        tl.store(p_ptr + i, p.to(P), mask=mask)
+        p_ptr += BLOCK
+        g_ptr += BLOCK
+        m_ptr += BLOCK
+        v_ptr += BLOCK
+        v_max_ptr += BLOCK
+        n -= BLOCK
 
 
 @triton.jit

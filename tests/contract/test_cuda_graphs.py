@@ -15,14 +15,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:This instance was constructed wi
 
 @pytest.fixture
 def capturing(monkeypatch):
-    """Lets torch believe that there is a GPU and that it captures."""
-    if not hasattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check"):
-        pytest.skip("this torch asks in another way")
+    """Lets torch believe that there is a GPU and that it captures: whichever way it asks."""
     stream = types.SimpleNamespace(is_capturing=lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")
     )
+    for asked in (torch.backends.cuda, "is_built"), (torch.cuda, "is_available"):  # torch 2.10, 2.11
+        monkeypatch.setattr(*asked, lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 
 def test_capture_is_refused_without_capturable(capturing):

@@ -351,7 +351,7 @@ def test_tensors_without_memory(backend, mode, options):
         warnings.simplefilter("error")
         with mode():
             optimizer = train_linear(lambda p: FusedHygieneAdamW(p, backend=backend, **options))
-            peer = train_linear(torch.optim.AdamW)
+    peer = train_linear(torch.optim.AdamW)  # with memory: torch 2.10 cannot step meta tensors
     params = optimizer.param_groups[0]["params"]
     for p, q in zip(params, peer.param_groups[0]["params"], strict=True):
         assert optimizer.state[p].keys() == peer.state[q].keys()

@@ -210,6 +210,20 @@ def matrices_and_grads():
     return [params[i] for i in which], [[of_step[i] for i in which] for of_step in grads]
 
 
+def matrices_in_one_process(padded):
+    """Parameters and norms; gradients of the slots `padded` are all but the last column of wider memory."""
+    params, grads = matrices_and_grads()
+    optimizer = FusedHygieneAdamW(params, **OPTIONS)
+    norms = []
+    for of_step in grads:
+        for slot, (p, grad) in enumerate(zip(params, of_step, strict=True)):
+            p.grad = nn.functional.pad(grad, (0, 1))[:, :-1] if slot in padded else grad
+        optimizer.step()
+        norms.append(optimizer.grad_norm.item())
+    assert optimizer._plan.fallbacks.keys() == set(padded)
+    return [gathered(p) for p in params], norms
+
+
 def other_placements(p_placement, grad_placement, replaces_state):
     mesh = init_device_mesh("cpu", (2,))
     rank = dist.get_rank()
@@ -232,7 +246,10 @@ def other_placements(p_placement, grad_placement, replaces_state):
         assert before == [held_bytes(p.grad) for p in params]
         assert all(p.grad.placements == (grad_placement,) for p in params)
         norms.append(optimizer.grad_norm.item())
-    return [gathered(p) for p in params], norms, optimizer._plan.fallbacks
+    # torch 2.10 and 2.11 gather uneven columns into a view of padded memory, which is for the reference.
+    moved = [p.grad.redistribute(placements=[p_placement]).to_local() for p in params]
+    padded = [slot for slot, grad in enumerate(moved) if not grad.is_contiguous()]
+    return [gathered(p) for p in params], norms, optimizer._plan.fallbacks, padded
 
 
 @pytest.mark.parametrize("replaces_state", [False, True])
@@ -243,18 +260,11 @@ def other_placements(p_placement, grad_placement, replaces_state):
 )
 def test_gradients_are_placed_as_their_parameters(placements, replaces_state):
     """As torch's optimizers do; on every process once in a step, whoever has to make a new plan."""
-    params, grads = matrices_and_grads()
-    peer = FusedHygieneAdamW(params, **OPTIONS)
-    norms = []
-    for of_step in grads:
-        for p, grad in zip(params, of_step, strict=True):
-            p.grad = grad
-        peer.step()
-        norms.append(peer.grad_norm.item())
-    for found, grad_norms, fallbacks in run(2, other_placements, *placements, replaces_state):
-        assert same(found, [gathered(p) for p in params])
+    for found, grad_norms, fallbacks, padded in run(2, other_placements, *placements, replaces_state):
+        expected, norms = matrices_in_one_process(padded)
+        assert same(found, expected)
         assert grad_norms == norms
-        assert not fallbacks
+        assert fallbacks.keys() == set(padded)
 
 
 def gradients_on_their_way():
