@@ -22,7 +22,7 @@ BANDWIDTH = 4.8e12  # bytes per second: HBM3e of an H200
 MEMORY = 141e9  # bytes of an H200
 FLOPS = 400e12  # per second and GPU in training, of 989e12: Llama 3 405B on 16,384 H100
 HOST_CASE = "500x1/clip+step/2t/vs-fused"  # 500 tensors of one value: the host's work and nothing else
-HOST_RESULT = Path(__file__).parent / "results" / "cpu-2026-11-22.json"
+HOST_RESULT = Path(__file__).parent / "results" / "cpu-2026-11-22-run2.json"
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def host_target_seconds(tensors: int) -> float:
 
 @cache
 def host_seconds_per_tensor() -> float:
-    """Time of the host per tensor as measured on a CPU; includes the update of one value."""
-    (case,) = (case for case in json.loads(HOST_RESULT.read_text())["cases"] if case["name"] == HOST_CASE)
-    return float(case["ours_ms"]) * 1e-3 / 500
+    """Time of the host per tensor as measured on a CPU, in a first step; includes the update of one value."""
+    detail = json.loads(HOST_RESULT.read_text())["details"][HOST_CASE]
+    return float(detail["ours_first_ms"]) * 1e-3 / 500
 
 
 def host_crossover_ranks(model: Model, host: float) -> float:
@@ -171,7 +171,11 @@ def inputs() -> str:
         ("all-reduce of a few bytes: base, hop on NVLink, hop between nodes", "6.8, 0.6, 5.0 µs", "[3]"),
         ("FLOP/s per GPU in training", f"{FLOPS / 1e12:.0f} T", "[4]"),
         ("host, as wanted", "40 µs + 0.4 µs per tensor", "[5]"),
-        ("host, measured on a CPU", f"{host_seconds_per_tensor() * 1e6:.1f} µs per tensor", "[5]"),
+        (
+            "host, measured on a CPU, nothing in its caches",
+            f"{host_seconds_per_tensor() * 1e6:.1f} µs per tensor",
+            "[5]",
+        ),
     ]
     return table(["input", "value", "source"], rows)
 
@@ -240,7 +244,9 @@ def hosts() -> str:
         cells = [f"{duration(time)}, {digits(host_crossover_ranks(model, time))} GPUs" for time in times]
         return [model.name, f"{model.tensors:,}", *cells]
 
-    return table(["model", "tensors", "as wanted", "as measured on a CPU"], map(row, MODELS))
+    return table(
+        ["model", "tensors", "as wanted", "as measured on a CPU, nothing in its caches"], map(row, MODELS)
+    )
 
 
 def traffic() -> str:
