@@ -65,19 +65,6 @@ def address_of(t: Tensor) -> int:
         return id(t)
 
 
-def any_fake(tensors: Iterable[Tensor]) -> bool:
-    """Whether some are of a FakeTensorMode: asking those for their memory warns."""
-    return any(isinstance(t, FakeTensor) for t in tensors)
-
-
-def addresses_of(tensors: Sequence[Tensor], *, fake: bool = False) -> list[int]:
-    """Where each tensor's memory starts. `fake` tells whether some may be fake."""
-    try:
-        return list(map(address_of if fake else Tensor.data_ptr, tensors))
-    except RuntimeError:
-        return list(map(address_of, tensors))
-
-
 def same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
@@ -102,7 +89,7 @@ class Gradients(NamedTuple):
 
 
 class Snapshot:
-    """An optimizer's tensors as they were.
+    """An optimizer's tensors as they were, to be compared with what they are.
 
     Args:
         params: All parameters.
@@ -119,15 +106,27 @@ class Snapshot:
         state: State,
         held: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
     ) -> None:
-        self._params = params
-        self._state = _flat(state)
+        self._params = tuple(params)
+        self._state = _nested(state)
         self._held = held
         tensors = held([*params, *_tensors(self._state)])
-        self._fake = any_fake(tensors)
-        self._addresses = addresses_of(tensors, fake=self._fake)
+        self._addresses = list(map(address_of, tensors))
         self._columns = _columns(tensors)
         self._has_grad = [grad is not None for grad in grads]
         self._grad_columns = _columns([p if g is None else g for p, g in zip(params, grads, strict=True)])
+        self._look = self._look_for(grads, tensors)
+
+    def grad_addresses(self, params: list[list[Tensor]], state: State) -> bytes | None:
+        """The gradients' addresses, by one call into C++ (csrc/watch.h).
+
+        Args:
+            params: The parameters of each group now.
+            state: The optimizer's state now.
+
+        Returns:
+            None if anything else is not as it was; and where C++ cannot tell, which `matches` can.
+        """
+        return None if self._look is None else self._look(params, state)
 
     def matches(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], state: State) -> bool:
         """Whether these are the same tensors, where and as they were, and the gradients as they were to be.
@@ -137,80 +136,53 @@ class Snapshot:
             grads: Their gradients now, local ones of DTensors.
             state: The optimizer's state now.
         """
-        flat = _flat(state)
-        if not (same_objects(params, self._params) and same_objects(flat, self._state)):
+        nested = _nested(state)
+        if not (
+            same_objects(params, self._params)
+            and len(nested) == len(self._state)
+            and all(map(same_objects, nested, self._state))
+        ):
             return False
-        tensors = self._held([*params, *_tensors(flat)])
+        tensors = self._held([*params, *_tensors(nested)])
         is_there = [grad is not None for grad in grads]
         return (
-            addresses_of(tensors, fake=self._fake) == self._addresses
+            list(map(address_of, tensors)) == self._addresses
             and _columns(tensors) == self._columns
             and not any(there > known for there, known in zip(is_there, self._has_grad, strict=True))
             and _columns([g for g in grads if g is not None])
             == [list(compress(column, is_there)) for column in self._grad_columns]
         )
 
-
-class Watch:
-    """A `Snapshot` that is compared in one call into C++ (csrc/watch.h), for plain tensors and DTensors.
-
-    Args:
-        params: All parameters.
-        grads: As for `Snapshot`.
-        state: `Optimizer.state`.
-        held: As for `Snapshot`.
-
-    Raises:
-        NotImplementedError: There is no extension, or a tensor is of another kind.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        state: State,
-        held: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
-    ) -> None:
+    def _look_for(
+        self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor]
+    ) -> Callable[[list[list[Tensor]], State], bytes | None] | None:
+        """The comparison in C++; None where there is none, or not for these `tensors`."""
         extension = load_extension()
-        local = held(params)
-        tensors = [*local, *held(_tensors(_flat(state)))]
         if isinstance(extension, str) or any(type(t) not in PLAIN for t in tensors):
-            raise NotImplementedError
+            return None
         sample = functools.cache(lambda dtype, device: torch.empty(0, dtype=dtype, device=device))
-        expected = [
+        expected = tuple(
             None if g is None else (sample(g.dtype, p.device), tuple(g.shape), g.stride())
-            for p, g in zip(local, grads, strict=True)
-        ]
-        # Kept here, where the garbage collector sees them: C++ only knows where they are.
-        self._watched = tuple(params), tuple((p, *_values(s)) for p, s in state.items())
+            for p, g in zip(self._params, grads, strict=True)
+        )
         try:
-            self._watch = extension.watch(Tensor, self._watched[0], tuple(expected), self._watched[1])
-        except (AttributeError, RuntimeError) as error:  # no DLPack, or none that can describe them
-            raise NotImplementedError from error
-        self._look = extension.look
-
-    def grad_addresses(self, params: list[list[Tensor]], state: State) -> bytes | None:
-        """The gradients' addresses; None if anything else is not as it was, or cannot be told.
-
-        Args:
-            params: The parameters of each group now.
-            state: The optimizer's state now.
-        """
-        addresses: bytes | None = self._look(self._watch, params, state)
-        return addresses
+            # It only knows where the objects are: they are kept here, where the garbage collector sees them.
+            watch = extension.watch(Tensor, self._params, expected, self._state)
+        except (AttributeError, RuntimeError):  # no DLPack, or none that can describe these tensors
+            return None
+        return functools.partial(extension.look, watch)
 
 
-def _values(of_param: Mapping[str, object]) -> list[Tensor | None]:
-    """Tensors in a parameter's state, None for anything else: no kernel reads it."""
-    return [value if isinstance(value, Tensor) else None for value in of_param.values()]
+def _nested(state: State) -> tuple[tuple[Tensor | None, ...], ...]:
+    """Each parameter with the tensors of its state; None for anything else, which no kernel reads."""
+    return tuple(
+        (p, *(value if isinstance(value, Tensor) else None for value in of_param.values()))
+        for p, of_param in state.items()
+    )
 
 
-def _flat(state: State) -> list[Tensor | None]:
-    return [t for p, of_param in state.items() for t in (p, *_values(of_param))]
-
-
-def _tensors(values: Iterable[Tensor | None]) -> list[Tensor]:
-    return [t for t in values if t is not None]
+def _tensors(nested: Iterable[Iterable[Tensor | None]]) -> list[Tensor]:
+    return [t for of_param in nested for t in of_param if t is not None]
 
 
 def _columns(tensors: Sequence[Tensor]) -> list[Sequence[object]]:

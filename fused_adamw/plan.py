@@ -10,7 +10,6 @@ optimizer builds another.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 from array import array
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .distributed import NormGroup, Reduction, held, is_dtensor, is_flattened
-from .memory import PLAIN, Gradients, Snapshot, State, Watch, is_dense, overlapping, same_layout
+from .memory import PLAIN, Gradients, Snapshot, State, is_dense, overlapping, same_layout
 from .tables import (
     DTYPE_CODE,
     GRAD,
@@ -321,9 +320,6 @@ class Plan:
             for slot, grad in enumerate(grads)
         ]
         self._snapshot = Snapshot(self._params, known, state, held)
-        self._watch: Watch | None = None
-        with contextlib.suppress(NotImplementedError):
-            self._watch = Watch(self._params, known, state, held)
 
     def _expected_grad(self, slot: int, grad: Tensor | None, previous: Plan | None) -> Tensor:
         """What a parameter's gradient looks like, as it is, was, or as the parameter; not its memory."""
@@ -344,9 +340,9 @@ class Plan:
             groups: The optimizer's `param_groups` now.
             state: The optimizer's state now.
         """
-        if self._watch is None or self._structure_of(groups) != self._structure:
+        if self._structure_of(groups) != self._structure:
             return None
-        addresses = self._watch.grad_addresses([group["params"] for group in groups], state)
+        addresses = self._snapshot.grad_addresses([group["params"] for group in groups], state)
         if addresses is None:
             return None
         if not self._reads_tensors:
