@@ -2,6 +2,7 @@
 
 #include <ATen/dlpack.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -56,6 +57,8 @@ const Names& names() {
   return all;
 }
 
+bool is_empty(const DLTensor& t) { return std::find(t.shape, t.shape + t.ndim, 0) != t.shape + t.ndim; }
+
 int64_t address_of(const DLTensor& t) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) + t.byte_offset);
 }
@@ -81,14 +84,10 @@ std::vector<int64_t> integers(PyObject* tuple) {
   return found;
 }
 
-// Another reference to a tensor, beside Python's.
-struct Release {
-  void operator()(DLManagedTensorVersioned* tensor) const { tensor->deleter(tensor); }
-};
-using Reference = std::unique_ptr<DLManagedTensorVersioned, Release>;
-
 struct Object {
-  PyObject* object;  // null: any
+  PyObject* object;          // null: no tensor, and may be anything
+  PyObject* name = nullptr;  // under which the state has it
+  PyTypeObject* type = nullptr;
   bool is_dtensor = false;
   // Where the tensor and its storage were, which a look comes to by way of the object: a hint.
   const char* behind[2] = {};
@@ -96,9 +95,9 @@ struct Object {
 
 // Calls f with what this process holds of a tensor: of a DTensor its local tensor.
 template <typename F>
-bool with_local(const Object& tensor, const F& f) {
-  if (!tensor.is_dtensor) return f(tensor.object);
-  return f(Owned(PyObject_GetAttr(tensor.object, names().local_tensor)).get());
+bool with_local(PyObject* tensor, bool is_dtensor, const F& f) {
+  if (!is_dtensor) return f(tensor);
+  return f(Owned(PyObject_GetAttr(tensor, names().local_tensor)).get());
 }
 
 // What was taken down.
@@ -110,7 +109,6 @@ class Watch {
     const auto* const api = static_cast<const DLPackExchangeAPI*>(
         checked(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api")));
     to_dlpack_ = api->dltensor_from_py_object_no_sync;
-    to_reference_ = api->managed_tensor_from_py_object_no_sync;
     if (api->header.version.major != DLPACK_MAJOR_VERSION || !to_dlpack_) {
       PyErr_SetString(PyExc_NotImplementedError, "another version of DLPack");
       throw PythonError();
@@ -118,9 +116,9 @@ class Watch {
     for (Py_ssize_t i = 0; i < PyTuple_Size(state); ++i) {
       PyObject* const of_param = item(state, i);
       this->state.push_back({item(of_param, 0)});
-      for (Py_ssize_t j = 1; j < PyTuple_Size(of_param); ++j) {
-        this->state.push_back(take_down(item(of_param, j)));
-        if (this->state.back().object) hold(this->state.back());
+      for (Py_ssize_t j = 1; j + 1 < PyTuple_Size(of_param); j += 2) {
+        this->state.push_back(take_down(item(of_param, j + 1)));
+        this->state.back().name = item(of_param, j);
       }
     }
     for (Py_ssize_t i = 0; i < PyTuple_Size(params); ++i) {
@@ -146,8 +144,8 @@ class Watch {
  private:
   Object take_down(PyObject* tensor) {
     if (tensor == Py_None) return {nullptr};
-    Object object{tensor, PyObject_HasAttr(tensor, names().local_tensor) == 1};
-    with_local(object, [&](PyObject* local) {
+    Object object{tensor, nullptr, Py_TYPE(tensor), PyObject_HasAttr(tensor, names().local_tensor) == 1};
+    with_local(tensor, object.is_dtensor, [&](PyObject* local) {
       const DLTensor t = to_dlpack(local);
       numbers.push_back(address_of(t));
       object.behind[0] = cdata_of(local);
@@ -155,18 +153,6 @@ class Watch {
       return take_down_description(t);
     });
     return object;
-  }
-
-  // A look takes a reference to each tensor for a moment. Where it is the second one, torch also takes one to
-  // the tensor's Python object, which doubles the time: so it is to be the third. Parameters are not held:
-  // `torch.utils.swap_tensors`, which `Module.to` may use, refuses what others hold.
-  void hold(const Object& tensor) {
-    with_local(tensor, [this](PyObject* local) {
-      DLManagedTensorVersioned* reference = nullptr;
-      if (to_reference_(local, &reference) != 0) throw PythonError();
-      held_.emplace_back(reference);
-      return true;
-    });
   }
 
   void take_down_grad(PyObject* expected) {
@@ -189,8 +175,6 @@ class Watch {
   }
 
   DLPackDLTensorFromPyObjectNoSync to_dlpack_;
-  DLPackManagedTensorFromPyObjectNoSync to_reference_;
-  std::vector<Reference> held_;
 };
 
 // One comparison with what was taken down.
@@ -205,7 +189,7 @@ class Look {
     for (Py_ssize_t i = 0; PyDict_Next(state, &i, &param, &of_param);) {
       if (n == known.size() || param != known[n++].object || !PyDict_Check(of_param)) return false;
       for (Py_ssize_t j = 0; PyDict_Next(of_param, &j, &name, &value);) {
-        if (n == known.size() || !is_same(value, known, n++)) return false;
+        if (n == known.size() || name != known[n].name || !is_unmoved(value, known, n++)) return false;
       }
     }
     return n == known.size();
@@ -218,7 +202,8 @@ class Look {
       PyObject* const params = PyList_GetItem(groups, i);
       if (!PyList_Check(params)) return false;
       for (Py_ssize_t j = 0; j < PyList_Size(params); ++j, ++n) {
-        if (n == known.size() || !is_same(PyList_GetItem(params, j), known, n)) return false;
+        PyObject* const param = PyList_GetItem(params, j);
+        if (n == known.size() || param != known[n].object || !is_unmoved(param, known, n)) return false;
         if (!finds_grad(known[n])) return false;
       }
     }
@@ -229,14 +214,15 @@ class Look {
   std::vector<int64_t> grads;
 
  private:
-  // Whether this is the n-th of the objects known, where and as it was.
-  bool is_same(PyObject* tensor, const std::vector<Object>& known, size_t n) {
+  // Whether this tensor is where and as the n-th of those known was. It need not be the same object.
+  bool is_unmoved(PyObject* tensor, const std::vector<Object>& known, size_t n) {
     if (n + kAhead < known.size()) prefetch(known[n + kAhead]);
     if (!known[n].object) return true;
-    return tensor == known[n].object && with_local(known[n], [this](PyObject* local) {
-             const DLTensor t = watch_.to_dlpack(local);
-             return address_of(t) == *number_++ && is_as_expected(t);
-           });
+    if (Py_TYPE(tensor) != known[n].type) return false;
+    return with_local(tensor, known[n].is_dtensor, [this](PyObject* local) {
+      const DLTensor t = watch_.to_dlpack(local);
+      return address_of(t) == *number_++ && is_as_expected(t);
+    });
   }
 
   // A step finds all this far from the caches, each behind a pointer in the one before. Inline, or GCC takes
@@ -254,12 +240,13 @@ class Look {
       return grads.push_back(0), true;
     }
     if (param.is_dtensor && !is_placed_alike(grad.get(), param.object)) return false;
-    return with_local({grad.get(), param.is_dtensor}, [this](PyObject* local) {
+    return with_local(grad.get(), param.is_dtensor, [this](PyObject* local) {
       if (Py_TYPE(local) != watch_.tensor_type) return false;
       const DLTensor t = watch_.to_dlpack(local);
       if (!is_as_expected(t) || is_negative_view(local, t)) return false;
       const int64_t address = address_of(t);
-      return grads.push_back(address ? address : 1), true;  // an empty one has none
+      if (!address && !is_empty(t)) return false;  // its memory was taken away
+      return grads.push_back(address ? address : 1), true;
     });
   }
 
@@ -271,7 +258,9 @@ class Look {
   }
   static bool has_equal(PyObject* name, PyObject* a, PyObject* b) {
     const Owned of_a(PyObject_GetAttr(a, name)), of_b(PyObject_GetAttr(b, name));
-    return PyObject_RichCompareBool(of_a.get(), of_b.get(), Py_EQ) == 1;
+    const int is_equal = PyObject_RichCompareBool(of_a.get(), of_b.get(), Py_EQ);
+    if (is_equal < 0) throw PythonError();
+    return is_equal;
   }
 
   bool is_as_expected(const DLTensor& t) {
@@ -316,17 +305,19 @@ PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
 }
 
 PyObject* look(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
-  if (n_args != 3 || !PyList_Check(args[1]) || !PyDict_Check(args[2]))
-    return PyErr_Format(PyExc_TypeError, "look expects a capsule, a list and a dict");
+  if (n_args != 3 || !PyList_Check(args[1]))
+    return PyErr_Format(PyExc_TypeError, "look expects a capsule, a list and a mapping");
   const auto* const made = static_cast<const Watch*>(PyCapsule_GetPointer(args[0], kCapsule));
   if (!made) return nullptr;
   return guarded([args, made]() -> PyObject* {
     Look look(*made);
     look.grads.reserve(made->params.size());
     try {
-      if (!look.is_same_state(args[2]) || !look.finds_grads(args[1])) Py_RETURN_NONE;
+      if (!PyDict_Check(args[2]) || !look.is_same_state(args[2]) || !look.finds_grads(args[1]))
+        Py_RETURN_NONE;
     } catch (const PythonError&) {
-      PyErr_Clear();  // it cannot be told
+      if (!PyErr_ExceptionMatches(PyExc_Exception)) throw;  // the user's interrupt
+      PyErr_Clear();                                        // it cannot be told
       Py_RETURN_NONE;
     }
     return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(look.grads.data()),

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import is_partial, why_misplaced
+from .distributed import held, is_partial, why_misplaced
+from .memory import lacks_memory
 
 # The last one is there with amsgrad only.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -149,6 +150,13 @@ def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: s
     for what, t in others.items():
         if reason := why_misplaced(t, p, can_move=what == "gradient"):
             raise RuntimeError(f"{what} of parameter {name} {reason}")
+    if grad is not None:
+        mine = {f"{what} of parameter {name}": t for what, t in others.items()} | {f"parameter {name}": p}
+        if isinstance(step := state.get("step"), Tensor):
+            mine[f"step of parameter {name}"] = step
+        for what, t in zip(mine, held(mine.values()), strict=True):
+            if lacks_memory(t):
+                raise RuntimeError(f"{what} has no memory: expected it to be back before step()")
 
 
 def check_saved(state: Mapping[str, Any], p: Tensor, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from typing import NamedTuple
 
@@ -65,6 +65,12 @@ def address_of(t: Tensor) -> int:
         return id(t)
 
 
+def lacks_memory(t: Tensor) -> bool:
+    """Whether the memory of a plain tensor was taken away, as by `untyped_storage().resize_(0)`."""
+    is_plain = type(t) in PLAIN and t.layout is torch.strided and t.device.type != "meta"
+    return is_plain and t.numel() > 0 and t.data_ptr() == 0
+
+
 def same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
@@ -91,6 +97,8 @@ class Gradients(NamedTuple):
 class Snapshot:
     """An optimizer's tensors as they were, to be compared with what they are.
 
+    It keeps the parameters alive, but not their state: what is moved away, to save memory, is freed.
+
     Args:
         params: All parameters.
         grads: For each of them a tensor that is what its gradient will be, beside its address; None: there
@@ -107,14 +115,14 @@ class Snapshot:
         held: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
     ) -> None:
         self._params = tuple(params)
-        self._state = _nested(state)
+        self._keys = _keys(state)
         self._held = held
-        tensors = held([*params, *_tensors(self._state)])
+        tensors = held([*params, *_tensors(state)])
         self._addresses = list(map(address_of, tensors))
         self._columns = _columns(tensors)
         self._has_grad = [grad is not None for grad in grads]
         self._grad_columns = _columns([p if g is None else g for p, g in zip(params, grads, strict=True)])
-        self._look = self._look_for(grads, tensors)
+        self._look = self._look_for(grads, state, tensors)
 
     def grad_addresses(self, params: list[list[Tensor]], state: State) -> bytes | None:
         """The gradients' addresses, by one call into C++ (csrc/watch.h).
@@ -129,32 +137,28 @@ class Snapshot:
         return None if self._look is None else self._look(params, state)
 
     def matches(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], state: State) -> bool:
-        """Whether these are the same tensors, where and as they were, and the gradients as they were to be.
+        """Whether parameters and state are where and as they were, and gradients as they were to be.
 
         Args:
             params: All parameters now.
             grads: Their gradients now, local ones of DTensors.
             state: The optimizer's state now.
         """
-        nested = _nested(state)
-        if not (
-            same_objects(params, self._params)
-            and len(nested) == len(self._state)
-            and all(map(same_objects, nested, self._state))
-        ):
+        if not same_objects(params, self._params) or _keys(state) != self._keys:
             return False
-        tensors = self._held([*params, *_tensors(nested)])
+        tensors = self._held([*params, *_tensors(state)])
         is_there = [grad is not None for grad in grads]
+        present = [grad for grad in grads if grad is not None]
         return (
             list(map(address_of, tensors)) == self._addresses
             and _columns(tensors) == self._columns
             and not any(there > known for there, known in zip(is_there, self._has_grad, strict=True))
-            and _columns([g for g in grads if g is not None])
-            == [list(compress(column, is_there)) for column in self._grad_columns]
+            and not any(map(lacks_memory, present))
+            and _columns(present) == [list(compress(column, is_there)) for column in self._grad_columns]
         )
 
     def _look_for(
-        self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor]
+        self, grads: Sequence[Tensor | None], state: State, tensors: Sequence[Tensor]
     ) -> Callable[[list[list[Tensor]], State], bytes | None] | None:
         """The comparison in C++; None where there is none, or not for these `tensors`."""
         extension = load_extension()
@@ -165,24 +169,24 @@ class Snapshot:
             None if g is None else (sample(g.dtype, p.device), tuple(g.shape), g.stride())
             for p, g in zip(self._params, grads, strict=True)
         )
+        nested = tuple(
+            (p, *(x for name, v in s.items() for x in (name, v if isinstance(v, Tensor) else None)))
+            for p, s in state.items()
+        )
         try:
-            # It only knows where the objects are: they are kept here, where the garbage collector sees them.
-            watch = extension.watch(Tensor, self._params, expected, self._state)
+            watch = extension.watch(Tensor, self._params, expected, nested)
         except (AttributeError, RuntimeError):  # no DLPack, or none that can describe these tensors
             return None
         return functools.partial(extension.look, watch)
 
 
-def _nested(state: State) -> tuple[tuple[Tensor | None, ...], ...]:
-    """Each parameter with the tensors of its state; None for anything else, which no kernel reads."""
-    return tuple(
-        (p, *(value if isinstance(value, Tensor) else None for value in of_param.values()))
-        for p, of_param in state.items()
-    )
+def _keys(state: State) -> list[tuple[int, list[tuple[str, bool]]]]:
+    """Whose state it is, and under which names it has tensors. What else it has, no kernel reads."""
+    return [(id(p), [(name, isinstance(v, Tensor)) for name, v in s.items()]) for p, s in state.items()]
 
 
-def _tensors(nested: Iterable[Iterable[Tensor | None]]) -> list[Tensor]:
-    return [t for of_param in nested for t in of_param if t is not None]
+def _tensors(state: State) -> list[Tensor]:
+    return [v for s in state.values() for v in s.values() if isinstance(v, Tensor)]
 
 
 def _columns(tensors: Sequence[Tensor]) -> list[Sequence[object]]:

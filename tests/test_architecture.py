@@ -23,7 +23,7 @@ ALLOWED = {
     "plan": {"tables", "memory", "distributed"},
     "backends": {"extension", "tables"},
     "checkpoints": set(),
-    "checks": {"distributed"},
+    "checks": {"distributed", "memory"},
     "optimizer": {"groups", "plan", "memory", "tables", "distributed", "backends", "checkpoints", "checks"},
     "version": set(),
     "__init__": {"groups", "backends", "optimizer", "version"},

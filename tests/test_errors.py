@@ -65,6 +65,23 @@ def test_moment_of_another_shape_or_device(target, key, moment):
     optimizer.step()
 
 
+@pytest.mark.parametrize("what", ["parameter", "gradient", "exp_avg", "step"])
+def test_memory_that_was_taken_away(target, what):
+    """As by offloading: refused, where torch's for-loop would crash."""
+    optimizer, params = two_params(target)
+    before = snapshot(optimizer)
+    p = params[1]
+    t = {"parameter": p, "gradient": p.grad, **optimizer.state[p]}[what]
+    kept = t.detach().clone()
+    t.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{what}.* 'second' has no memory"):
+        optimizer.step()
+    t.untyped_storage().resize_(kept.nbytes)
+    t.detach().copy_(kept)
+    assert unchanged_since(optimizer, before)
+    optimizer.step()
+
+
 def test_parameter_replaced_by_a_smaller_one(target):
     optimizer, params = two_params(target)
     params[1].data = torch.ones(2, 2, device=target.device)

@@ -75,7 +75,25 @@ MOVES_OF_PARAMS = {name: move for name, move in MOVES.items() if name != "of ano
 
 
 def step_replaced_by_an_equal_one(held):
-    held.s["step"] = torch.tensor(2.0)
+    old, held.s["step"] = held.s["step"], torch.tensor(2.0)
+    held.old = old  # or its memory could be that of the new one
+
+
+def names_exchanged(held):
+    step, m, v, n = held.s.values()
+    held.state[held.p] = {"step": step, "exp_avg_sq": m, "exp_avg": v, "n": n}
+
+
+def moment_of_a_subclass(held):
+    held.s["exp_avg"] = held.s["exp_avg"].as_subclass(type("Subclass", (torch.Tensor,), {}))
+
+
+def gradient_without_memory(held):
+    held.p.grad.untyped_storage().resize_(0)
+
+
+def moment_without_memory(held):
+    held.s["exp_avg"].untyped_storage().resize_(0)
 
 
 def moments_exchanged(held):
@@ -171,6 +189,7 @@ def gradient_negative_at_the_same_address(held):
 
 CHANGES = [
     *(step_replaced_by_an_equal_one, moments_exchanged, moment_no_tensor, key_added, key_removed),
+    *(names_exchanged, moment_of_a_subclass, moment_without_memory, gradient_without_memory),
     *(state_removed, state_added, state_of_another_parameter),
     *(parameter_replaced, parameters_reordered, parameter_added, parameter_removed, group_added),
     *(parameters_swapped, first_gradient, gradient_transposed, gradient_strided, gradient_smaller),
@@ -253,18 +272,46 @@ def test_nothing_is_held(looks):
     assert looks(held)(held) == b""
 
 
+def test_another_object_of_the_same_memory_is_no_change(looks):
+    held = Held()
+    look = looks(held)
+    held.s["exp_avg"] = held.s["exp_avg"].view(3, 4)
+    assert look(held) == held.addresses()
+
+
+def test_moments_that_are_moved_away_are_freed(looks):
+    held = Held()
+    moment = weakref.ref(held.s["exp_avg"])
+    look = looks(held)
+    held.s["exp_avg"] = held.s["exp_avg"].clone()
+    assert moment() is None
+    assert look(held) is None
+
+
 def test_it_lets_go(looks):
     held = Held()
-    moment, p = weakref.ref(held.s["exp_avg"]), weakref.ref(held.p)
+    p = weakref.ref(held.p)
     look = looks(held)
-    held.s.clear()
-    assert moment() is not None
     # The optimizer that a hook steps: only the garbage collector can tell that nobody else knows it.
     held.p.register_hook(lambda grad, look=look: look)
+    held.s["exp_avg"].owner = look
     del held, look
     gc.collect()
-    assert moment() is None
     assert p() is None
+
+
+class Interrupted(torch.overrides.TorchFunctionMode):
+    """The user presses Ctrl-C while a gradient is read."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_is_not_swallowed():
+    held = Held()
+    look = look_in_cpp(held)
+    with pytest.raises(KeyboardInterrupt), Interrupted():
+        look(held)
 
 
 def a_subclass(held):
@@ -307,8 +354,9 @@ def test_functions_of_the_extension_refuse_other_types():
     assert extension.look(watch, [()], {}) is None  # only lists are looked into
     assert extension.look(watch, [[1]], {}) is None
     assert extension.look(watch, [], {1: 2}) is None
-    for args in [(), (watch,), (watch, (), {}), (watch, [], ()), (watch, [], {}, 1)]:
-        with pytest.raises(TypeError, match="a capsule, a list and a dict"):
+    assert extension.look(watch, [], ()) is None
+    for args in [(), (watch,), (watch, (), {}), (watch, [], {}, 1)]:
+        with pytest.raises(TypeError, match="a capsule, a list and a mapping"):
             extension.look(*args)
     with pytest.raises(ValueError, match="PyCapsule"):
         extension.look(torch.Tensor.__dlpack_c_exchange_api__, [], {})
