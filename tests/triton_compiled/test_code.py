@@ -148,8 +148,10 @@ def test_update_fits_its_registers(gpu, dtypes, tmp_path):
     assert used["STACK"] <= 32
     plain, amsgrad = sorted(block_loops(kernel, tmp_path), key=lambda body: accesses_of(body, "LDG.E.128"))
     assert accesses_of(plain, "LDL", "STL") == 0, "spilled"
-    # Triton 3.9 on sm_80: four registers of bfloat16.
-    assert accesses_of(amsgrad, "LDL", "STL") <= 8, "spilled"
+    # Four registers of bfloat16.
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    is_known = gpu.arch == 80 and BF16 in dtypes and version >= (3, 9)
+    assert accesses_of(amsgrad, "LDL", "STL") <= (8 if is_known else 0), "spilled"
     assert "convert_layout" not in kernel.asm["ttgir"], "values pass between threads"
 
 
