@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .distributed import held
 from .extension import load_extension
 
 State = Mapping[Tensor, Mapping[str, object]]
@@ -97,14 +98,14 @@ class Gradients(NamedTuple):
 class Snapshot:
     """An optimizer's tensors as they were, to be compared with what they are.
 
-    It keeps the parameters alive, but not their state: what is moved away, to save memory, is freed.
+    Of DTensors, their local tensors are compared. It keeps the parameters alive, but not their state: what is
+    moved away, to save memory, is freed.
 
     Args:
         params: All parameters.
         grads: For each of them a tensor that is what its gradient will be, beside its address; None: there
             will be none.
         state: `Optimizer.state`.
-        held: From tensors to those that kernels read of them: the local tensors of DTensors.
     """
 
     def __init__(
@@ -112,11 +113,9 @@ class Snapshot:
         params: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         state: State,
-        held: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
     ) -> None:
         self._params = tuple(params)
         self._keys = _keys(state)
-        self._held = held
         tensors = held([*params, *_tensors(state)])
         self._addresses = list(map(address_of, tensors))
         self._columns = _columns(tensors)
@@ -146,7 +145,7 @@ class Snapshot:
         """
         if not same_objects(params, self._params) or _keys(state) != self._keys:
             return False
-        tensors = self._held([*params, *_tensors(state)])
+        tensors = held([*params, *_tensors(state)])
         is_there = [grad is not None for grad in grads]
         present = [grad for grad in grads if grad is not None]
         return (

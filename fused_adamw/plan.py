@@ -319,7 +319,7 @@ class Plan:
             None if slot not in stepped else self._expected[slot] if grad is None else grad
             for slot, grad in enumerate(grads)
         ]
-        self._snapshot = Snapshot(self._params, known, state, held)
+        self._snapshot = Snapshot(self._params, known, state)
 
     def _expected_grad(self, slot: int, grad: Tensor | None, previous: Plan | None) -> Tensor:
         """What a parameter's gradient looks like, as it is, was, or as the parameter; not its memory."""

@@ -18,7 +18,7 @@ ALLOWED = {
     "groups": set(),
     "tables": set(),
     "extension": set(),
-    "memory": {"extension"},
+    "memory": {"extension", "distributed"},
     "distributed": set(),
     "plan": {"tables", "memory", "distributed"},
     "backends": {"extension", "tables"},
