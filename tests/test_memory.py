@@ -128,6 +128,10 @@ def parameter_replaced(held):
     held.groups[0][0] = torch.nn.Parameter(torch.zeros(3, 4))
 
 
+def parameter_replaced_by_another_of_its_memory(held):
+    held.groups[0][0] = torch.nn.Parameter(held.p.data)
+
+
 def parameters_reordered(held):
     held.groups[0].reverse()
 
@@ -192,6 +196,7 @@ CHANGES = [
     *(names_exchanged, moment_of_a_subclass, moment_without_memory, gradient_without_memory),
     *(state_removed, state_added, state_of_another_parameter),
     *(parameter_replaced, parameters_reordered, parameter_added, parameter_removed, group_added),
+    parameter_replaced_by_another_of_its_memory,
     *(parameters_swapped, first_gradient, gradient_transposed, gradient_strided, gradient_smaller),
     *(gradient_of_another_dtype, gradient_sparse, gradient_of_a_subclass),
     *(gradient_negative, gradient_negative_at_the_same_address),
