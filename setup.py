@@ -90,7 +90,7 @@ def ninja_file(output: Path, build: Path) -> str:
 
     jobs = [
         ("bindings.o", "cxx", CSRC / "bindings.cpp", torch_flags),
-        ("watch.o", "cxx", CSRC / "watch.cpp", python_flags),  # of torch's headers only DLPack's
+        ("guard.o", "cxx", CSRC / "guard.cpp", python_flags),  # of torch's headers only DLPack's
     ]
     for name, flags in CPU_CAPABILITIES.items():
         if name == "Baseline" or x86:

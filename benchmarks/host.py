@@ -22,13 +22,13 @@ def parts(optimizer: FusedHygieneAdamW) -> dict[str, Callable[[], object]]:
     plan = optimizer._plan
     assert plan is not None
     groups, state = optimizer.param_groups, optimizer.state
-    grads = plan.glance(groups, state)
+    grads = plan.check(groups, state)
     assert grads is not None
     ((bucket, _, status),) = plan.launches
     plan.sum_of_squares(())
     sums = plan.totals(True, None, None)[0][bucket.device]
     return {
-        "look at state, parameters, gradients": lambda: plan.glance(groups, state),
+        "check state, parameters, gradients": lambda: plan.check(groups, state),
         "gradient addresses, hypers": lambda: plan.prepare(groups, grads),
         "norm": lambda: plan.sum_of_squares(()),
         "update": lambda: bucket.update((), optimizer._step_inputs(sums, None, status)),

@@ -16,7 +16,7 @@
 
 #include "adamw.h"
 #include "adamw_cpu.h"
-#include "watch.h"
+#include "guard.h"
 #ifdef FUSED_ADAMW_CUDA
 #include "adamw_cuda.h"
 // Absent from a CPU-only torch, where the extension must still load.
@@ -252,8 +252,10 @@ PyMODINIT_FUNC PyInit__C(void) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
   };
   static PyMethodDef methods[] = {
-      {"watch", fastcall(&fused_adamw::watch), METH_FASTCALL, "watch(tensor_type, params, grads, state)"},
-      {"look", fastcall(&fused_adamw::look), METH_FASTCALL, "look(watch, params, state) -> bytes | None"},
+      {"make_guard", fastcall(&fused_adamw::make_guard), METH_FASTCALL,
+       "make_guard(tensor_type, params, grads, state)"},
+      {"check_guard", fastcall(&fused_adamw::check_guard), METH_FASTCALL,
+       "check_guard(guard, params, state) -> bytes | None"},
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {

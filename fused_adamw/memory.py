@@ -95,11 +95,11 @@ class Gradients(NamedTuple):
         return cls(addresses.tobytes(), grads)
 
 
-class Snapshot:
-    """An optimizer's tensors as they were, to be compared with what they are.
+class Guard:
+    """Tells whether an optimizer's tensors are still where and as they were.
 
-    Of DTensors, their local tensors are compared. It keeps the parameters alive, but not their state: what is
-    moved away, to save memory, is freed.
+    Of DTensors, the local tensors are compared. It keeps the parameters alive, but not their state: moments
+    that are moved away, to save memory, are freed.
 
     Args:
         params: All parameters.
@@ -121,19 +121,20 @@ class Snapshot:
         self._columns = _columns(tensors)
         self._has_grad = [grad is not None for grad in grads]
         self._grad_columns = _columns([p if g is None else g for p, g in zip(params, grads, strict=True)])
-        self._look = self._look_for(grads, state, tensors)
+        self._native = self._native_guard(grads, state, tensors)
 
-    def grad_addresses(self, params: list[list[Tensor]], state: State) -> bytes | None:
-        """The gradients' addresses, by one call into C++ (csrc/watch.h).
+    def check(self, params: list[list[Tensor]], state: State) -> bytes | None:
+        """Check by one call into C++ (csrc/guard.h), which returns the gradients' addresses.
 
         Args:
             params: The parameters of each group now.
             state: The optimizer's state now.
 
         Returns:
-            None if anything else is not as it was; and where C++ cannot tell, which `matches` can.
+            As in `Gradients.addresses`. None if anything else is not as it was, and where C++ cannot tell:
+            `matches` can.
         """
-        return None if self._look is None else self._look(params, state)
+        return None if self._native is None else self._native(params, state)
 
     def matches(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], state: State) -> bool:
         """Whether parameters and state are where and as they were, and gradients as they were to be.
@@ -156,10 +157,10 @@ class Snapshot:
             and _columns(present) == [list(compress(column, is_there)) for column in self._grad_columns]
         )
 
-    def _look_for(
+    def _native_guard(
         self, grads: Sequence[Tensor | None], state: State, tensors: Sequence[Tensor]
     ) -> Callable[[list[list[Tensor]], State], bytes | None] | None:
-        """The comparison in C++; None where there is none, or not for these `tensors`."""
+        """The check in C++; None where there is no extension, or it cannot check these `tensors`."""
         extension = load_extension()
         if isinstance(extension, str) or any(type(t) not in PLAIN for t in tensors):
             return None
@@ -173,10 +174,10 @@ class Snapshot:
             for p, s in state.items()
         )
         try:
-            watch = extension.watch(Tensor, self._params, expected, nested)
+            guard = extension.make_guard(Tensor, self._params, expected, nested)
         except (AttributeError, RuntimeError):  # no DLPack, or none that can describe these tensors
             return None
-        return functools.partial(extension.look, watch)
+        return functools.partial(extension.check_guard, guard)
 
 
 def _keys(state: State) -> list[tuple[int, list[tuple[str, bool]]]]:

@@ -368,7 +368,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def _current_plan(self) -> tuple[Plan, Gradients]:
         """The plan, a new one if it is no longer true, and the gradients."""
         plan = self._plan
-        if plan is not None and (seen := plan.glance(self.param_groups, self.state)) is not None:
+        if plan is not None and (seen := plan.check(self.param_groups, self.state)) is not None:
             return plan, seen
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .distributed import NormGroup, Reduction, held, is_dtensor, is_flattened
-from .memory import PLAIN, Gradients, Snapshot, State, is_dense, overlapping, same_layout
+from .memory import PLAIN, Gradients, Guard, State, is_dense, overlapping, same_layout
 from .tables import (
     DTYPE_CODE,
     GRAD,
@@ -319,7 +319,7 @@ class Plan:
             None if slot not in stepped else self._expected[slot] if grad is None else grad
             for slot, grad in enumerate(grads)
         ]
-        self._snapshot = Snapshot(self._params, known, state)
+        self._guard = Guard(self._params, known, state)
 
     def _expected_grad(self, slot: int, grad: Tensor | None, previous: Plan | None) -> Tensor:
         """What a parameter's gradient looks like, as it is, was, or as the parameter; not its memory."""
@@ -333,8 +333,8 @@ class Plan:
     def _structure_of(groups: Sequence[Mapping[str, Any]]) -> list[object]:
         return [(len(group["params"]), bool(group["amsgrad"])) for group in groups]
 
-    def glance(self, groups: Sequence[Mapping[str, Any]], state: State) -> Gradients | None:
-        """The gradients, if one call tells that the plan is current; None if it takes `is_current` to tell.
+    def check(self, groups: Sequence[Mapping[str, Any]], state: State) -> Gradients | None:
+        """The gradients, if one call shows that the plan is current; None if it takes `is_current` to tell.
 
         Args:
             groups: The optimizer's `param_groups` now.
@@ -342,7 +342,7 @@ class Plan:
         """
         if self._structure_of(groups) != self._structure:
             return None
-        addresses = self._snapshot.grad_addresses([group["params"] for group in groups], state)
+        addresses = self._guard.check([group["params"] for group in groups], state)
         if addresses is None:
             return None
         if not self._reads_tensors:
@@ -364,7 +364,7 @@ class Plan:
             grads: Their gradients now, `held_grads` of them.
             state: The optimizer's state now.
         """
-        return self._structure_of(groups) == self._structure and self._snapshot.matches(params, grads, state)
+        return self._structure_of(groups) == self._structure and self._guard.matches(params, grads, state)
 
     def prepare(self, groups: Sequence[Mapping[str, Any]], grads: Gradients) -> None:
         """Bring gradient addresses and hyper-parameters up to date, where they changed."""

@@ -37,9 +37,9 @@ ALLOWED_INCLUDES = {
     "adamw_cuda.h": {"tables.h"},
     "adamw_cpu.cpp": {"adamw_cpu.h", "adamw.h", "tables.h"},
     "adamw_cuda.cu": {"adamw_cuda.h", "adamw.h", "tables.h"},
-    "watch.h": set(),
-    "watch.cpp": {"watch.h"},
-    "bindings.cpp": {"adamw.h", "adamw_cpu.h", "adamw_cuda.h", "tables.h", "watch.h"},
+    "guard.h": set(),
+    "guard.cpp": {"guard.h"},
+    "bindings.cpp": {"adamw.h", "adamw_cpu.h", "adamw_cuda.h", "guard.h", "tables.h"},
 }
 SEES_TORCH = {"bindings.cpp"}
 

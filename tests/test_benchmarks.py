@@ -374,12 +374,12 @@ def test_parts_of_a_step_are_what_a_step_finds_unchanged() -> None:
     for p in params:
         p.grad = torch.ones(3)
     parts = host.parts(FusedHygieneAdamW(params, max_grad_norm=1.0))
-    look = parts["look at state, parameters, gradients"]
-    assert list(array("q", look().addresses)) == [p.grad.data_ptr() for p in params]
+    check = parts["check state, parameters, gradients"]
+    assert list(array("q", check().addresses)) == [p.grad.data_ptr() for p in params]
     for part in parts.values():
         part()
     params[0].data = torch.ones(4)
-    assert look() is None
+    assert check() is None
 
 
 def test_host_profile_has_a_line_for_each_part(
@@ -388,7 +388,7 @@ def test_host_profile_has_a_line_for_each_part(
     monkeypatch.setattr(host, "ROUNDS", 2)
     host.main(["--tensors", "3"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("look at state")
+    assert lines[2].startswith("check state")
     assert all(float(number) > 0 for line in lines[2:-2] for number in line.split()[-2:])
     assert "torch: " in lines[-1]
 

@@ -37,27 +37,27 @@ class Held:
         return array("q", [0 if p.grad is None else p.grad.data_ptr() for p in self.params]).tobytes()
 
 
-def look_in_python(held):
-    snapshot = memory.Snapshot(held.params, held.known_grads, held.state)
+def python_guard(held):
+    guard = memory.Guard(held.params, held.known_grads, held.state)
 
-    def look(held):
+    def check(held):
         grads = [p.grad for p in held.params]
-        is_same = snapshot.matches(held.params, grads, held.state)
+        is_same = guard.matches(held.params, grads, held.state)
         return memory.Gradients.of(grads).addresses if is_same else None
 
-    return look
+    return check
 
 
-def look_in_cpp(held):
+def native_guard(held):
     if isinstance(load_extension(), str):
         pytest.skip("the extension is not built")
-    snapshot = memory.Snapshot(held.params, held.known_grads, held.state)
-    return lambda held: snapshot.grad_addresses(held.groups, held.state)
+    guard = memory.Guard(held.params, held.known_grads, held.state)
+    return lambda held: guard.check(held.groups, held.state)
 
 
-@pytest.fixture(params=[look_in_python, look_in_cpp], ids=["python", "c++"])
-def looks(request):
-    """Takes down what is held; returns a function that tells the gradients' addresses, None if it changed."""
+@pytest.fixture(params=[python_guard, native_guard], ids=["python", "c++"])
+def guarded(request):
+    """Guards what is held; returns its check: the addresses of the gradients, None if it changed."""
     return request.param
 
 
@@ -204,103 +204,103 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_is_seen(looks, change):
+def test_a_change_is_seen(guarded, change):
     held = Held()
     held.complex = torch.tensor(1 + 2j)
     held.scalar.grad = held.complex.imag
-    look = looks(held)
-    assert look(held) == held.addresses()
+    check = guarded(held)
+    assert check(held) == held.addresses()
     change(held)
-    assert look(held) is None
+    assert check(held) is None
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
-def test_a_move_of_a_moment_is_seen(looks, key, move):
+def test_a_move_of_a_moment_is_seen(guarded, key, move):
     held = Held()
-    look = looks(held)
+    check = guarded(held)
     held.s[key].data = move(held.s[key])
-    assert look(held) is None
-    assert looks(held)(held) == held.addresses()
+    assert check(held) is None
+    assert guarded(held)(held) == held.addresses()
 
 
 @pytest.mark.parametrize("move", MOVES_OF_PARAMS.values(), ids=MOVES_OF_PARAMS)
-def test_a_move_of_a_parameter_is_seen(looks, move):
+def test_a_move_of_a_parameter_is_seen(guarded, move):
     held = Held()
-    look = looks(held)
+    check = guarded(held)
     held.p.data = move(held.p.data)
-    assert look(held) is None
+    assert check(held) is None
 
 
-def test_what_a_step_changes_is_no_change(looks):
+def test_what_a_step_changes_is_no_change(guarded):
     held = Held()
-    look = looks(held)
+    check = guarded(held)
     for s in held.state.values():
         s["step"] += 1
         s["exp_avg"].mul_(0.5)
         s["n"] += 1  # not a tensor: no kernel reads it
     with torch.no_grad():
         held.p.mul_(2)
-    assert look(held) == held.addresses()
+    assert check(held) == held.addresses()
     held.groups = [[held.p], [held.scalar, held.without]]
     held.state = {p: dict(s) for p, s in held.state.items()}
-    assert look(held) == held.addresses()
+    assert check(held) == held.addresses()
 
 
-def test_gradients_come_and_go_and_move(looks):
+def test_gradients_come_and_go_and_move(guarded):
     held = Held()
-    look = looks(held)
+    check = guarded(held)
     seen = set()
     for grad in (None, torch.ones(3, 4), torch.zeros(5, 4)[1:4], torch.zeros(1).expand(3, 4).clone()):
         held.p.grad = grad
-        assert look(held) == held.addresses()
-        seen.add(look(held))
+        assert check(held) == held.addresses()
+        seen.add(check(held))
     assert len(seen) == 4
     held.scalar.grad = None
-    assert look(held) == held.addresses()
+    assert check(held) == held.addresses()
 
 
-def test_an_empty_gradient_is_not_an_absent_one(looks):
+def test_an_empty_gradient_is_not_an_absent_one(guarded):
     held = Held()
     empty = torch.nn.Parameter(torch.zeros(0, 3))
     held.groups.append([empty])
     held.state[empty] = {}
-    look = looks(held)
-    assert look(held)[-8:] == bytes(8)
+    check = guarded(held)
+    assert check(held)[-8:] == bytes(8)
     empty.grad = torch.zeros(0, 3)
-    assert array("q", look(held))[-1] == 1
+    assert array("q", check(held))[-1] == 1
 
 
-def test_nothing_is_held(looks):
+def test_nothing_is_held(guarded):
     held = Held()
     held.groups, held.state = [], {}
-    assert looks(held)(held) == b""
+    assert guarded(held)(held) == b""
 
 
-def test_another_object_of_the_same_memory_is_no_change(looks):
+def test_another_object_of_the_same_memory_is_no_change(guarded):
     held = Held()
-    look = looks(held)
+    check = guarded(held)
     held.s["exp_avg"] = held.s["exp_avg"].view(3, 4)
-    assert look(held) == held.addresses()
+    assert check(held) == held.addresses()
 
 
-def test_moments_that_are_moved_away_are_freed(looks):
+def test_moments_that_are_moved_away_are_freed(guarded):
     held = Held()
     moment = weakref.ref(held.s["exp_avg"])
-    look = looks(held)
+    check = guarded(held)
     held.s["exp_avg"] = held.s["exp_avg"].clone()
     assert moment() is None
-    assert look(held) is None
+    assert check(held) is None
 
 
-def test_it_lets_go(looks):
+def test_it_lets_go(guarded):
     held = Held()
     p = weakref.ref(held.p)
-    look = looks(held)
+    check = guarded(held)
     # The optimizer that a hook steps: only the garbage collector can tell that nobody else knows it.
-    held.p.register_hook(lambda grad, look=look: look)
-    held.s["exp_avg"].owner = look
-    del held, look
+    held.p.register_hook(lambda grad, check=check: check)
+    held.s["exp_avg"].owner = check
+    del held, check
     gc.collect()
     assert p() is None
 
@@ -314,9 +314,9 @@ class Interrupted(torch.overrides.TorchFunctionMode):
 
 def test_an_interrupt_is_not_swallowed():
     held = Held()
-    look = look_in_cpp(held)
+    check = native_guard(held)
     with pytest.raises(KeyboardInterrupt), Interrupted():
-        look(held)
+        check(held)
 
 
 def a_subclass(held):
@@ -335,44 +335,44 @@ def a_meta_one(held):
 def test_other_kinds_of_tensors_are_compared_in_python(tensor):
     held = Held()
     tensor(held)
-    assert look_in_cpp(held)(held) is None
-    look = look_in_python(held)
-    assert look(held) == held.addresses()
+    assert native_guard(held)(held) is None
+    check = python_guard(held)
+    assert check(held) == held.addresses()
     held.s["exp_avg"] = torch.ones(3, 4)
-    assert look(held) is None
+    assert check(held) is None
 
 
 def test_without_an_extension_all_are_compared_in_python(monkeypatch):
     held = Held()
     monkeypatch.setattr(memory, "load_extension", lambda: "not built")
-    snapshot = memory.Snapshot(held.params, held.known_grads, held.state)
-    assert snapshot.grad_addresses(held.groups, held.state) is None
-    assert look_in_python(held)(held) == held.addresses()
+    guard = memory.Guard(held.params, held.known_grads, held.state)
+    assert guard.check(held.groups, held.state) is None
+    assert python_guard(held)(held) == held.addresses()
 
 
 def test_functions_of_the_extension_refuse_other_types():
     extension = load_extension()
     if isinstance(extension, str):
         pytest.skip("the extension is not built")
-    watch = extension.watch(torch.Tensor, (), (), ())
-    assert extension.look(watch, [], {}) == b""
-    assert extension.look(watch, [()], {}) is None  # only lists are looked into
-    assert extension.look(watch, [[1]], {}) is None
-    assert extension.look(watch, [], {1: 2}) is None
-    assert extension.look(watch, [], ()) is None
-    for args in [(), (watch,), (watch, (), {}), (watch, [], {}, 1)]:
+    guard = extension.make_guard(torch.Tensor, (), (), ())
+    assert extension.check_guard(guard, [], {}) == b""
+    assert extension.check_guard(guard, [()], {}) is None  # only lists are walked
+    assert extension.check_guard(guard, [[1]], {}) is None
+    assert extension.check_guard(guard, [], {1: 2}) is None
+    assert extension.check_guard(guard, [], ()) is None
+    for args in [(), (guard,), (guard, (), {}), (guard, [], {}, 1)]:
         with pytest.raises(TypeError, match="a capsule, a list and a mapping"):
-            extension.look(*args)
+            extension.check_guard(*args)
     with pytest.raises(ValueError, match="PyCapsule"):
-        extension.look(torch.Tensor.__dlpack_c_exchange_api__, [], {})
+        extension.check_guard(torch.Tensor.__dlpack_c_exchange_api__, [], {})
     t = torch.zeros(2)
     for args in [([], (), ()), ((1,), (None,), ()), ((t,), (), ()), ((t,), ((t, ()),), ()), ((), (), (1,))]:
         with pytest.raises((IndexError, RuntimeError, SystemError)):
-            extension.watch(torch.Tensor, *args)
+            extension.make_guard(torch.Tensor, *args)
     with pytest.raises(TypeError, match="4 arguments"):
-        extension.watch(torch.Tensor)
+        extension.make_guard(torch.Tensor)
     with pytest.raises(AttributeError, match="dlpack"):
-        extension.watch(int, (), (), ())
+        extension.make_guard(int, (), (), ())
 
 
 # Layouts

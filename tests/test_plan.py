@@ -178,7 +178,7 @@ def test_a_steady_step_takes_one_look(target, monkeypatch):
     theirs = torch.optim.AdamW(copies, lr=1e-2, foreach=False)
     for step in range(5):
         if step == 1:
-            monkeypatch.delattr(memory.Snapshot, "matches")
+            monkeypatch.delattr(memory.Guard, "matches")
         give_grads(params, step)
         give_grads(copies, step)
         for each in (params, copies):

@@ -41,9 +41,9 @@ def in_one_process(options=None, without=()):
     return [gathered(p) for p in params]
 
 
-def is_seen_at_a_glance(optimizer):
+def is_checked_in_cpp(optimizer):
     """Whether one call into C++ finds the plan current; of the reference there is none to make."""
-    return optimizer._plan.glance(optimizer.param_groups, optimizer.state) is not None
+    return optimizer._plan.check(optimizer.param_groups, optimizer.state) is not None
 
 
 def train(name, options=None, without=(), device="cpu"):
@@ -66,7 +66,7 @@ def train(name, options=None, without=(), device="cpu"):
         plan = plan or optimizer._plan
         assert optimizer._plan is plan
         assert len(plan.launches) == 1
-        assert is_seen_at_a_glance(optimizer)
+        assert is_checked_in_cpp(optimizer)
     for p, where in zip(params, layout, strict=True):
         if state := optimizer.state[p]:
             assert type(state["step"]) is torch.Tensor

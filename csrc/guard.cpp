@@ -1,4 +1,4 @@
-#include "watch.h"
+#include "guard.h"
 
 #include <ATen/dlpack.h>
 
@@ -12,12 +12,12 @@
 namespace fused_adamw {
 namespace {
 
-constexpr char kCapsule[] = "fused_adamw.watch";
+constexpr char kCapsule[] = "fused_adamw.guard";
 // In place of the description of a gradient where there must not be one: like nothing.
 constexpr int64_t kNoGrad = -1;
 // Numbers of a description beside two for each dimension.
 constexpr int64_t kFixedNumbers = 3;
-// How many objects ahead a look fetches.
+// How many objects ahead a check prefetches.
 constexpr int64_t kAhead = 12;
 
 // Thrown where a Python exception is set.
@@ -42,7 +42,7 @@ class Owned {
   PyObject* const object_;
 };
 
-// Attributes that a look reads.
+// Attributes that a check reads.
 struct Names {
   PyObject* const grad = checked(PyUnicode_InternFromString("grad"));
   PyObject* const is_neg = checked(PyUnicode_InternFromString("is_neg"));
@@ -89,7 +89,7 @@ struct Object {
   PyObject* name = nullptr;  // under which the state has it
   PyTypeObject* type = nullptr;
   bool is_dtensor = false;
-  // Where the tensor and its storage were, which a look comes to by way of the object: a hint.
+  // Where the tensor and its storage were, which a check reaches through the object: hints to prefetch.
   const char* behind[2] = {};
 };
 
@@ -100,10 +100,10 @@ bool with_local(PyObject* tensor, bool is_dtensor, const F& f) {
   return f(Owned(PyObject_GetAttr(tensor, names().local_tensor)).get());
 }
 
-// What was taken down.
-class Watch {
+// What was recorded.
+class Guard {
  public:
-  Watch(PyObject* tensor_type, PyObject* params, PyObject* grads, PyObject* state)
+  Guard(PyObject* tensor_type, PyObject* params, PyObject* grads, PyObject* state)
       : tensor_type(reinterpret_cast<PyTypeObject*>(tensor_type)) {
     const Owned capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
     const auto* const api = static_cast<const DLPackExchangeAPI*>(
@@ -117,13 +117,13 @@ class Watch {
       PyObject* const of_param = item(state, i);
       this->state.push_back({item(of_param, 0)});
       for (Py_ssize_t j = 1; j + 1 < PyTuple_Size(of_param); j += 2) {
-        this->state.push_back(take_down(item(of_param, j + 1)));
+        this->state.push_back(record(item(of_param, j + 1)));
         this->state.back().name = item(of_param, j);
       }
     }
     for (Py_ssize_t i = 0; i < PyTuple_Size(params); ++i) {
-      this->params.push_back(take_down(item(params, i)));
-      take_down_grad(item(grads, i));
+      this->params.push_back(record(item(params, i)));
+      record_grad(item(grads, i));
     }
     if (PyErr_Occurred()) throw PythonError();
   }
@@ -135,14 +135,14 @@ class Watch {
   }
 
   PyTypeObject* const tensor_type;
-  // In the order of a look. Of each parameter in the state itself, then what belongs to it.
+  // In the order of a check. Of each parameter in the state itself, then what belongs to it.
   std::vector<Object> state, params;
   // Address and description of each tensor of the state and each parameter; after a parameter its gradient's
   // description.
   std::vector<int64_t> numbers;
 
  private:
-  Object take_down(PyObject* tensor) {
+  Object record(PyObject* tensor) {
     if (tensor == Py_None) return {nullptr};
     Object object{tensor, nullptr, Py_TYPE(tensor), PyObject_HasAttr(tensor, names().local_tensor) == 1};
     with_local(tensor, object.is_dtensor, [&](PyObject* local) {
@@ -150,22 +150,22 @@ class Watch {
       numbers.push_back(address_of(t));
       object.behind[0] = cdata_of(local);
       object.behind[1] = cdata_of(Owned(PyObject_CallMethod(local, "untyped_storage", nullptr)).get());
-      return take_down_description(t);
+      return record_description(t);
     });
     return object;
   }
 
-  void take_down_grad(PyObject* expected) {
+  void record_grad(PyObject* expected) {
     if (expected == Py_None) return numbers.push_back(kNoGrad);
     DLTensor t = to_dlpack(item(expected, 0));
     std::vector<int64_t> shape = integers(item(expected, 1)), strides = integers(item(expected, 2));
     t.ndim = static_cast<int32_t>(shape.size());
     t.shape = shape.data();
     t.strides = strides.data();
-    take_down_description(t);
+    record_description(t);
   }
 
-  bool take_down_description(const DLTensor& t) {
+  bool record_description(const DLTensor& t) {
     return describe(t, [this](int64_t number) { return numbers.push_back(number), true; });
   }
 
@@ -177,15 +177,15 @@ class Watch {
   DLPackDLTensorFromPyObjectNoSync to_dlpack_;
 };
 
-// One comparison with what was taken down.
-class Look {
+// One comparison with what was recorded.
+class Check {
  public:
-  explicit Look(const Watch& watch) : watch_(watch), number_(watch.numbers.data()) {}
+  explicit Check(const Guard& guard) : guard_(guard), number_(guard.numbers.data()) {}
 
   bool is_same_state(PyObject* state) {
     PyObject *param, *of_param, *name, *value;
     size_t n = 0;
-    const std::vector<Object>& known = watch_.state;
+    const std::vector<Object>& known = guard_.state;
     for (Py_ssize_t i = 0; PyDict_Next(state, &i, &param, &of_param);) {
       if (n == known.size() || param != known[n++].object || !PyDict_Check(of_param)) return false;
       for (Py_ssize_t j = 0; PyDict_Next(of_param, &j, &name, &value);) {
@@ -197,7 +197,7 @@ class Look {
 
   bool finds_grads(PyObject* groups) {
     size_t n = 0;
-    const std::vector<Object>& known = watch_.params;
+    const std::vector<Object>& known = guard_.params;
     for (Py_ssize_t i = 0; i < PyList_Size(groups); ++i) {
       PyObject* const params = PyList_GetItem(groups, i);
       if (!PyList_Check(params)) return false;
@@ -220,7 +220,7 @@ class Look {
     if (!known[n].object) return true;
     if (Py_TYPE(tensor) != known[n].type) return false;
     return with_local(tensor, known[n].is_dtensor, [this](PyObject* local) {
-      const DLTensor t = watch_.to_dlpack(local);
+      const DLTensor t = guard_.to_dlpack(local);
       return address_of(t) == *number_++ && is_as_expected(t);
     });
   }
@@ -241,8 +241,8 @@ class Look {
     }
     if (param.is_dtensor && !is_placed_alike(grad.get(), param.object)) return false;
     return with_local(grad.get(), param.is_dtensor, [this](PyObject* local) {
-      if (Py_TYPE(local) != watch_.tensor_type) return false;
-      const DLTensor t = watch_.to_dlpack(local);
+      if (Py_TYPE(local) != guard_.tensor_type) return false;
+      const DLTensor t = guard_.to_dlpack(local);
       if (!is_as_expected(t) || is_negative_view(local, t)) return false;
       const int64_t address = address_of(t);
       if (!address && !is_empty(t)) return false;  // its memory was taken away
@@ -274,11 +274,11 @@ class Look {
     return Owned(PyObject_CallMethodObjArgs(tensor, names().is_neg, nullptr)).get() == Py_True;
   }
 
-  const Watch& watch_;
+  const Guard& guard_;
   const int64_t* number_;  // the next one to compare
 };
 
-void destroy(PyObject* capsule) { delete static_cast<Watch*>(PyCapsule_GetPointer(capsule, kCapsule)); }
+void destroy(PyObject* capsule) { delete static_cast<Guard*>(PyCapsule_GetPointer(capsule, kCapsule)); }
 
 // Runs f; what it throws becomes a Python exception.
 template <typename F>
@@ -294,34 +294,34 @@ PyObject* guarded(const F& f) {
 
 }  // namespace
 
-PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
-  if (n_args != 4) return PyErr_Format(PyExc_TypeError, "watch expects 4 arguments, got %zd", n_args);
+PyObject* make_guard(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
+  if (n_args != 4) return PyErr_Format(PyExc_TypeError, "make_guard expects 4 arguments, got %zd", n_args);
   return guarded([args] {
-    auto made = std::make_unique<Watch>(args[0], args[1], args[2], args[3]);
+    auto made = std::make_unique<Guard>(args[0], args[1], args[2], args[3]);
     PyObject* const capsule = checked(PyCapsule_New(made.get(), kCapsule, &destroy));
     made.release();
     return capsule;
   });
 }
 
-PyObject* look(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
+PyObject* check_guard(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
   if (n_args != 3 || !PyList_Check(args[1]))
-    return PyErr_Format(PyExc_TypeError, "look expects a capsule, a list and a mapping");
-  const auto* const made = static_cast<const Watch*>(PyCapsule_GetPointer(args[0], kCapsule));
-  if (!made) return nullptr;
-  return guarded([args, made]() -> PyObject* {
-    Look look(*made);
-    look.grads.reserve(made->params.size());
+    return PyErr_Format(PyExc_TypeError, "check_guard expects a capsule, a list and a mapping");
+  const auto* const guard = static_cast<const Guard*>(PyCapsule_GetPointer(args[0], kCapsule));
+  if (!guard) return nullptr;
+  return guarded([args, guard]() -> PyObject* {
+    Check check(*guard);
+    check.grads.reserve(guard->params.size());
     try {
-      if (!PyDict_Check(args[2]) || !look.is_same_state(args[2]) || !look.finds_grads(args[1]))
+      if (!PyDict_Check(args[2]) || !check.is_same_state(args[2]) || !check.finds_grads(args[1]))
         Py_RETURN_NONE;
     } catch (const PythonError&) {
       if (!PyErr_ExceptionMatches(PyExc_Exception)) throw;  // the user's interrupt
-      PyErr_Clear();                                        // it cannot be told
+      PyErr_Clear();                                        // it cannot be checked
       Py_RETURN_NONE;
     }
-    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(look.grads.data()),
-                                     static_cast<Py_ssize_t>(look.grads.size() * sizeof(int64_t)));
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(check.grads.data()),
+                                     static_cast<Py_ssize_t>(check.grads.size() * sizeof(int64_t)));
   });
 }
 
