@@ -10,7 +10,7 @@ import torch
 
 from .pictures import plot_ratios, plot_roofline
 from .provenance import provenance
-from .results import Result, print_table, thread_scaling, to_json, write_json
+from .results import Result, print_table, to_json, write_json
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,13 +32,10 @@ def results(pytestconfig: pytest.Config) -> Iterator[list[Result]]:
     quick = pytestconfig.getoption("--quick")
     stem = f"cpu-{whence['date'][:10]}" + "-quick" * quick
     out = pytestconfig.getoption("--out")
-    scaling = thread_scaling(collected)
-    write_json(out / f"{stem}.json", to_json(collected, whence, quick=quick, thread_scaling=scaling))
+    write_json(out / f"{stem}.json", to_json(collected, whence, quick=quick))
     plot_ratios(collected, whence, out / f"{stem}-ratios.png")
     plot_roofline(collected, whence, out / f"{stem}-roofline.png")
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print()
         print_table(collected, f"Clip + step on {whence['device']}, torch {whence['torch']}")
-        for case, factor in scaling.items():
-            print(f"{case}: two threads are {factor:.2f} times as fast as one")
         print(f"{out / stem}.json, -ratios.png, -roofline.png")

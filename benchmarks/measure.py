@@ -25,8 +25,11 @@ BLOCKS = 3  # the machine is noisy: medians are taken of each third of the round
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Use so many CPU threads; None: as it is."""
+    if count is None:
+        yield
+        return
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -111,6 +114,7 @@ class Heat:
         device: torch.device,
         turn_seconds: float,
         before: Callable[[], object] | None = None,
+        threads_of: Mapping[str, int | None] | None = None,
     ) -> None:
         """Find out how many steps of each make a batch.
 
@@ -119,18 +123,21 @@ class Heat:
             device: Where it runs.
             turn_seconds: A batch is as many back-to-back steps as last so long, at least one.
             before: Run before every step, outside the time.
+            threads_of: CPU threads that contestants use; None: as it is.
         """
         self._steps = steps
         self._device = device
         self._before = before
+        self._threads_of = threads_of or {}
         self._batches: dict[str, int] = {}
         self._estimates: dict[str, float] = {}
         for name, step in steps.items():
-            time_steps(step, 1, device, before)  # builds state and tables
-            n, seconds = 1, time_steps(step, 1, device, before)[0]
-            while n * seconds < turn_seconds:  # the longer the batch, the shorter its steps
-                n = math.ceil(turn_seconds / seconds)
-                seconds = time_steps(step, n, device, before)[0]
+            with threads(self._threads_of.get(name)):
+                time_steps(step, 1, device, before)  # builds state and tables
+                n, seconds = 1, time_steps(step, 1, device, before)[0]
+                while n * seconds < turn_seconds:  # the longer the batch, the shorter its steps
+                    n = math.ceil(turn_seconds / seconds)
+                    seconds = time_steps(step, n, device, before)[0]
             self._batches[name], self._estimates[name] = n, seconds
         slow = max(self.RARE_ABOVE, 2 * min(self._estimates.values()))
         self._every = {name: 3 if s > slow else 1 for name, s in self._estimates.items()}
@@ -149,12 +156,15 @@ class Heat:
         """Let each contestant have its turn, if this is one of its rounds."""
         for name, step in self._steps.items():
             if self._rounds % self._every[name] == 0:
-                first = None
-                if self._estimates[name] < self.WARM_BELOW:
-                    first, _ = time_steps(step, 1, self._device, self._before_first)
-                batch = time_steps(step, self._batches[name], self._device, self._before)
-                self.turns[name].append(Turn(first, *batch))
+                with threads(self._threads_of.get(name)):
+                    self.turns[name].append(self._turn(name, step))
         self._rounds += 1
+
+    def _turn(self, name: str, step: Callable[[], object]) -> Turn:
+        first = None
+        if self._estimates[name] < self.WARM_BELOW:
+            first, _ = time_steps(step, 1, self._device, self._before_first)
+        return Turn(first, *time_steps(step, self._batches[name], self._device, self._before))
 
     def run(self, seconds: float, least: int, most: int) -> None:
         """Run rounds for so long, between so many; their number is divisible by that of the blocks."""

@@ -7,7 +7,7 @@ place than another, and a race needs the memory of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,14 @@ from .cases import Case
 # writes p, m, v; a norm reads g; torch's clip reads and writes g; handing grad_scale to torch's fused
 # optimizer makes it write g. The for-loop and foreach compute one operation after the other:
 # p*=, m.lerp_(g), v*=, v+=g*g, sqrt, /=, +=, p+=m/denom.
-PASSES = {"ours": (8, 7), "fused": (10, 7), "trick": (9, 7), "foreach": (23, 20), "for-loop": (23, 20)}
+PASSES = {
+    "ours": (8, 7),
+    "one-thread": (8, 7),
+    "fused": (10, 7),
+    "trick": (9, 7),
+    "foreach": (23, 20),
+    "for-loop": (23, 20),
+}
 LR, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 0.1
 
 
@@ -94,11 +101,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer in a race."""
+    """An optimizer in a race.
+
+    Attributes:
+        name: What tables call it.
+        step: One step, with the clip if the race has one.
+        optimizer: Whose state it mutates.
+        threads: CPU threads that it uses; None: those of the race.
+    """
 
     name: str
     step: Callable[[], object]
     optimizer: torch.optim.Optimizer
+    threads: int | None = None
 
     def restart(self) -> None:
         """Set the step counts to zero."""
@@ -116,6 +131,11 @@ def ours(problem: Problem, *, clip: bool, backend: str = "auto", name: str = "ou
     )
     problem.share_state(optimizer, step_on_device=True)
     return Peer(name, optimizer.step, optimizer)
+
+
+def one_thread(problem: Problem, *, clip: bool) -> Peer:
+    """Ours on one CPU thread, which more of them are not to be slower than."""
+    return replace(ours(problem, clip=clip, name="one-thread"), threads=1)
 
 
 def _torch_adamw(problem: Problem, **kind: bool) -> torch.optim.AdamW:
@@ -173,6 +193,7 @@ def compiled(problem: Problem, *, clip: bool) -> Peer:
 
 
 PEERS = {
+    "one-thread": one_thread,
     "fused": fused,
     "trick": trick,
     "foreach": foreach,

@@ -57,7 +57,8 @@ def _races(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Path) -> None:
-    """How many times longer each peer takes; one row per race, on a logarithmic scale from 1."""
+    """How many times longer each of torch's takes; one row per race, on a logarithmic scale from 1."""
+    results = [result for result in results if result.detail["peer"] != "one-thread"]
     races = _races(results)
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 1.5 + 0.46 * len(races)))

@@ -138,16 +138,6 @@ def evaluate(
     return results
 
 
-def thread_scaling(results: Sequence[Result]) -> dict[str, float]:
-    """Our time with one thread over that with several, for each case that was run with both."""
-    ours = {
-        (result.detail["case"], result.detail["threads"]): result.ours_ms
-        for result in results
-        if result.detail["clip"] and result.detail["peer"] == "fused" and "moved" not in result.name
-    }
-    return {case: ours[case, 1] / ms for (case, n), ms in ours.items() if n != 1 and (case, 1) in ours}
-
-
 def to_json(results: Sequence[Result], provenance: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Provenance, `cases` with the keys of `CASE_KEYS`, and `details` of each case by name."""
     return {

@@ -1,4 +1,4 @@
-"""Clip + step on the CPU against torch's for-loop, foreach and fused AdamW: what `make bench` runs."""
+"""Clip + step on the CPU against torch's AdamW of every kind, and ours on one thread: `make bench`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from .peers import Peer, Problem, line_up
 from .results import Result, evaluate
 
 CPU = torch.device("cpu")
-WITH_CLIP = ("fused", "trick", "foreach", "for-loop")
-STEP_ALONE = ("fused",)
+PEERS = {True: ("fused", "trick", "foreach", "for-loop", "one-thread"), False: ("fused",)}  # by the clip
 # Here it is true: the peers clip the gradients that ours steps too.
 pytestmark = pytest.mark.filterwarnings("ignore:for . steps the gradient norm was max_grad_norm")
 
@@ -30,7 +29,7 @@ def _problem(case: Case) -> Problem:
 @functools.lru_cache(maxsize=2)
 def _checked_peers(case: Case, clip: bool) -> tuple[Peer, ...]:
     problem = _problem(case)
-    peers = tuple(line_up(problem, WITH_CLIP if clip else STEP_ALONE, clip=clip))
+    peers = tuple(line_up(problem, PEERS[clip], clip=clip))
     check_equal_results(problem, peers)
     return peers
 
@@ -51,11 +50,13 @@ def test_step(
         race = race.tiny()
     with threads(race.threads):
         memory = bandwidth(CPU, 1 << 20 if quick else None)
+        peers = [p for p in _checked_peers(race.case, race.clip) if p.threads != race.threads]
         heat = Heat(
-            {peer.name: peer.step for peer in _checked_peers(race.case, race.clip)},
+            {peer.name: peer.step for peer in peers},
             CPU,
             turn_seconds=0.005,
             before=_problem(race.case).move_gradients if race.moved_grads else None,
+            threads_of={peer.name: peer.threads for peer in peers},
         )
         limits = (0.0, 3, 3) if quick else (pytestconfig.getoption("--seconds"), 9, 600)
         benchmark.pedantic(heat.run, args=limits)  # type: ignore[attr-defined]

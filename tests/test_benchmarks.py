@@ -221,6 +221,23 @@ def test_a_turn_on_a_gpu_ends_when_the_device_has_finished(monkeypatch: pytest.M
     assert heat.turns == {"step": [Turn(5 * tick, overlapped, overlapped)]}
 
 
+def test_contestants_use_threads_of_their_own() -> None:
+    used: list[tuple[str, int]] = []
+    steps = {name: lambda name=name: used.append((name, torch.get_num_threads())) for name in "abc"}  # type: ignore[misc]
+    heat = Heat(steps, CPU, turn_seconds=0.0, threads_of={"a": 2, "b": None})
+    heat.run(0.0, least=3, most=3)
+    assert set(used) == {("a", 2), ("b", 1), ("c", 1)}
+    assert torch.get_num_threads() == 1
+
+
+def test_one_thread_is_a_contestant_where_there_are_more() -> None:
+    problem = Problem(FEW, CPU)
+    assert [peer.threads for peer in line_up(problem, ("fused", "one-thread"), clip=True)] == [None, None, 1]
+    with_several = [race for race in CPU_RACES if race.threads != 1 and race.clip]
+    assert len(with_several) > 6
+    assert all(race.wanted["one-thread"] == 1.0 for race in with_several)
+
+
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 6), (6.5, 9), (99.0, 12)])
 def test_a_heat_runs_for_so_long(seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
