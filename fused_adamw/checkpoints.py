@@ -1,13 +1,13 @@
-"""Saved parameter groups and state, and how they fit the live ones."""
+"""Whether a saved `state_dict` fits the optimizer that is to load it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from .checks import check_not_differentiable, check_saved
+from .groups import compare_param_names
 
 
 class NamedGroup(dict[str, Any]):
@@ -21,7 +21,34 @@ class NamedGroup(dict[str, Any]):
         return (key for key in super().__iter__() if key != "param_names")
 
 
-def without_foreign_names(group: dict[str, Any]) -> dict[str, Any]:
+def checked_state_dict(
+    saved: dict[str, Any], live: Sequence[dict[str, Any]], names: Sequence[str]
+) -> dict[str, Any]:
+    """A saved `state_dict`, found to fit an optimizer and with every option that its groups have.
+
+    Args:
+        saved: What is to be loaded; it is not changed.
+        live: The optimizer's `param_groups`.
+        names: What to call each parameter in a message.
+
+    Raises:
+        ValueError: As `FusedHygieneAdamW.load_state_dict`.
+        RuntimeError: As `FusedHygieneAdamW.load_state_dict`.
+    """
+    groups = [_without_foreign_names(group) for group in saved["param_groups"]]
+    if message := compare_param_names(*([g.get("param_names") for g in some] for some in (groups, live))):
+        raise ValueError(message)
+    if [len(g["params"]) for g in groups] == [len(g["params"]) for g in live]:  # else torch raises
+        groups = [_completed(*pair) for pair in zip(groups, live, strict=True)]
+        check_not_differentiable(groups)
+        ids = [i for group in groups for i in group["params"]]
+        params = [p for group in live for p in group["params"]]
+        for i, p, name in zip(ids, params, names, strict=True):
+            check_saved(saved["state"].get(i, {}), p, name)
+    return {**saved, "param_groups": groups}
+
+
+def _without_foreign_names(group: dict[str, Any]) -> dict[str, Any]:
     """A saved group, without `param_names` if it lists parameters by name.
 
     torch.distributed.checkpoint does, having paired them by name; the `param_names` are then those of the
@@ -32,7 +59,7 @@ def without_foreign_names(group: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def completed(saved: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]:
+def _completed(saved: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]:
     """A saved group, with the live group's value for every option that it does not have."""
     if "lr" not in saved:
         warnings.warn(
@@ -43,8 +70,3 @@ def completed(saved: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]:
         )
     options = {key: value for key, value in live.items() if key not in ("params", "param_names")}
     return {**options, **saved}
-
-
-def own_step(step: Any, p: Tensor) -> Tensor:
-    """A step count shared with nobody, in the form of torch's fused optimizers: 0-dim float32 beside `p`."""
-    return torch.as_tensor(step, dtype=torch.float32, device=p.device).detach().reshape(()).clone()

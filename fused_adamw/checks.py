@@ -12,9 +12,7 @@ from torch import Tensor
 
 from .distributed import held, is_partial, why_misplaced
 from .memory import lacks_memory
-
-# The last one is there with amsgrad only.
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+from .state import MOMENTS
 
 
 def check_not_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:

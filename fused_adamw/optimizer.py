@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,26 +13,20 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from .backends import check_backend, kernels_for, reference
-from .checkpoints import NamedGroup, completed, own_step, without_foreign_names
+from .checkpoints import NamedGroup, checked_state_dict
 from .checks import (
-    MOMENTS,
     check_hypers,
     check_listed_once,
     check_no_transform,
     check_not_differentiable,
-    check_saved,
     check_step,
 )
-from .distributed import (
-    NormGroup,
-    has_peers,
-    held,
-    held_grads,
-    is_flattened,
-)
-from .groups import build_param_groups, compare_param_names, summarize_param_groups
-from .memory import Gradients, address_of
+from .distributed import NormGroup, has_peers, held_grads, is_flattened
+from .groups import build_param_groups, summarize_param_groups
+from .memory import Gradients
 from .plan import Plan
+from .second_clip import SecondClipDetector
+from .state import complete_state, copied_state
 from .tables import StepInputs, is_capturing
 
 logger = logging.getLogger("fused_adamw")
@@ -52,9 +45,6 @@ _COPIED = (
     "_status",
     "_has_norm",
 )
-# A norm that equals max_grad_norm so closely, for so many steps in a row, was made by another clip: one that
-# drifts past the threshold does not stay so long. Clips of bfloat16 gradients are too coarse to be seen.
-_CLIPPED_ERROR, _CLIPPED_STEPS = 1e-4, 8
 
 
 class FusedHygieneAdamW(torch.optim.AdamW):
@@ -137,7 +127,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         self._plan: Plan | None = None
         self._status: Tensor | None = None  # float64: norm of the last step, steps skipped so far
         self._has_norm = False
-        self._clipped_before: int | None = 0  # steps in a row that looked so; None: the user was told
+        self._second_clip = SecondClipDetector()
         self.max_grad_norm = max_grad_norm
         self.norm_process_group = norm_process_group
 
@@ -325,26 +315,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         for bucket, _, status in plan.launches:
             bucket.update(grads.tensors, self._step_inputs(sums.get(bucket.device), found_inf, status))
         torch.autograd.graph.increment_version(plan.stepped)
-        self._look_for_second_clip()
+        self._second_clip.observe(self._status, self._max_grad_norm)
         return loss
-
-    def _look_for_second_clip(self) -> None:
-        """Warn, once, if gradients look clipped before the step. On the CPU: elsewhere it would wait."""
-        limit, status = self._max_grad_norm, self._status
-        if self._clipped_before is None or type(status) is not Tensor or status.device.type != "cpu":
-            return  # told already; nothing stepped yet, or fake; not to be read without waiting
-        if limit is None or not 0.0 < limit < math.inf:
-            return
-        equal = math.isclose(status.tolist()[0], limit, rel_tol=_CLIPPED_ERROR)
-        self._clipped_before = self._clipped_before + 1 if equal else 0
-        if self._clipped_before == _CLIPPED_STEPS:
-            self._clipped_before = None
-            warnings.warn(
-                f"for {_CLIPPED_STEPS} steps the gradient norm was max_grad_norm={limit}: the gradients were "
-                "probably clipped before step() too, and grad_norm is not the norm that they had. Clip once: "
-                "remove clip_grad_norm_, or switch the framework's clipping off (docs/integrations.md).",
-                stacklevel=2,
-            )
 
     def _check_graph_capture(self) -> None:
         # Raises where a capture runs without capturable=True. torch has renamed it.
@@ -407,12 +379,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         local = held_grads(params, grads) if local is None else local
         assert local is not None  # every gradient was found to fit
         steps: set[int] = set()
-        slot = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                if grads[slot] is not None or "step" in self.state.get(p, ()):
-                    self._init_state(p, group, steps)
-                slot += 1
+        amsgrad = [group["amsgrad"] for group in self.param_groups for _ in group["params"]]
+        for p, grad, has_maximum in zip(params, grads, amsgrad, strict=True):
+            if grad is not None or "step" in self.state.get(p, ()):
+                complete_state(self.state[p], p, has_maximum, self._state_dtype, steps)
         plan = Plan(
             self.param_groups,
             local,
@@ -426,27 +396,6 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         for slot, reason in plan.fallbacks.items():
             logger.debug("parameter %s is stepped by the reference: %s", names[slot], reason)
         return plan, local
-
-    def _init_state(self, p: Tensor, group: dict[str, Any], steps: set[int]) -> None:
-        """Complete the state of one parameter: torch's keys, `step` a float32 of its own on the device."""
-        state = self.state[p]
-        (step,) = held([state.get("step", 0.0)])
-        if not (
-            isinstance(step, Tensor)
-            and step.dim() == 0
-            and step.dtype == torch.float32
-            and step.device == p.device
-            and address_of(step) not in steps
-        ):
-            state["step"] = own_step(step, p)
-        steps.add(address_of(state["step"]))
-        for key in MOMENTS[: 3 if group["amsgrad"] else 2]:
-            if key not in state:
-                dtype = self._moment_dtype(p)
-                state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-
-    def _moment_dtype(self, p: Tensor) -> torch.dtype:
-        return self._state_dtype if self._state_dtype is not None and p.is_floating_point() else p.dtype
 
     def _step_inputs(self, sums: Tensor | None, found_inf: Tensor | None, status: Tensor) -> StepInputs:
         def on_device(value: Any) -> Tensor | None:
@@ -479,7 +428,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None
-        self._clipped_before = 0
+        self._second_clip = SecondClipDetector()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.param_groups = [NamedGroup(g) if "param_names" in g else g for g in self.param_groups]
 
@@ -503,42 +452,24 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             RuntimeError: A saved state is not AdamW's: a step count or a moment is missing (that of another
                 optimizer, say), or a moment is not of its parameter's shape; a group is `differentiable`.
         """
-        loaded: list[dict[str, Any]] = []
+        final: dict[str, Any] = {}
 
-        def check(_: Any, final: dict[str, Any]) -> dict[str, Any]:
-            groups = [without_foreign_names(group) for group in final["param_groups"]]
-            saved, live = ([g.get("param_names") for g in some] for some in (groups, self.param_groups))
-            if message := compare_param_names(saved, live):
-                raise ValueError(message)
-            sizes, live_sizes = ([len(g["params"]) for g in some] for some in (groups, self.param_groups))
-            if sizes == live_sizes:  # else torch raises
-                groups = [completed(*pair) for pair in zip(groups, self.param_groups, strict=True)]
-                check_not_differentiable(groups)
-                ids = [i for group in groups for i in group["params"]]
-                params = [p for group in self.param_groups for p in group["params"]]
-                for i, p, name in zip(ids, params, self._names(), strict=True):
-                    check_saved(final["state"].get(i, {}), p, name)
-            loaded.append({**final, "param_groups": groups})
-            return loaded[0]
+        def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            final.update(checked_state_dict(given, self.param_groups, self._names()))
+            return final
 
         handle = self.register_load_state_dict_pre_hook(check)  # the last one: it sees what will be loaded
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        self._restore(loaded[0])
+        self._copy_state(final)
 
     @torch.no_grad()
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _copy_state(self, saved: dict[str, Any]) -> None:
         """Copy the state from its source: torch has cast moments to the parameter's dtype, or shares them."""
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
-            source = saved["state"].get(i, {})
-            if "step" in source:
-                self.state[p]["step"] = own_step(source["step"], p)
-            for key in MOMENTS:
-                if isinstance(value := source.get(key), Tensor):
-                    dtype = self._moment_dtype(p)
-                    moment = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
-                    self.state[p][key] = moment.copy_(value)
+            if i in saved["state"]:
+                self.state[p].update(copied_state(saved["state"][i], p, self._state_dtype))
