@@ -122,16 +122,6 @@ def ulp(x, dtype=np.float32):
     return float(np.spacing(dtype(x.max()))) if x.size else 0.0
 
 
-def assert_states_equal(optimizer, peer, params, peers):
-    """Our state and torch's have the same keys and dtypes, and bitwise equal values."""
-    for p, q in zip(params, peers, strict=True):
-        ours, theirs = optimizer.state.get(p, {}), peer.state.get(q, {})
-        assert ours.keys() == theirs.keys()
-        for key, value in theirs.items():
-            assert ours[key].dtype == value.dtype
-            torch.testing.assert_close(ours[key], value, rtol=0, atol=0, equal_nan=True)
-
-
 def assert_same_path(params, peers, steps, grad_error=0.0):
     """Parameters agree with those of a peer after `steps` float32 (or float64) updates.
 

@@ -12,6 +12,7 @@ from .lint import warn
 from .overrides import Overrides, Setting
 from .policies import Policy
 from .roles import Role
+from .walk import tensors_of
 
 
 def build_param_groups(
@@ -126,7 +127,7 @@ def new_param_groups(
         ValueError: As `build_param_groups`, but a model with nothing to train gives an empty list.
     """
     options = Options(weight_decay, policy, roles, overrides, layer_decay, lr)
-    known = {id(param) for group in param_groups for param in _tensors(group["params"])}
+    known = {id(param) for group in param_groups for param in tensors_of(group)}
     decisions = [d for d in decide(model, options, allow_none=True) if id(d.param) not in known]
     groups = group_decisions(decisions, lr)
     warn(decisions, groups, options)
@@ -174,12 +175,8 @@ def summarize_param_groups(groups: Iterable[Mapping[str, Any]]) -> str:
     """
     counts = {True: 0, False: 0}
     for group in groups:
-        counts[group.get("weight_decay", 1.0) > 0] += len(_tensors(group["params"]))
+        counts[group.get("weight_decay", 1.0) > 0] += len(tensors_of(group))
     return f"decay: {counts[True]} params, no_decay: {counts[False]} params"
-
-
-def _tensors(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)
 
 
 def _hashable(options: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -78,9 +78,3 @@ def _pair(text: str, option: str) -> tuple[str, Setting]:
     except ValueError:
         pass
     raise ValueError(f"{option} {text!r}: expected NAME=true, NAME=false or NAME=NUMBER")
-
-
-if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(_parser)
-    sys.exit(run(_parser.parse_args()))

@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
 from .decide import Decision, Options
 from .marks import mark_of_tensor
 from .overrides import ParamGroupWarning
 from .policies import get_policy
 from .roles import Role
-from .walk import Located, words
+from .walk import Located, tensors_of, words
 
 MAX_GROUPS = 100
 _NORMS = frozenset({Role.NORM, Role.ZERO_CENTERED_NORM})
@@ -55,7 +53,7 @@ def lint(decisions: Sequence[Decision], groups: Sequence[Mapping[str, Any]]) -> 
         The remarks, warnings first.
     """
     found = [remark for check in _CHECKS if (remark := check(decisions)) is not None]
-    grouped = {id(p) for group in groups for p in _tensors(group["params"])}
+    grouped = {id(p) for group in groups for p in tensors_of(group)}
     lost = tuple(d.name for d in decisions if id(d.param) not in grouped)
     if lost:
         found.append(Lint("not-in-a-group", "warning", "trainable, but in no group, so never updated", lost))
@@ -132,10 +130,6 @@ def _remark(
     return Lint(code, level, message, names) if names else None
 
 
-def _tensors(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)
-
-
 _CHECKS: tuple[Callable[[Sequence[Decision]], Lint | None], ...] = (
     _norm_decays,
     _matrix_exempt,
@@ -143,5 +137,3 @@ _CHECKS: tuple[Callable[[Sequence[Decision]], Lint | None], ...] = (
     _aliases_disagree,
     _low_confidence,
 )
-
-__all__ = ["Lint", "lint", "warn"]

@@ -27,7 +27,7 @@ Setting: TypeAlias = "bool | float | Mapping[str, Any]"
 Overrides: TypeAlias = "Mapping[Selector, Setting] | Sequence[tuple[Selector, Setting]]"
 
 _RESERVED = frozenset({"params", "param_names"})
-_NUMBERS = frozenset({"weight_decay_scale", "lr_scale"})
+_NUMBERS = frozenset({"weight_decay", "weight_decay_scale", "lr_scale"})
 
 
 class ParamGroupWarning(UserWarning):
@@ -123,7 +123,7 @@ def parse_setting(setting: Setting, where: str) -> dict[str, Any]:
     for option, value in setting.items():
         if option in _RESERVED:
             raise ValueError(f"{where}: {option!r} is written by the builder and cannot be set")
-        if option in _NUMBERS or option == "weight_decay":
+        if option in _NUMBERS:
             check_number(value, f"{where}: {option}")
     return dict(setting)
 

@@ -9,9 +9,10 @@ tensor its meaning, and this file sees through both: wrappers, which add a path 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -42,7 +43,6 @@ class Place:
 
     Attributes:
         name: Canonical name: the path without wrapper components.
-        raw_name: The path as `named_parameters` gives it.
         local: The tensor's name inside its owner, e.g. `weight`.
         owner: The module the tensor belongs to; holders and parametrizations are looked through.
         owner_name: Canonical path of the owner ("" is the model itself).
@@ -53,7 +53,6 @@ class Place:
     """
 
     name: str
-    raw_name: str
     local: str
     owner: nn.Module
     owner_name: str
@@ -132,6 +131,12 @@ def class_of(module: nn.Module) -> type:
     return type(module)
 
 
+def tensors_of(group: Mapping[str, Any]) -> list[Tensor]:
+    """Returns the tensors of a parameter group, which may hold a single one instead of a list."""
+    params = group["params"]
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
 @lru_cache(maxsize=4096)
 def words(name: str) -> tuple[str, ...]:
     """Splits an identifier into lower-case words: `A_log`, `LayerNorm2d`, `pos_embed1` lose their numbers."""
@@ -168,28 +173,26 @@ def _places(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
     """Walks the tree in pre-order. Shared modules are visited at every place, cycles once."""
     active: set[int] = set()
 
-    def visit(
-        module: nn.Module, raw: tuple[str, ...], path: tuple[tuple[str, nn.Module], ...]
-    ) -> Iterator[tuple[Place, Tensor]]:
+    def visit(module: nn.Module, path: tuple[tuple[str, nn.Module], ...]) -> Iterator[tuple[Place, Tensor]]:
         if id(module) in active:
             return
         active.add(id(module))
         for key, param in module._parameters.items():
             if param is not None:
-                yield _place(key, ".".join((*raw, key)), path), param
+                yield _place(key, path), param
         for key, child in module._modules.items():
             if child is None:
                 continue
             if _is_wrapping(module, key):  # the wrapped module takes its wrapper's place in the path
-                yield from visit(child, (*raw, key), (*path[:-1], (path[-1][0], child)))
+                yield from visit(child, (*path[:-1], (path[-1][0], child)))
             else:
-                yield from visit(child, (*raw, key), (*path, (key, child)))
+                yield from visit(child, (*path, (key, child)))
         active.discard(id(module))
 
-    yield from visit(model, (), (("", model),))
+    yield from visit(model, (("", model),))
 
 
-def _place(key: str, raw_name: str, path: tuple[tuple[str, nn.Module], ...]) -> Place:
+def _place(key: str, path: tuple[tuple[str, nn.Module], ...]) -> Place:
     name = ".".join((*(component for component, _ in path[1:]), key))
     depth, local, part = len(path) - 1, key, ""
     parametrization = None
@@ -203,7 +206,6 @@ def _place(key: str, raw_name: str, path: tuple[tuple[str, nn.Module], ...]) -> 
         depth -= 1
     return Place(
         name=name,
-        raw_name=raw_name,
         local=local,
         owner=path[depth][1],
         owner_name=".".join(component for component, _ in path[1 : depth + 1]),

@@ -287,7 +287,7 @@ class TestCommandLine:
 
     @pytest.mark.slow
     def test_as_a_program(self):
-        command = [sys.executable, "-m", "fused_adamw.groups.cli", "torch.nn:Linear", "--json"]
+        command = [sys.executable, "-m", "fused_adamw", "explain", "torch.nn:Linear", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert "error: target 'torch.nn:Linear'" in done.stderr
