@@ -3,6 +3,7 @@
 // casts and indexing live with the kernels.
 #pragma once
 
+#include <float.h>
 #include <math.h>
 
 #include "tables.h"
@@ -35,7 +36,7 @@ ADAMW_FN StepScalars step_scalars(const StepInputs& inputs) {
     s.grad_norm = sqrt(sum) / loss_scale;
     const double clip_coef = inputs.max_grad_norm / (s.grad_norm + 1e-6);
     s.grad_scale *= clip_coef > 1.0 ? 1.0 : clip_coef;
-    s.skip |= inputs.skip_nonfinite && !(s.grad_norm <= 1.7976931348623157e308);
+    s.skip |= inputs.skip_nonfinite && !(s.grad_norm <= DBL_MAX);
   }
   return s;
 }

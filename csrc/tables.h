@@ -41,8 +41,8 @@ struct Hyper {
 
 // What is known only when the step runs. Pointers are to the memory of the device that runs the kernel.
 struct StepInputs {
-  const double* sums;       // sums of squares of all gradients, in n_sums parts; null: no norm, no clipping
-  int64_t n_sums;           //
+  const double* sums;       // parts of the sum of squares of all gradients; null: no norm, no clipping
+  int64_t n_sums;           // number of parts
   double max_grad_norm;     // read where sums is given
   const float* grad_scale;  // loss scale that the gradients still carry; null: 1
   const float* found_inf;   // not 0: skip the step; null: 0

@@ -25,7 +25,7 @@ def build_param_groups(
     layer_decay: float | None = None,
     lr: float | Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    """Builds parameter groups in which the right parameters decay.
+    """Build parameter groups in which the right parameters decay.
 
     Each tensor is decided once, by the strongest evidence: an override, a mark its author left, the type of
     the module that owns it, that module's structure, its local name, its shape. What nothing recognises
@@ -135,7 +135,7 @@ def new_param_groups(
 
 
 def group_decisions(decisions: Iterable[Decision], lr: float | Tensor | None) -> list[dict[str, Any]]:
-    """Merges equal options into as few groups as possible.
+    """Merge equal options into as few groups as possible.
 
     Args:
         decisions: One per tensor.
@@ -165,7 +165,7 @@ def group_decisions(decisions: Iterable[Decision], lr: float | Tensor | None) ->
 
 
 def summarize_param_groups(groups: Iterable[Mapping[str, Any]]) -> str:
-    """Counts what decays: `"decay: 48 params, no_decay: 100 params"`.
+    """Count what decays: `"decay: 48 params, no_decay: 100 params"`.
 
     Args:
         groups: Parameter groups of any origin; without `weight_decay` a group counts as decaying.

@@ -14,7 +14,7 @@ from .targets import load_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `explain` on `parser`."""
+    """Declare the arguments of `explain` on `parser`."""
     parser.add_argument(
         "target",
         help="package.module:factory, timm:resnet50, transformers:gpt2 or diffusers:FluxTransformer2DModel; "
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `explain`.
+    """Run `explain`.
 
     Args:
         args: What `add_arguments` declared.

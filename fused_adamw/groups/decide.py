@@ -115,7 +115,7 @@ class _Draft:
 
 
 def decide(model: nn.Module, options: Options, *, allow_none: bool = False) -> list[Decision]:
-    """Decides every trainable tensor of a model.
+    """Decide every trainable tensor of a model.
 
     Args:
         model: The model, wrapped or not.

@@ -51,7 +51,7 @@ class Finding:
 
 
 def identify(located: Located) -> Finding:
-    """Finds the role of a tensor from all its places.
+    """Find the role of a tensor from all its places.
 
     Args:
         located: The tensor.
@@ -99,7 +99,7 @@ def _by_adapter(place: Place, located: Located) -> Finding | None:
 
 
 def _by_parametrization(place: Place, located: Located) -> Finding | None:
-    """Splits weight norm into gain and direction, torch's parametrizations and the older hooks alike."""
+    """Split weight norm into gain and direction, torch's parametrizations and the older hooks alike."""
     siblings = place.owner._parameters
     if place.parametrization is not None:
         kinds = {type(step).__name__ for step in place.parametrization}

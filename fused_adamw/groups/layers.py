@@ -23,7 +23,7 @@ _BOTTOM = frozenset({Role.EMBEDDING, Role.TIED_EMBEDDING, Role.POSITION, Role.TO
 
 
 def layer_depths(model: nn.Module, located: Sequence[Located], roles: Mapping[str, Role]) -> dict[str, int]:
-    """Numbers the layers of a model, 0 for the deepest below the loss.
+    """Number the layers of a model, 0 for the deepest below the loss.
 
     Args:
         model: The model, wrapped or not.

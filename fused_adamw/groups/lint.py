@@ -43,7 +43,7 @@ class Lint:
 
 
 def lint(decisions: Sequence[Decision], groups: Sequence[Mapping[str, Any]]) -> list[Lint]:
-    """Runs every check.
+    """Run every check.
 
     Args:
         decisions: One per trainable tensor.
@@ -64,7 +64,7 @@ def lint(decisions: Sequence[Decision], groups: Sequence[Mapping[str, Any]]) -> 
 
 
 def warn(decisions: Sequence[Decision], groups: Sequence[Mapping[str, Any]], options: Options) -> None:
-    """Warns once, at construction, about what is probably a mistake.
+    """Warn once, at construction, about what is probably a mistake.
 
     A policy copied from another tool is taken as meant, so only the number of groups is remarked on.
     """

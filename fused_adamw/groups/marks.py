@@ -44,7 +44,7 @@ class Marks:
         self._hooks: dict[int, list[tuple[str, Collection[str]]]] = {}
 
     def find(self, located: Located) -> Mark | None:
-        """Returns what the model's author asked for `located`, or None."""
+        """Return what the model's author asked for `located`, or None."""
         mark = mark_of_tensor(located.param)
         if mark is not None:
             return mark
@@ -76,7 +76,7 @@ class Marks:
 
 
 def mark_of_tensor(param: Tensor) -> Mark | None:
-    """Reads `_optim` and `_no_weight_decay` of one tensor."""
+    """Read `_optim` and `_no_weight_decay` of one tensor."""
     options = getattr(param, "_optim", None)
     if isinstance(options, dict) and options:
         return Mark(dict(options), f"the tensor carries _optim={options!r}")
@@ -86,7 +86,7 @@ def mark_of_tensor(param: Tensor) -> Mark | None:
 
 
 def call_hook(module: nn.Module, hook: str, name: str = "") -> Collection[str] | None:
-    """Calls a hook of `module`, if it declares one.
+    """Call a hook of `module`, if it declares one.
 
     Args:
         module: The module.

@@ -65,7 +65,7 @@ class Override:
 
 
 def parse_overrides(overrides: Overrides | None, located: Iterable[Located]) -> list[Override]:
-    """Checks overrides against a model.
+    """Check overrides against a model.
 
     Args:
         overrides: What the user passed.
@@ -106,7 +106,7 @@ def parse_overrides(overrides: Overrides | None, located: Iterable[Located]) -> 
 
 
 def parse_setting(setting: Setting, where: str) -> dict[str, Any]:
-    """Turns a setting into checked options.
+    """Turn a setting into checked options.
 
     Args:
         setting: A bool, a number or a mapping of options.
@@ -129,7 +129,7 @@ def parse_setting(setting: Setting, where: str) -> dict[str, Any]:
 
 
 def check_number(value: Any, where: str) -> None:
-    """Raises unless `value` is a finite number, zero or more."""
+    """Raise unless `value` is a finite number, zero or more."""
     if not isinstance(value, (bool, int, float)):
         raise TypeError(f"{where}: expected a number, got {value!r}")
     if not math.isfinite(value) or value < 0:

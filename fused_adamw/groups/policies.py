@@ -135,7 +135,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def get_policy(policy: str | Policy) -> Policy:
-    """Returns the policy called `policy`.
+    """Return the policy called `policy`.
 
     Raises:
         ValueError: If there is no such policy.

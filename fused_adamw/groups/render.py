@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def report_table(report: ParamGroupReport) -> Group:
-    """Draws a report: a line per parameter or fold of parameters, totals, remarks."""
+    """Draw a report: a line per parameter or fold of parameters, totals, remarks."""
     scaled = any(d.lr_scale != 1 for d in report.decisions)
     table = Table(
         title=f"{report.model_name}, policy {report.policy.name}", title_justify="left", box=SIMPLE_HEAD
@@ -46,7 +46,7 @@ def report_table(report: ParamGroupReport) -> Group:
 
 
 def diff_table(diff: PolicyDiff) -> Group:
-    """Draws where two policies disagree."""
+    """Draw where two policies disagree."""
     ours, theirs = diff.report.policy.name, diff.policy.name
     total = len(diff.report.decisions)
     title = f"{diff.report.model_name}: {ours} and {theirs} disagree on {len(diff)} of {total} tensors"
@@ -74,7 +74,7 @@ def diff_table(diff: PolicyDiff) -> Group:
 
 
 def plain(renderable: Any) -> str:
-    """Renders without colour, as wide as the terminal or 110 columns."""
+    """Render without colour, as wide as the terminal or 110 columns."""
     width = max(shutil.get_terminal_size((110, 24)).columns, 80)
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(renderable)
@@ -82,7 +82,7 @@ def plain(renderable: Any) -> str:
 
 
 def fold(decisions: Iterable[Decision], key: Callable[[Decision], Any]) -> list[list[Decision]]:
-    """Gathers parameters whose names differ only in layer numbers and that agree on `key`.
+    """Gather parameters whose names differ only in layer numbers and that agree on `key`.
 
     Args:
         decisions: In display order.

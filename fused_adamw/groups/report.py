@@ -1,4 +1,4 @@
-"""Explains parameter groups: every decision with its reason, and how another policy would differ."""
+"""The report on parameter groups: every decision with its reason, and how another policy would differ."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class ParamGroupReport:
         return get_policy(self.options.policy)
 
     def __getitem__(self, name: str) -> str:
-        """Explains one parameter in a sentence; aliases and wrapped names are understood."""
+        """Explain one parameter in a sentence; aliases and wrapped names are understood."""
         return str(self.decision(name))
 
     def decision(self, name: str) -> Decision:
-        """Returns the decision for one parameter.
+        """Return the decision for one parameter.
 
         Args:
             name: Its name or an alias, with or without wrapper components.
@@ -73,7 +73,7 @@ class ParamGroupReport:
         raise KeyError(f"no trainable parameter is called {name!r}{hint}")
 
     def diff(self, policy: str | Policy) -> PolicyDiff:
-        """Compares with another policy, overrides and weight decay unchanged.
+        """Compare with another policy, overrides and weight decay unchanged.
 
         Args:
             policy: The other policy.
@@ -87,7 +87,7 @@ class ParamGroupReport:
         return PolicyDiff(self, get_policy(policy), [(a, b) for a, b in pairs if a.decays != b.decays])
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain data, ready for JSON."""
+        """Return the report as plain data, ready for JSON."""
         return {
             "model": self.model_name,
             "policy": self.policy.name,
@@ -106,7 +106,7 @@ class ParamGroupReport:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
-        """Returns the report as a JSON document."""
+        """Return the report as a JSON document."""
         return json.dumps(self.to_dict(), indent=indent)
 
     def __rich__(self) -> RenderableType:
@@ -143,7 +143,7 @@ class PolicyDiff:
         return len(self.pairs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the comparison as plain data, ready for JSON."""
+        """Return the comparison as plain data, ready for JSON."""
         return {
             "model": self.report.model_name,
             "policies": [self.report.policy.name, self.policy.name],
@@ -158,7 +158,7 @@ class PolicyDiff:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
-        """Returns the comparison as a JSON document."""
+        """Return the comparison as a JSON document."""
         return json.dumps(self.to_dict(), indent=indent)
 
     def __rich__(self) -> RenderableType:
@@ -183,7 +183,7 @@ def explain_param_groups(
     lr: float | Tensor | None = None,
     groups: Iterable[Mapping[str, Any]] | None = None,
 ) -> ParamGroupReport:
-    """Explains what `build_param_groups` does with the same arguments.
+    """Explain what `build_param_groups` does with the same arguments.
 
     Args:
         model: As for `build_param_groups`, like all that follow but the last.

@@ -14,7 +14,7 @@ from .walk import canonical
 def compare_param_names(
     saved: Sequence[Sequence[str] | None], live: Sequence[Sequence[str] | None]
 ) -> str | None:
-    """Says which parameters are not where they were when a checkpoint was saved.
+    """Say which parameters are not where they were when a checkpoint was saved.
 
     Args:
         saved: `param_names` of each saved group; None for a group saved without names.

@@ -206,7 +206,7 @@ NAMES: tuple[NameRule, ...] = (
 
 
 def register_type(kind: type | str, roles: Mapping[str, Role | str]) -> None:
-    """Teaches the builder a module type.
+    """Teach the builder a module type.
 
     Args:
         kind: The class, or the name of a class (bare or with its module), subclasses included.
@@ -226,7 +226,7 @@ def register_type(kind: type | str, roles: Mapping[str, Role | str]) -> None:
 
 
 def as_role(value: Role | str) -> Role:
-    """Returns the role called `value`; a ValueError lists the roles there are."""
+    """Return the role called `value`; a ValueError lists the roles there are."""
     try:
         return Role(value)
     except ValueError:
@@ -235,7 +235,7 @@ def as_role(value: Role | str) -> Role:
 
 
 def roles_of_type(cls: type) -> tuple[str, Mapping[str, Role]] | None:
-    """Finds the most derived class of `cls` that the registry knows.
+    """Find the most derived class of `cls` that the registry knows.
 
     Returns:
         The name of that class and the roles of its tensors, or None.

@@ -17,7 +17,7 @@ from torch import nn
 
 
 def load_target(target: str) -> nn.Module:
-    """Builds the model that a target names.
+    """Build the model that a target names.
 
     Args:
         target: `package.module:factory` (a module, or a callable without arguments that returns one),

@@ -84,7 +84,7 @@ class Located:
 
 
 def walk(model: nn.Module) -> list[Located]:
-    """Lists every parameter of `model` once, in the order of `model.named_parameters()`.
+    """List every parameter of `model` once, in the order of `model.named_parameters()`.
 
     Args:
         model: Any module, wrapped or not.
@@ -102,7 +102,7 @@ def walk(model: nn.Module) -> list[Located]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model inside DDP, FSDP1, `torch.compile` and checkpoint wrappers."""
+    """Return the model inside DDP, FSDP1, `torch.compile` and checkpoint wrappers."""
     while True:
         inner = next(
             (m for key, m in model._modules.items() if m is not None and _is_wrapping(model, key)), None
@@ -113,7 +113,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def canonical(path: str) -> str:
-    """Drops the components that only wrappers add from a name found outside a model.
+    """Drop the components that only wrappers add from a name found outside a model.
 
     A leading `module.` is dropped too: it is what DDP writes into checkpoints.
     """
@@ -124,7 +124,7 @@ def canonical(path: str) -> str:
 
 
 def class_of(module: nn.Module) -> type:
-    """Returns the class its author wrote: `fully_shard` and parametrize subclass it on the fly."""
+    """Return the class its author wrote: `fully_shard` and parametrize subclass it on the fly."""
     for cls in type(module).__mro__:
         if not cls.__module__.startswith(("torch.nn.utils.parametrize", "torch.distributed.fsdp")):
             return cls
@@ -132,14 +132,14 @@ def class_of(module: nn.Module) -> type:
 
 
 def tensors_of(group: Mapping[str, Any]) -> list[Tensor]:
-    """Returns the tensors of a parameter group, which may hold a single one instead of a list."""
+    """Return the tensors of a parameter group, which may hold a single one instead of a list."""
     params = group["params"]
     return [params] if isinstance(params, Tensor) else list(params)
 
 
 @lru_cache(maxsize=4096)
 def words(name: str) -> tuple[str, ...]:
-    """Splits an identifier into lower-case words: `A_log`, `LayerNorm2d`, `pos_embed1` lose their numbers."""
+    """Split an identifier into lower-case words: `A_log`, `LayerNorm2d`, `pos_embed1` lose their numbers."""
     name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name))
     found = (re.sub(r"(?<=[a-z])\d+d?$|^\d+d?$", "", word) for word in name.lower().split("_"))
     return tuple(word for word in found if word)
@@ -170,7 +170,7 @@ def _is_wrapping(module: nn.Module, component: str) -> bool:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
-    """Walks the tree in pre-order. Shared modules are visited at every place, cycles once."""
+    """Walk the tree in pre-order. Shared modules are visited at every place, cycles once."""
     active: set[int] = set()
 
     def visit(module: nn.Module, path: tuple[tuple[str, nn.Module], ...]) -> Iterator[tuple[Place, Tensor]]:
@@ -216,7 +216,7 @@ def _place(key: str, path: tuple[tuple[str, nn.Module], ...]) -> Place:
 
 
 def trainable(located: list[Located]) -> list[Located]:
-    """Keeps the tensors an optimizer may step, and refuses those it could not step rightly.
+    """Keep the tensors that an optimizer may step, and refuse those that it could not step correctly.
 
     Args:
         located: What `walk` returned.
