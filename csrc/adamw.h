@@ -18,8 +18,8 @@
 
 namespace fused_adamw {
 
-// What the scalars of a step come to. grad_scale folds the clip coefficient and 1/loss-scale: gradients are
-// multiplied by it in registers and never rewritten.
+// The scalars that a step derives from its inputs. grad_scale combines the clip coefficient and 1/loss-scale:
+// gradients are multiplied by it in registers and never rewritten.
 struct StepScalars {
   double grad_norm;
   double grad_scale;
@@ -41,7 +41,7 @@ ADAMW_FN StepScalars step_scalars(const StepInputs& inputs) {
   return s;
 }
 
-// The numbers that one parameter's update needs, worked out in double as Python does, then rounded to T.
+// The numbers that one parameter's update needs, computed in double as Python does, then rounded to T.
 template <typename T>
 struct Coefficients {
   T grad_scale;

@@ -11,10 +11,10 @@ from .groups import compare_param_names
 
 
 class NamedGroup(dict[str, Any]):
-    """A parameter group whose names do not turn up when its keys are iterated.
+    """A parameter group that leaves `param_names` out when its keys are iterated.
 
-    torch.distributed.checkpoint looks every key that it meets in a group up in a flattened checkpoint; those
-    of optimizers without names have no `param_names`, and names are nothing that it has to load.
+    torch.distributed.checkpoint looks up every key of a group in a flattened checkpoint. One saved by an
+    optimizer without names has no `param_names`, and need not: names are not loaded.
     """
 
     def __iter__(self) -> Iterator[str]:
@@ -29,7 +29,7 @@ def checked_state_dict(
     Args:
         saved: What is to be loaded; it is not changed.
         live: The optimizer's `param_groups`.
-        names: What to call each parameter in a message.
+        names: The name of each parameter in messages.
 
     Raises:
         ValueError: As `FusedHygieneAdamW.load_state_dict`.
@@ -51,7 +51,7 @@ def checked_state_dict(
 def _without_foreign_names(group: dict[str, Any]) -> dict[str, Any]:
     """A saved group, without `param_names` if it lists parameters by name.
 
-    torch.distributed.checkpoint does, having paired them by name; the `param_names` are then those of the
+    torch.distributed.checkpoint does so after pairing them by name; the `param_names` are then those of the
     group that the options came from.
     """
     if any(isinstance(param, str) for param in group["params"]):

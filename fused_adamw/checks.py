@@ -1,4 +1,4 @@
-"""What an optimizer refuses, before anything is changed."""
+"""What the optimizer refuses, before anything is changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .state import MOMENTS
 
 
 def check_not_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse to ignore what a group asks for."""
+    """Refuse `differentiable` groups rather than ignore what they ask for."""
     if any(group["differentiable"] for group in groups):
         raise RuntimeError(
             "`fused` does not support `differentiable`: the step of FusedHygieneAdamW has no derivative. "
@@ -25,7 +25,7 @@ def check_not_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:
 
 
 def check_hypers(group: dict[str, Any], index: int) -> None:
-    """Check what a group says: torch looks at the defaults alone."""
+    """Check a group's hyper-parameters: torch checks the defaults only."""
     check_not_differentiable([group])
     beta1, beta2 = group["betas"]
     for name, value, below in (
@@ -56,7 +56,7 @@ def check_no_transform() -> None:
 
 
 def check_listed_once(params: Iterable[Tensor], names: Iterable[str]) -> None:
-    """Refuse to step a parameter twice: it would be in two rows, which are stepped at the same time."""
+    """Refuse a parameter that is listed twice: its two rows would be stepped at the same time."""
     seen: dict[int, str] = {}
     for p, name in zip(params, names, strict=True):
         if id(p) in seen:
@@ -67,14 +67,14 @@ def check_listed_once(params: Iterable[Tensor], names: Iterable[str]) -> None:
 
 
 def check_state(state: Mapping[str, Any], p: Tensor, name: str, *, saved: bool = False) -> None:
-    """Check that a parameter's state is AdamW's and whole, or empty: what is missing would start from zero.
+    """Check that a state is AdamW's and complete, or empty: what is missing would start from zero.
 
     `max_exp_avg_sq` may be missing: the maximum of amsgrad then starts with the next step.
 
     Args:
         state: The parameter's state.
         p: The parameter.
-        name: What to call it.
+        name: Its name in messages.
         saved: The state may be on another device.
     """
     missing = [key for key in ("step", *MOMENTS[:2]) if key not in state]
@@ -109,7 +109,7 @@ def check_like(what: str, t: Any, p: Tensor, name: str, *, anywhere: bool = Fals
 
 
 def check_writable(t: Tensor, what: str) -> None:
-    """Refuse what torch would refuse to write, halfway through a step."""
+    """Refuse a tensor that torch would refuse to change in place, halfway through the step."""
     expanded = any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True))
     if expanded or t.is_conj():
         raise RuntimeError(
@@ -125,7 +125,7 @@ def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: s
         state: The parameter's state.
         p: The parameter.
         grad: Its gradient.
-        name: What to call it.
+        name: Its name in messages.
     """
     if is_partial(p):
         raise RuntimeError(
@@ -158,7 +158,7 @@ def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: s
 
 
 def check_saved(state: Mapping[str, Any], p: Tensor, name: str) -> None:
-    """Refuse a saved state that is not AdamW's, or is distributed otherwise than its parameter."""
+    """Refuse a saved state that is not AdamW's, or is distributed differently from its parameter."""
     for key in MOMENTS:
         moment = state.get(key)
         if isinstance(moment, Tensor) and (reason := why_misplaced(moment, p, can_move=True)):

@@ -1,4 +1,4 @@
-"""Tensors that processes hold together: what is here of each, and sums over what is elsewhere."""
+"""DTensors and process groups: the local part of each tensor, and sums over all processes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor
 
 
 def is_dtensor(t: object) -> bool:
-    """Whether `t` is a DTensor. Does not import their module, which takes a second: then there are none."""
+    """Whether `t` is a DTensor. There are none before their module, which takes a second, is imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def held(values: Iterable[Any]) -> list[Any]:
-    """What this process holds of each: of a DTensor its local tensor, which is no copy; else the value."""
+    """The values, but the local tensor (not a copy) of each DTensor."""
     return [getattr(value, "_local_tensor", value) for value in values]  # to_local() takes 50 times as long
 
 
 def held_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None] | None:
-    """What this process holds of gradients that are placed as their parameters are.
+    """The local gradients, each placed as its parameter is.
 
-    As in torch's optimizers, a gradient with other placements is redistributed, a collective of its mesh;
-    so a Partial one, of which every process has an addend, is added up. `grads` stay as they are.
+    As in torch's optimizers, a gradient with other placements is redistributed, which is a collective of its
+    mesh. A Partial gradient, of which every process has an addend, is summed by it. `grads` is not changed.
 
     Returns:
         A local tensor for each gradient; None if one does not fit, as `why_misplaced` and `is_partial` tell.
@@ -39,7 +39,7 @@ def held_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list
         if grad is None:
             continue
         spec, expected = getattr(grad, "_spec", None), getattr(p, "_spec", None)
-        if spec is expected:  # plain both, or of FSDP2
+        if spec is expected:  # both plain, or from FSDP2
             continue
         if spec is None or expected is None or spec.mesh != expected.mesh:
             return None
@@ -56,12 +56,12 @@ def held_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list
 
 
 def why_misplaced(t: Tensor, p: Tensor, can_move: bool) -> str | None:
-    """None if `t` is distributed as its parameter is, or can be, else what is wrong.
+    """None if `t` is distributed as its parameter is, or can be; otherwise what is wrong.
 
     Args:
         t: A gradient or a moment.
         p: The parameter.
-        can_move: Whether other placements on the same mesh will do.
+        can_move: Whether other placements on the same mesh are acceptable.
     """
     spec, expected = getattr(t, "_spec", None), getattr(p, "_spec", None)
     if (spec is None) != (expected is None):
@@ -94,10 +94,10 @@ def has_peers() -> bool:
 
 
 class NormGroup:
-    """Adds up over processes that hold other parameters.
+    """Sums over the processes that hold the other parameters.
 
-    A deep copy is the same object. A pickle that holds a process group is refused: another process could not
-    know it, and without it would clip by a norm of its own.
+    A deep copy is the same object. Pickling a process group is refused: another process would not know it,
+    and without it would clip by a norm of its own.
 
     Args:
         group: A process group that this process belongs to, or a function from a tensor of float64 to the
@@ -117,7 +117,7 @@ class NormGroup:
         self.group: Any = group
 
     def __call__(self, sums: Tensor, device: torch.device | None) -> Tensor:
-        """Add up `sums` over the processes.
+        """Sum `sums` over the processes.
 
         Args:
             sums: float64 (n,).
@@ -149,7 +149,7 @@ class NormGroup:
 
 
 def _device_of(group: Any, device: torch.device | None) -> torch.device:
-    """The device for collectives with processes whose parameters are where ours are, or would be."""
+    """The device for collectives of a group, for parameters on `device`; None: this process has none."""
     served = {d.type for d in group._device_types}
     if device is not None and device.type in served:
         return device
@@ -160,20 +160,20 @@ def _device_of(group: Any, device: torch.device | None) -> torch.device:
 
 
 class _MeshSum:
-    """One mesh, with the domains that it holds."""
+    """A mesh and the domains whose sums are reduced over it."""
 
     def __init__(self, mesh: Any, params_device: torch.device) -> None:
         self._mesh = mesh
-        # Parameters may be on the CPU for want of memory; the mesh's groups need not serve it.
+        # Parameters may be offloaded to the CPU, which the mesh's groups need not serve.
         is_theirs = params_device.type == mesh.device_type
         self.device = params_device if is_theirs else torch.device(mesh.device_type)
         self.domains: list[tuple[int, int]] = []  # domain, number of processes that have each of its values
 
     @functools.cached_property
     def groups(self) -> list[Any]:
-        """Process groups over which to sum in turn, to have summed over the mesh.
+        """The process groups to sum over in turn, in order to sum over the mesh.
 
-        None is made for that: it would be a collective of all processes, and not all need be here.
+        No group is created: that would be a collective of all processes, and not all need take part.
         """
         mesh = self._mesh
         if mesh.ndim == 1:
@@ -186,15 +186,15 @@ class _MeshSum:
 class Reduction:
     """Sums over the processes that hold an optimizer's parameters together.
 
-    Made of all parameters, with and without gradients: so it is the same in all processes of a mesh, and they
-    enter the same collectives in the same order.
+    Built from all parameters, with and without gradients, so that it is the same in all processes of a mesh,
+    and they enter the same collectives in the same order.
 
     Args:
         params: All parameters of the optimizer.
 
     Attributes:
-        domain_of: For each parameter its domain, a number below `n_domains`. Squares of one domain may be
-            added up before they are reduced. Domain 0 is of plain tensors.
+        domain_of: For each parameter its domain, a number below `n_domains`. Squares of a domain are reduced
+            together, so they may be summed first. Domain 0 is that of plain tensors.
         n_domains: Number of domains.
         is_local: Whether no parameter is a DTensor.
     """
@@ -218,7 +218,7 @@ class Reduction:
     def __call__(
         self, sums: Sequence[Tensor | None], found_inf: Tensor, norm_group: NormGroup | None
     ) -> tuple[Tensor, Tensor]:
-        """Add up. One all-reduce for each mesh, or for each dimension of one that has no group of its own.
+        """Sum, with one all-reduce per mesh, or per dimension of a mesh that has no group of its own.
 
         The host waits only where a mesh's device is not that of `found_inf`.
 

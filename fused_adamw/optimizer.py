@@ -32,10 +32,10 @@ from .tables import StepInputs, is_capturing
 logger = logging.getLogger("fused_adamw")
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
-# Arguments of our own. They live on the optimizer: a group key of ours would end up in checkpoints, and
-# loading torch's would fail on it.
+# Arguments that torch's AdamW does not have. They are attributes of the optimizer, not group keys: those
+# would end up in checkpoints, and torch's checkpoints, which lack them, would not load.
 _OWN = ("max_grad_norm", "skip_nonfinite", "norm_process_group", "state_dtype", "backend")
-# Attributes that a copy of the optimizer keeps; the plan, full of addresses, it makes itself.
+# Attributes that a copy of the optimizer keeps. It builds a plan of its own, as a plan is full of addresses.
 _COPIED = (
     "_backend",
     "_max_grad_norm",
@@ -62,14 +62,14 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     are stepped, and the norm is that of the whole model.
 
     Args:
-        params: A module: groups are built by `build_param_groups(params, weight_decay)`. Or whatever
-            `torch.optim.AdamW` takes (tensors, named tensors, group dicts): exactly AdamW on those.
+        params: A module, whose groups are built by `build_param_groups(params, weight_decay)`. Or whatever
+            `torch.optim.AdamW` takes (tensors, named tensors, group dicts), to which plain AdamW is applied.
         lr: Learning rate; a float, or a one-element tensor, which schedulers fill in place.
         betas: Decay rates of the running averages of the gradient and of its square.
         eps: Added to the denominator.
         weight_decay: Decoupled decay of the groups that decay.
         amsgrad: Use the running maximum of `exp_avg_sq` (https://arxiv.org/abs/1904.09237).
-        maximize: Ascend.
+        maximize: Maximize the objective instead of minimizing it.
         foreach: Accepted for compatibility; changes nothing.
         capturable: The step may be captured in a CUDA graph, after one step without capture. A replay follows
             a tensor `lr`, not a float.
@@ -77,16 +77,16 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         fused: Accepted for compatibility; changes nothing.
         max_grad_norm: Clip to this global norm over all groups, as `torch.nn.utils.clip_grad_norm_` would.
             None: no clipping, and no pass over the gradients for a norm. `math.inf`: measure, never clip.
-        skip_nonfinite: A step whose gradient norm is infinite or NaN changes nothing, step counts included,
-            and `skipped_steps` counts it; decided on the device, by a norm that is then measured even without
-            `max_grad_norm`. By default such gradients do what they do in torch.
-        norm_process_group: Processes that hold other parameters than this one, over which norm and overflow
-            are added up, once in each step: a `torch.distributed.ProcessGroup`; or a callable that is given
+        skip_nonfinite: Skip steps whose gradient norm is infinite or NaN: they change nothing, not even step
+            counts, and `skipped_steps` counts them. This is decided on the device, by a norm that is measured
+            even without `max_grad_norm`. By default such gradients have the same effect as in torch.
+        norm_process_group: The processes that hold the other parameters, over which norm and overflow are
+            summed once per step: a `torch.distributed.ProcessGroup`, or a callable that is given
             `[sum of squares, found_inf]`, a float64 tensor, and returns the sum of these tensors over all
-            such processes. Not needed for DTensors (FSDP2, tensor parallel) and for DDP; needed for FSDP1,
-            `ZeroRedundancyOptimizer` and pipeline stages: see docs/integrations.md.
+            such processes. Needed for FSDP1, `ZeroRedundancyOptimizer` and pipeline stages, but not for
+            DTensors (FSDP2, tensor parallel) and DDP: see docs/integrations.md.
         state_dtype: Dtype of the moments, `torch.float32` or `torch.bfloat16`; None: that of each parameter,
-            as in torch. Kept through `state_dict` and `load_state_dict`.
+            as in torch. Loading a `state_dict` keeps it.
         backend: "auto", "native" (C++ on CPU, CUDA on GPU), "triton" or "reference" (plain PyTorch).
 
     Raises:
@@ -157,7 +157,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 weight_decay,
             )
 
-    # The arguments of our own.
+    # Arguments that torch's AdamW does not have.
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -174,9 +174,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     @property
     def norm_process_group(self) -> dist.ProcessGroup | Callable[[Tensor], Tensor] | None:
-        """Processes that hold other parameters, or a callable that adds up over them.
+        """The processes that hold the other parameters, or a callable that sums over them.
 
-        A deep copy has the same group. Pickling an optimizer that has a process group raises TypeError.
+        A deep copy shares the group. Pickling an optimizer that has a process group raises TypeError.
         """
         return None if self._norm_group is None else self._norm_group.group
 
@@ -186,17 +186,17 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     @property
     def backend(self) -> str:
-        """The backend asked for."""
+        """The backend that was asked for."""
         return self._backend
 
     @property
     def state_dtype(self) -> torch.dtype | None:
-        """The dtype asked for the moments; None: that of each parameter."""
+        """The dtype of the moments; None: that of each parameter."""
         return self._state_dtype
 
     @property
     def skip_nonfinite(self) -> bool:
-        """Whether steps with a gradient norm that is not finite are skipped."""
+        """Whether steps whose gradient norm is not finite are skipped."""
         return self._skip_nonfinite
 
     @property
@@ -204,7 +204,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         """Global gradient norm of the last step, before clipping and without any loss scale.
 
         A new 0-dim tensor on the parameters' device, float32 (float64 where a parameter is float64); None
-        before the first step and without a norm pass. Nothing waits for the device until it is read.
+        before the first step and without a norm pass. Only reading its value waits for the device.
         """
         if not self._has_norm:
             return None
@@ -224,21 +224,22 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling and the decision to skip to step().
 
-        Through `grad_scale` and `found_inf`. Not under FSDP1, where only ShardedGradScaler's own unscaling
-        tells its processes of an overflow in one of them: their loss scales would part.
+        It does so through `grad_scale` and `found_inf`. Not under FSDP1, whose processes learn of an overflow
+        in one of them only if ShardedGradScaler does the unscaling; else their loss scales would diverge.
         """
         return not any(is_flattened(p) for group in self.param_groups for p in group["params"])
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """Nothing to set: torch says True where `fused` is."""
+        """Ignore the value: torch sets True where `fused` is set."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
 
         Raises:
             ValueError: A hyper-parameter of the group is out of range, a parameter is listed twice, or is
-                neither floating point nor complex; the group has a `max_grad_norm` or such of its own.
+                neither floating point nor complex; or the group has its own `max_grad_norm` or another
+                argument that belongs to the optimizer.
             RuntimeError: The backend cannot run on a parameter's device; the group is `differentiable`.
         """
         index = len(self.param_groups)
@@ -265,7 +266,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             kernels_for(self._backend, p.device)
 
     def _check_own(self, group: dict[str, Any], index: int) -> None:
-        """ZeroRedundancyOptimizer copies our arguments into every group: they are to be ours."""
+        """Refuse other values of `_OWN` in a group; ZeroRedundancyOptimizer copies ours into every one."""
         for name in _OWN:
             value, ours = group.get(name), getattr(self, name)
             if value is not None and value is not ours and value != ours:
@@ -319,7 +320,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         return loss
 
     def _check_graph_capture(self) -> None:
-        # Raises where a capture runs without capturable=True. torch has renamed it.
+        # torch's own check, which it has renamed: raises if a capture runs without capturable=True.
         current, before = "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"
         getattr(self, current if hasattr(self, current) else before)()
 
@@ -338,7 +339,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             )
 
     def _current_plan(self) -> tuple[Plan, Gradients]:
-        """The plan, a new one if it is no longer true, and the gradients."""
+        """Return the plan, a new one if the old one is out of date, and the gradients."""
         plan = self._plan
         if plan is not None and (seen := plan.check(self.param_groups, self.state)) is not None:
             return plan, seen
@@ -349,7 +350,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             plan, local = self._new_plan(params, grads, local)
         return plan, Gradients.of(local)
 
-    @torch.inference_mode(False)  # what is made under it could not be written after it
+    @torch.inference_mode(False)  # tensors made in inference mode could not be updated outside of it
     @torch.no_grad()
     def _new_plan(
         self, params: Sequence[Tensor], grads: Sequence[Tensor | None], local: list[Tensor | None] | None
@@ -359,8 +360,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         Args:
             params: All parameters.
             grads: Their gradients.
-            local: `held_grads` of them, where it was called: it may be a collective, and processes that keep
-                their plan would not enter it twice.
+            local: `held_grads` of them, if called already: it may be a collective, which processes that keep
+                their plan do not enter again.
 
         Returns:
             The plan, and `held_grads`.
@@ -413,7 +414,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         )
 
     def _names(self) -> list[str]:
-        """What to call each parameter in a message."""
+        """How messages refer to each parameter."""
         names: list[str] = []
         for index, group in enumerate(self.param_groups):
             numbers = [f"number {i} of group {index}" for i in range(len(group["params"]))]
@@ -436,10 +437,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict` of this class or of `torch.optim.AdamW`/`Adam`.
 
-        Moments take the parameter's layout, and `state_dtype` where it is set. An option that a saved group
-        does not have stays as it is. Nothing is shared with `state_dict` afterwards.
+        Moments take the parameter's layout, and `state_dtype` where it is set. Options that a saved group
+        lacks stay as they are. Nothing is shared with `state_dict` afterwards.
 
-        To read a file of torch.distributed.checkpoint that was saved without `param_names` into an optimizer
+        To load a file of torch.distributed.checkpoint that was saved without `param_names` into an optimizer
         that has them, give `dcp.load` a `DefaultLoadPlanner(allow_partial_load=True)`.
 
         Args:

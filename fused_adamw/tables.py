@@ -73,7 +73,7 @@ class Hyper(NamedTuple):
 
 @dataclass(slots=True)
 class StepInputs:
-    """What is known only when the step runs (struct StepInputs). Tensors are on the device of the bucket.
+    """What is known only when the step runs (struct StepInputs). Tensors are on the bucket's device.
 
     Attributes:
         sums: float64 (n,), parts of the sum of squares of all gradients as they are stored, before unscaling;
@@ -145,11 +145,11 @@ def is_capturing(device: torch.device) -> bool:
 
 
 class DeviceTable:
-    """Host tables on their way to a device, without the host waiting.
+    """Copies host tables to a device without waiting for it.
 
     The allocator of pinned memory keeps a staging buffer untouched until its copy is done. A captured graph
-    copies again at every replay, from the staging buffer into the table of its capture: both are kept, and as
-    pinned memory cannot be allocated during a capture, one buffer is always at hand.
+    repeats the copy at every replay, from the same staging buffer into the same table, so both are kept.
+    Pinned memory cannot be allocated during a capture, so there is always a spare buffer.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -20,7 +20,7 @@ def math_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def step_scalars(inputs: StepInputs) -> tuple[Tensor | None, Tensor | float, Tensor | None]:
-    """What the scalars of a step come to.
+    """Work out the gradient norm, the factor for the gradients, and whether to skip the step.
 
     Clips as `torch.nn.utils.clip_grad_norm_` does: `max_norm / (norm + 1e-6)`, at most 1; NaN stays NaN.
 
