@@ -1,4 +1,4 @@
-"""The build: what the extension links to, where it imports, and that an archive without git installs."""
+"""The build: what the extension links to, where it imports, and that a source distribution installs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def run(*command, **kwargs):
 
 
 def copy_sources(to: Path) -> None:
-    """What a source archive holds: no .git, nothing built."""
+    """What a source distribution is made from: no .git, nothing built."""
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
     for name in ("csrc", "fused_adamw"):
         shutil.copytree(ROOT / name, to / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, to / name)
 
 
@@ -94,12 +94,14 @@ def test_python_api_is_a_part_of_the_stable_one():
     assert set(re.findall(r"\b_?Py(\w+)", undefined)) <= known
 
 
-def test_archive_without_git_installs_and_imports(tmp_path):
+def test_source_distribution_installs_and_imports(tmp_path):
     copy_sources(tmp_path)
+    run(sys.executable, "setup.py", "-q", "sdist", cwd=tmp_path)
+    (archive,) = (tmp_path / "dist").iterdir()
     site = tmp_path / "site"
     log = run(
         *(sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v"),
-        *("--disable-pip-version-check", "--target", str(site), str(tmp_path)),
+        *("--disable-pip-version-check", "--target", str(site), str(archive)),
         env=without_nvcc(),
     )
     assert "no nvcc found" in log
