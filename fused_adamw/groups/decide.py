@@ -52,7 +52,6 @@ class Decision:
         options: The group options, `weight_decay` among them.
         lr_scale: Factor on the learning rate.
         layer: Layer number under layer-wise decay.
-        finding: How the role was found.
         chosen: Whether a person asked for it: an override, a mark, a hook or `roles=`.
         disputed: Whether the places of a shared tensor speak for decay and against it.
     """
@@ -68,7 +67,6 @@ class Decision:
     options: Mapping[str, Any]
     lr_scale: float
     layer: int | None
-    finding: Finding
     chosen: bool
     disputed: bool
 
@@ -153,7 +151,7 @@ def decide(model: nn.Module, options: Options, *, allow_none: bool = False) -> l
         for override in overrides:
             if override.matches(item):
                 draft.apply(override.options, "override", _say_override(override))
-        decisions.append(_finish(item, finding, draft, options, depths))
+        decisions.append(_finish(item, finding.role, draft, options, depths))
     if any(d.lr_scale != 1 for d in decisions) and options.lr is None:
         raise ValueError("lr_scale and layer_decay scale a learning rate; expected lr=, got None")
     return decisions
@@ -179,7 +177,7 @@ def _draft(
 
 
 def _finish(
-    item: Located, finding: Finding, draft: _Draft, options: Options, depths: Mapping[str, int] | None
+    item: Located, role: Role, draft: _Draft, options: Options, depths: Mapping[str, int] | None
 ) -> Decision:
     chosen = dict(draft.options)
     decay = chosen.pop("weight_decay", draft.decays)
@@ -195,7 +193,7 @@ def _finish(
         name=item.name,
         param=item.param,
         located=item,
-        role=finding.role,
+        role=role,
         decays=draft.decays,
         rule=draft.rule,
         evidence=draft.evidence,
@@ -203,7 +201,6 @@ def _finish(
         options=chosen,
         lr_scale=1.0 if "lr" in chosen else float(scale),
         layer=layer,
-        finding=finding,
         chosen=draft.chosen,
         disputed=draft.disputed and not draft.chosen,
     )
