@@ -185,6 +185,13 @@ class TestFrozenAndTied:
     def test_unfreezing_with_nothing_trainable(self):
         assert new_param_groups(nn.Linear(2, 2).requires_grad_(False), []) == []
 
+    def test_a_group_may_be_a_single_tensor(self):
+        model = nn.Linear(3, 2)
+        groups = [{"params": model.weight}]
+        assert summarize_param_groups(groups) == "decay: 1 params, no_decay: 0 params"
+        (added,) = new_param_groups(model, groups, 0.1)
+        assert added["param_names"] == ["bias"]
+
     def test_shared_module_counts_once(self):
         shared = nn.Linear(2, 2)
         groups = build_param_groups(nn.Sequential(shared, nn.ReLU(), shared), 0.1)
