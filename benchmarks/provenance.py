@@ -18,7 +18,7 @@ from fused_adamw import __version__
 from fused_adamw.backends import build_info
 
 ROOT = Path(__file__).parent.parent
-# What the kernels and the tables they read are made from.
+# What `source_sha256` covers: the kernels, and the plan that lays out what they read.
 SOURCES = ("csrc", "fused_adamw/backends", "fused_adamw/plan.py")
 
 

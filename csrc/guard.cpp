@@ -63,14 +63,14 @@ int64_t address_of(const DLTensor& t) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) + t.byte_offset);
 }
 
-// Hands `take` the numbers that say what kernels take for granted of a tensor beside its address, while it
-// returns true. The first of them tells how many there are.
+// Passes what kernels rely on beside a tensor's address to `take`, one by one, until that returns false.
+// The first number, of dimensions, determines how many follow.
 template <typename F>
 bool describe(const DLTensor& t, const F& take) {
   bool going = take(t.ndim) && take(t.dtype.code | t.dtype.bits << 8 | int64_t{t.dtype.lanes} << 16) &&
                take(t.device.device_type | int64_t{t.device.device_id} << 32);
   for (int32_t i = 0; going && i < t.ndim; ++i) {
-    going = take(t.shape[i]) && take(t.shape[i] > 1 ? t.strides[i] : 0);  // a stride that leads nowhere
+    going = take(t.shape[i]) && take(t.shape[i] > 1 ? t.strides[i] : 0);  // of size 1: not used
   }
   return going;
 }
@@ -93,7 +93,7 @@ struct Object {
   const char* behind[2] = {};
 };
 
-// Calls f with what this process holds of a tensor: of a DTensor its local tensor.
+// Calls f with the tensor, or with the local tensor of a DTensor.
 template <typename F>
 bool with_local(PyObject* tensor, bool is_dtensor, const F& f) {
   if (!is_dtensor) return f(tensor);
@@ -214,7 +214,7 @@ class Check {
   std::vector<int64_t> grads;
 
  private:
-  // Whether this tensor is where and as the n-th of those known was. It need not be the same object.
+  // Whether the tensor has the address and description of the n-th recorded one. It may be another object.
   bool is_unmoved(PyObject* tensor, const std::vector<Object>& known, size_t n) {
     if (n + kAhead < known.size()) prefetch(known[n + kAhead]);
     if (!known[n].object) return true;
@@ -225,8 +225,8 @@ class Check {
     });
   }
 
-  // A step finds all this far from the caches, each behind a pointer in the one before. Inline, or GCC takes
-  // it for a function without effects and drops the call.
+  // In training, none of this is in the caches, and each object is reached through a pointer in another.
+  // Forced inline: GCC would otherwise see a function without effects and drop the call.
   __attribute__((always_inline)) static void prefetch(const Object& object) {
     __builtin_prefetch(object.object);
     for (const char* const behind : object.behind)
@@ -267,8 +267,8 @@ class Check {
     return describe(t, [this](int64_t number) { return number == *number_++; });
   }
 
-  // Whether a gradient is to be read with the other sign: as the imaginary part of a conjugate is, which
-  // lies at the odd places of a complex tensor.
+  // Whether torch reads the gradient with its sign flipped. Only imaginary parts of conjugate tensors are,
+  // and those lie at the odd positions of a complex tensor.
   static bool is_negative_view(PyObject* tensor, const DLTensor& t) {
     if (address_of(t) % (t.dtype.bits / 4) == 0) return false;
     return Owned(PyObject_CallMethodObjArgs(tensor, names().is_neg, nullptr)).get() == Py_True;

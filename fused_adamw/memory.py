@@ -1,4 +1,4 @@
-"""What a kernel takes for granted of a tensor: where its memory is, and how it is laid out."""
+"""Where tensors are in memory and how they are laid out, and the guard that notices when that changes."""
 
 from __future__ import annotations
 
@@ -103,8 +103,7 @@ class Guard:
 
     Args:
         params: All parameters.
-        grads: For each of them a tensor that is what its gradient will be, beside its address; None: there
-            will be none.
+        grads: For each of them a tensor with the layout of its gradient; None: it must have no gradient.
         state: `Optimizer.state`.
     """
 
@@ -131,13 +130,13 @@ class Guard:
             state: The optimizer's state now.
 
         Returns:
-            As in `Gradients.addresses`. None if anything else is not as it was, and where C++ cannot tell:
+            As in `Gradients.addresses`. None if anything else has changed, or if this check cannot tell; then
             `matches` can.
         """
         return None if self._native is None else self._native(params, state)
 
     def matches(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], state: State) -> bool:
-        """Whether parameters and state are where and as they were, and gradients as they were to be.
+        """Whether parameters and state are unchanged, and gradients have the recorded layouts.
 
         Args:
             params: All parameters now.
@@ -181,7 +180,7 @@ class Guard:
 
 
 def _keys(state: State) -> list[tuple[int, list[tuple[str, bool]]]]:
-    """Whose state it is, and under which names it has tensors. What else it has, no kernel reads."""
+    """Which parameters have state, and under which names it has tensors. Kernels read nothing else of it."""
     return [(id(p), [(name, isinstance(v, Tensor)) for name, v in s.items()]) for p, s in state.items()]
 
 
@@ -190,7 +189,7 @@ def _tensors(state: State) -> list[Tensor]:
 
 
 def _columns(tensors: Sequence[Tensor]) -> list[Sequence[object]]:
-    """What kernels take for granted of tensors beside their addresses, and their types."""
+    """What kernels rely on beside the addresses of tensors, and the types of the tensors."""
     return [
         list(map(type, tensors)),
         [t.dtype for t in tensors],

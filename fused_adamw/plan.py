@@ -3,9 +3,9 @@
 Rows say where parameters live, chunks share out the work, hypers say how each group is stepped; csrc/tables.h
 has the same layouts in C++.
 
-A plan is built once and kept while it is true: every step reads the addresses afresh and compares. New
-addresses of gradients are written into the rows; anything else that moved makes the plan stale, and the
-optimizer builds another.
+A plan is built once and kept as long as it is valid: every step reads all addresses again and compares. New
+addresses of gradients are written into the rows; any other change makes the plan stale, and the optimizer
+builds another.
 """
 
 from __future__ import annotations
@@ -172,9 +172,9 @@ class TableBucket:
 
 
 class TensorBucket:
-    """Parameters of one device that no kernel takes, stepped one by one by the reference.
+    """Parameters of one device that no kernel can step, left to the reference one by one.
 
-    Without any, it still works out and reports the scalars of a step.
+    Even without parameters it computes and reports the gradient norm and skipped steps.
     """
 
     def __init__(self, entries: list[Entry], device: torch.device, backend: ReferenceBackend) -> None:
@@ -221,7 +221,7 @@ def _domains(entries: Iterable[Entry]) -> list[int]:
 
 
 class Plan:
-    """The buckets of one optimizer, and the means to tell whether they are still true.
+    """The buckets of one optimizer, and the means to tell whether they are still valid.
 
     Args:
         groups: The optimizer's `param_groups`.
@@ -229,13 +229,13 @@ class Plan:
         state: The optimizer's state; every parameter that has a gradient must have its own.
         kernels_for: The kernels that serve a device, None for the reference.
         reference: The reference backend.
-        status: What the plan before this one left in the status of its first bucket.
-        previous: The plan before this one: it knows what gradients that are absent now looked like.
+        status: The status that the previous plan left for its first bucket.
+        previous: The previous plan, which knows the layout of gradients that are absent now.
 
     Attributes:
         launches: What to run, at least one.
-        stepped: The parameters that have a gradient, once prepared; of DTensors their local tensors, too, as
-            graphs save the one or the other.
+        stepped: After `prepare`, the parameters that have a gradient, and the local tensors of DTensors among
+            them: autograd may have saved either.
         flattened: Slots of parameters that FSDP1 flattened.
         fallbacks: Slot to the reason why kernels that serve its device do not step it.
     """
@@ -322,7 +322,7 @@ class Plan:
         self._guard = Guard(self._params, known, state)
 
     def _expected_grad(self, slot: int, grad: Tensor | None, previous: Plan | None) -> Tensor:
-        """What a parameter's gradient looks like, as it is, was, or as the parameter; not its memory."""
+        """The layout of a gradient: of the present one, else of the last one seen, else of the parameter."""
         p = self._params[slot]
         if grad is None:
             known = previous is not None and slot < len(previous._params) and previous._params[slot] is p
@@ -392,19 +392,19 @@ class Plan:
         )
 
     def sum_of_squares(self, grads: Sequence[Tensor | None]) -> None:
-        """Sum the squares of all gradients of this process, for `totals` to add up."""
+        """Sum the squares of this process's gradients, one sum per bucket and domain, for `totals`."""
         for bucket, sums, _ in self.launches:
             bucket.sum_of_squares(grads, sums)
 
     def totals(
         self, is_summed: bool, found_inf: Tensor | None, norm_group: NormGroup | None
     ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
-        """Add up over devices and processes what was found in each.
+        """Sum the squares and `found_inf` over devices and processes.
 
         Args:
             is_summed: Whether `sum_of_squares` has run.
-            found_inf: One element on any device: what a GradScaler has found in this process.
-            norm_group: Adds up over processes that hold other parameters.
+            found_inf: One element on any device: what a GradScaler found in this process.
+            norm_group: Sums over the processes that hold the other parameters.
 
         Returns:
             For each device of the plan, a float64 vector whose sum is the sum of squares of all gradients,
@@ -425,7 +425,7 @@ class Plan:
         return sums, found_inf if here else flag
 
     def _sum_of(self, domain: int) -> Tensor | None:
-        """The sum over a domain in this process, on the plan's first device; None: there is nothing."""
+        """The sum over a domain in this process, on the plan's first device; None if it has no gradients."""
         own = next(iter(self._sums.values()))
         sums = [part.sum().to(own) for part in self._sums_of[domain]]
         return functools.reduce(torch.add, sums) if sums else None
