@@ -133,7 +133,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             )
         self._backend = backend
         self._state_dtype = state_dtype
-        self._skip_nonfinite = skip_nonfinite
+        if skip_nonfinite not in (False, True):
+            raise ValueError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
+        self._skip_nonfinite = bool(skip_nonfinite)
         self._plan: Plan | None = None
         self._status: Tensor | None = None  # float64: norm of the last step, steps skipped so far
         self._has_norm = False
