@@ -67,7 +67,8 @@ def _print_step(target: str, console: Console) -> int:
     plan = optimizer._plan
     assert plan is not None
 
-    table = Table("stepped by", "device", "parameter", "gradient", "moments", "parameters", "values")
+    table = Table("stepped by", "device", "parameter", "gradient", "moments", "tensors")
+    table.add_column("values", no_wrap=True)  # whole, in 80 columns, for any model that fits a machine
     for bucket, _, _ in plan.launches:
         kernels = kernels_for(optimizer.backend, bucket.device)
         dtypes = getattr(bucket, "dtypes", None)

@@ -88,6 +88,8 @@ def check_state(state: Mapping[str, Any], p: Tensor, name: str, *, saved: bool =
     if not (step.numel() == 1 if isinstance(step, Tensor) else isinstance(step, Real)):
         found = f"a tensor of shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
         raise RuntimeError(f"step of parameter {name} is {found}, expected a number")
+    if isinstance(step, Tensor) and not saved:
+        check_writable(step, f"step of parameter {name}")
     for key in MOMENTS:
         if key in state:
             check_like(key, state[key], p, name, anywhere=saved)
@@ -109,13 +111,16 @@ def check_like(what: str, t: Any, p: Tensor, name: str, *, anywhere: bool = Fals
 
 
 def check_writable(t: Tensor, what: str) -> None:
-    """Refuse a tensor that torch would refuse to change in place, halfway through the step."""
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True))
-    if expanded or t.is_conj():
-        raise RuntimeError(
-            f"{what} cannot be changed in place: it is {'an expanded' if expanded else 'a conjugate'} view. "
-            "Clone it first."
-        )
+    """Refuse what torch would refuse to write, halfway through a step."""
+    reason = None
+    if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+        reason = "is an expanded view"
+    elif t.is_conj():
+        reason = "is a conjugate view"
+    elif t.is_inference() and not torch.is_inference_mode_enabled():
+        reason = "was made in inference mode"
+    if reason is not None:
+        raise RuntimeError(f"{what} cannot be changed in place: it {reason}. Clone it first.")
 
 
 def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: str) -> None:

@@ -123,7 +123,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             )
         self._backend = backend
         self._state_dtype = state_dtype
-        self._skip_nonfinite = skip_nonfinite
+        if skip_nonfinite not in (False, True):
+            raise ValueError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
+        self._skip_nonfinite = bool(skip_nonfinite)
         self._plan: Plan | None = None
         self._status: Tensor | None = None  # float64: norm of the last step, steps skipped so far
         self._has_norm = False
@@ -347,15 +349,23 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         grads = [p.grad for p in params]
         local = held_grads(params, grads)
         if plan is None or local is None or not plan.is_current(self.param_groups, params, local, self.state):
+            self._check_inputs(params, grads)
             plan, local = self._new_plan(params, grads, local)
         return plan, Gradients.of(local)
+
+    def _check_inputs(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Refuse what no plan could be made of, in the mode that the step is called in."""
+        names = self._names()
+        check_listed_once(params, names)
+        for name, p, grad in zip(names, params, grads, strict=True):
+            check_step(self.state.get(p, {}), p, grad, name)
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be updated outside of it
     @torch.no_grad()
     def _new_plan(
         self, params: Sequence[Tensor], grads: Sequence[Tensor | None], local: list[Tensor | None] | None
     ) -> tuple[Plan, list[Tensor | None]]:
-        """Check everything, then create the state that is missing, then lay out the tables.
+        """Create the state that is missing, then lay out the tables.
 
         Args:
             params: All parameters.
@@ -371,10 +381,6 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 "FusedHygieneAdamW cannot allocate its state and tables while a CUDA graph is captured: run "
                 "a step without capture first, with gradients of the same layouts"
             )
-        names = self._names()
-        check_listed_once(params, names)
-        for name, p, grad in zip(names, params, grads, strict=True):
-            check_step(self.state.get(p, {}), p, grad, name)
         flattened = [slot for slot, p in enumerate(params) if is_flattened(p)]
         self._check_norm_is_known(flattened)
         local = held_grads(params, grads) if local is None else local
@@ -394,6 +400,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             self._plan,
         )
         self._plan, self._status = plan, plan.launches[0].status
+        names = self._names()
         for slot, reason in plan.fallbacks.items():
             logger.debug("parameter %s is stepped by the reference: %s", names[slot], reason)
         return plan, local
@@ -466,6 +473,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             handle.remove()
         self._copy_state(final)
 
+    @torch.inference_mode(False)  # as in _new_plan
     @torch.no_grad()
     def _copy_state(self, saved: dict[str, Any]) -> None:
         """Copy the state from its source: torch has cast moments to the parameter's dtype, or shares them."""

@@ -194,6 +194,12 @@ def test_state_dtype_of_another_kind(value):
         FusedHygieneAdamW(parameters([(2,)]), state_dtype=value)
 
 
+@pytest.mark.parametrize("value", [None, "no", 2])
+def test_skip_nonfinite_is_yes_or_no(value):
+    with pytest.raises(ValueError, match="skip_nonfinite must be True or False, got"):
+        FusedHygieneAdamW(parameters([(2,)]), skip_nonfinite=value)
+
+
 def test_unknown_backend():
     known = "'auto', 'native', 'triton', 'reference'"
     with pytest.raises(ValueError, match=f"unknown backend 'cuda': expected one of {known}"):

@@ -64,6 +64,17 @@ def test_info_gives_memory_to_a_model_without(capsys, monkeypatch):
     assert " 4 " in row
 
 
+def test_info_does_not_cut_numbers(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["info", "--model", "tests.test_main:large_model"]) == 0
+    assert "│ 10,000,000 │" in capsys.readouterr().out
+
+
+def large_model() -> torch.nn.Module:
+    with torch.device("meta"):
+        return torch.nn.Linear(10_000, 1_000, bias=False, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("target", ["nonsense", "torch.nn:Flatten", "torch.nn:Missing"])
 def test_info_of_no_model_is_refused(capsys, target):
     assert main(["info", "--model", target]) == 2

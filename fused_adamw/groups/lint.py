@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+from torch.fx import GraphModule
+
 from .decide import Decision, Options
 from .marks import mark_of_tensor
 from .overrides import ParamGroupWarning
@@ -118,6 +121,20 @@ def _aliases_disagree(decisions: Sequence[Decision]) -> Lint | None:
     return _remark("aliases-disagree", "warning", "shared by modules that speak for different roles", split)
 
 
+def _lost_types(decisions: Sequence[Decision]) -> Lint | None:
+    """Decays for want of a type, as an embedding does once torch.jit or torch.export have rebuilt it."""
+    lost = [d for d in decisions if d.decays and d.rule in ("name", "shape", "default") and _is_rebuilt(d)]
+    message = "decays, as torch.jit or torch.export took its module's type; build groups from the original"
+    return _remark("lost-types", "warning", message, lost)
+
+
+def _is_rebuilt(d: Decision) -> bool:
+    place = d.located.places[0]
+    if type(place.owner) is nn.Module:  # what torch.export leaves of submodules
+        return any(isinstance(module, GraphModule) for _, module in place.ancestors)
+    return type(place.owner).__module__.startswith(("torch.jit.", "torch.export."))
+
+
 def _low_confidence(decisions: Sequence[Decision]) -> Lint | None:
     low = [d for d in decisions if d.confidence == "low" and not d.disputed]
     return _remark("low-confidence", "warning", "not recognised, decided with low confidence", low)
@@ -135,5 +152,6 @@ _CHECKS: tuple[Callable[[Sequence[Decision]], Lint | None], ...] = (
     _matrix_exempt,
     _lost_mark,
     _aliases_disagree,
+    _lost_types,
     _low_confidence,
 )

@@ -304,6 +304,46 @@ def test_what_is_made_in_inference_mode_is_used_after_it(target, first):
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
+def with_one_for_the_reference(target):
+    """A parameter that kernels step, and one with holes."""
+    (p,) = parameters([(4,)], device=target.device)
+    return [p, nn.Parameter(torch.ones(8, device=target.device)[::2])]
+
+
+@pytest.mark.parametrize("what", ["parameter", "step", "exp_avg"])
+def test_what_was_made_in_inference_mode_is_written_there_only(target, what):
+    """Torch, too, refuses it elsewhere, but after it has stepped the parameters before it."""
+    params = with_one_for_the_reference(target)
+    with torch.inference_mode():
+        if what == "parameter":
+            params[1] = nn.Parameter(params[1].clone())
+        optimizer = target.adamw(params)
+        steps(optimizer, params)
+        if what != "parameter":
+            state = optimizer.state[params[1]]
+            state[what] = state[what].clone()
+        steps(optimizer, params)
+    optimizer.state[params[0]] = {key: value.clone() for key, value in optimizer.state[params[0]].items()}
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=f"{what}.* number 1 of .*it was made in inference mode. Clone it"):
+        optimizer.step()
+    assert unchanged_since(optimizer, before)
+
+
+def test_a_state_loaded_in_inference_mode_is_used_after_it(target):
+    results = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        params = with_one_for_the_reference(target)
+        optimizer = target.adamw(params)
+        steps(optimizer, params)
+        saved = copy.deepcopy(optimizer.state_dict())
+        with mode():
+            optimizer.load_state_dict(saved)
+        steps(optimizer, params, first=2)
+        results.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 def test_deterministic_algorithms(target):
     torch.use_deterministic_algorithms(True)
     try:

@@ -27,6 +27,9 @@ def run(*arguments, **kwargs):
     return cli.run(parser.parse_args(arguments))
 
 
+INDICES = torch.tensor([0, 1])
+
+
 def tiny():
     """The factory that the tests of the command line name."""
     return nn.Sequential(nn.Linear(2, 2), RMSNorm(2))
@@ -210,6 +213,26 @@ class TestLint:
             build_param_groups(model)
         assert caught[0].filename == __file__
         assert "low-confidence" not in self.codes(model, overrides={"zeta": True})
+
+    @pytest.mark.parametrize(
+        "rebuild",
+        [
+            torch.jit.script,
+            lambda model: torch.jit.trace(model, INDICES),
+            lambda model: torch.export.export(model, (INDICES,)).module(),
+            lambda model: torch.export.unflatten(torch.export.export(model, (INDICES,))),
+        ],
+        ids=["script", "trace", "export", "unflatten"],
+    )
+    @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:`isinstance.treespec")
+    def test_types_that_are_lost(self, rebuild):
+        """Without them an embedding decays."""
+        model = nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+        assert "lost-types" not in self.codes(torch.fx.symbolic_trace(model))  # keeps them
+        rebuilt = rebuild(model)
+        remark = self.codes(rebuilt)["lost-types"]
+        assert (remark.level, remark.names) == ("warning", ("0.weight", "2.weight"))
+        assert "lost-types" not in self.codes(rebuilt, overrides={"*": False})
 
     def test_aliases_disagree(self):
         model = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 1))
