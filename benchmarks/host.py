@@ -29,7 +29,7 @@ def parts(optimizer: FusedHygieneAdamW) -> dict[str, Callable[[], object]]:
     sums = plan.totals(True, None, None)[0][bucket.device]
     return {
         "check state, parameters, gradients": lambda: plan.check(groups, state),
-        "gradient addresses, hypers": lambda: plan.prepare(groups, grads),
+        "gradient addresses, hypers": lambda: plan.prepare(optimizer._hypers(), grads),
         "norm": lambda: plan.sum_of_squares(()),
         "update": lambda: bucket.update((), optimizer._step_inputs(sums, None, status)),
         "version counters": lambda: torch.autograd.graph.increment_version(plan.stepped),

@@ -255,7 +255,7 @@ PyMODINIT_FUNC PyInit__C(void) {
       {"make_guard", fastcall(&fused_adamw::make_guard), METH_FASTCALL,
        "make_guard(tensor_type, params, grads, state)"},
       {"check_guard", fastcall(&fused_adamw::check_guard), METH_FASTCALL,
-       "check_guard(guard, params, state) -> bytes | None"},
+       "check_guard(guard, params, state) -> (bytes, list) | None"},
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {

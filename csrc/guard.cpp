@@ -180,7 +180,12 @@ class Guard {
 // One comparison with what was recorded.
 class Check {
  public:
-  explicit Check(const Guard& guard) : guard_(guard), number_(guard.numbers.data()) {}
+  explicit Check(const Guard& guard)
+      : guard_(guard),
+        number_(guard.numbers.data()),
+        grads_(PyList_New(static_cast<Py_ssize_t>(guard.params.size()))) {
+    addresses_.reserve(guard.params.size());
+  }
 
   bool is_same_state(PyObject* state) {
     PyObject *param, *of_param, *name, *value;
@@ -210,8 +215,13 @@ class Check {
     return n == known.size();
   }
 
-  // The addresses of the gradients found.
-  std::vector<int64_t> grads;
+  // The gradients found: (bytes, list).
+  PyObject* result() const {
+    const Owned bytes(
+        PyBytes_FromStringAndSize(reinterpret_cast<const char*>(addresses_.data()),
+                                  static_cast<Py_ssize_t>(addresses_.size() * sizeof(int64_t))));
+    return checked(PyTuple_Pack(2, bytes.get(), grads_.get()));
+  }
 
  private:
   // Whether the tensor has the address and description of the n-th recorded one. It may be another object.
@@ -237,7 +247,7 @@ class Check {
     const Owned grad(PyObject_GetAttr(param.object, names().grad));
     if (grad.get() == Py_None) {
       number_ += *number_ == kNoGrad ? 1 : kFixedNumbers + 2 * *number_;
-      return grads.push_back(0), true;
+      return add(0, grad.get());
     }
     if (param.is_dtensor && !is_placed_alike(grad.get(), param.object)) return false;
     return with_local(grad.get(), param.is_dtensor, [this](PyObject* local) {
@@ -246,8 +256,14 @@ class Check {
       if (!is_as_expected(t) || is_negative_view(local, t)) return false;
       const int64_t address = address_of(t);
       if (!address && !is_empty(t)) return false;  // its memory was taken away
-      return grads.push_back(address ? address : 1), true;
+      return add(address ? address : 1, local);
     });
+  }
+
+  bool add(int64_t address, PyObject* grad) {
+    Py_IncRef(grad);  // the list steals it
+    PyList_SetItem(grads_.get(), static_cast<Py_ssize_t>(addresses_.size()), grad);
+    return addresses_.push_back(address), true;
   }
 
   // Whether two DTensors have the same mesh and placements. Those of FSDP2 share one object that says so.
@@ -276,6 +292,8 @@ class Check {
 
   const Guard& guard_;
   const int64_t* number_;  // the next one to compare
+  std::vector<int64_t> addresses_;
+  const Owned grads_;
 };
 
 void destroy(PyObject* capsule) { delete static_cast<Guard*>(PyCapsule_GetPointer(capsule, kCapsule)); }
@@ -311,7 +329,6 @@ PyObject* check_guard(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
   if (!guard) return nullptr;
   return guarded([args, guard]() -> PyObject* {
     Check check(*guard);
-    check.grads.reserve(guard->params.size());
     try {
       if (!PyDict_Check(args[2]) || !check.is_same_state(args[2]) || !check.finds_grads(args[1]))
         Py_RETURN_NONE;
@@ -320,8 +337,7 @@ PyObject* check_guard(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
       PyErr_Clear();                                        // it cannot be checked
       Py_RETURN_NONE;
     }
-    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(check.grads.data()),
-                                     static_cast<Py_ssize_t>(check.grads.size() * sizeof(int64_t)));
+    return check.result();
   });
 }
 

@@ -21,13 +21,14 @@ namespace fused_adamw {
 // cannot describe a tensor.
 PyObject* make_guard(PyObject* module, PyObject* const* args, Py_ssize_t n_args);
 
-// check_guard(capsule, params, state) -> bytes | None
+// check_guard(capsule, params, state) -> (bytes, list) | None
 //
 //   params       list of the lists of parameters of all groups
 //   state        the optimizer's state; only a dict of dicts can be checked
 //
-// Returns the addresses of all gradients, an int64 each, 0 where there is none; None if anything is not as it
-// was, or cannot be checked.
+// Returns the addresses of all gradients, an int64 each, 0 where there is none, and the gradients themselves,
+// of DTensors their local tensors, None where there is none: as long as the caller holds these, their memory
+// stays, whatever other threads do. None if anything is not as it was, or cannot be checked.
 PyObject* check_guard(PyObject* module, PyObject* const* args, Py_ssize_t n_args);
 
 }  // namespace fused_adamw

@@ -27,7 +27,12 @@ def check_not_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:
 def check_hypers(group: dict[str, Any], index: int) -> None:
     """Check a group's hyper-parameters: torch checks the defaults only."""
     check_not_differentiable([group])
-    beta1, beta2 = group["betas"]
+    try:
+        beta1, beta2 = group["betas"]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"invalid betas in parameter group {index}: {group['betas']!r}, expected two numbers"
+        ) from None
     for name, value, below in (
         ("lr", group["lr"], math.inf),
         ("betas[0]", beta1, 1.0),
@@ -39,7 +44,13 @@ def check_hypers(group: dict[str, Any], index: int) -> None:
             if value.device.type != "cpu":
                 continue  # reading it would synchronise
             value = value.detach()
-        if not 0.0 <= float(value) < below:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"invalid {name} in parameter group {index}: {value!r}, expected a number"
+            ) from None
+        if not 0.0 <= number < below:
             limit = f" and below {below}" if below != math.inf else ""
             raise ValueError(
                 f"invalid {name} in parameter group {index}: {value}, expected a finite number >= 0{limit}"

@@ -82,7 +82,8 @@ class Gradients(NamedTuple):
     Attributes:
         addresses: An int64 for each parameter: where its gradient's memory starts; 0 where there is none,
             never 0 where there is one, if only an empty one.
-        tensors: The gradient of each parameter; empty where no bucket asks for tensors.
+        tensors: The gradient of each parameter, of DTensors the local one; None where there is none. Kernels
+            run without the GIL: as long as these are held, no other thread can free what they read.
     """
 
     addresses: bytes
@@ -122,18 +123,18 @@ class Guard:
         self._grad_columns = _columns([p if g is None else g for p, g in zip(params, grads, strict=True)])
         self._native = self._native_guard(grads, state, tensors)
 
-    def check(self, params: list[list[Tensor]], state: State) -> bytes | None:
-        """Check by one call into C++ (csrc/guard.h), which returns the gradients' addresses.
+    def check(self, params: list[list[Tensor]], state: State) -> Gradients | None:
+        """Check by one call into C++ (csrc/guard.h), which returns the gradients.
 
         Args:
             params: The parameters of each group now.
             state: The optimizer's state now.
 
         Returns:
-            As in `Gradients.addresses`. None if anything else has changed, or if this check cannot tell; then
-            `matches` can.
+            None if anything else has changed, or if this check cannot tell; then `matches` can.
         """
-        return None if self._native is None else self._native(params, state)
+        found = None if self._native is None else self._native(params, state)
+        return None if found is None else Gradients(*found)
 
     def matches(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], state: State) -> bool:
         """Whether parameters and state are unchanged, and gradients have the recorded layouts.
@@ -158,7 +159,7 @@ class Guard:
 
     def _native_guard(
         self, grads: Sequence[Tensor | None], state: State, tensors: Sequence[Tensor]
-    ) -> Callable[[list[list[Tensor]], State], bytes | None] | None:
+    ) -> Callable[[list[list[Tensor]], State], tuple[bytes, list[Tensor | None]] | None] | None:
         """The check in C++; None where there is no extension, or it cannot check these `tensors`."""
         extension = load_extension()
         if isinstance(extension, str) or any(type(t) not in PLAIN for t in tensors):

@@ -27,7 +27,7 @@ from .memory import Gradients
 from .plan import Plan
 from .second_clip import SecondClipDetector
 from .state import complete_state, copied_state
-from .tables import StepInputs, is_capturing
+from .tables import Hyper, StepInputs, is_capturing
 
 logger = logging.getLogger("fused_adamw")
 
@@ -307,9 +307,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
 
+        hypers = self._hypers()
         plan, grads = self._current_plan()
         self._check_norm_is_known(plan.flattened)
-        plan.prepare(self.param_groups, grads)
+        plan.prepare(hypers, grads)
 
         self._has_norm = self._needs_norm()
         if self._has_norm:
@@ -339,6 +340,15 @@ class FusedHygieneAdamW(torch.optim.AdamW):
                 "over which FSDP shards; with NO_SHARD a callable that returns what it is given; or clip by "
                 "FullyShardedDataParallel.clip_grad_norm_, without max_grad_norm and skip_nonfinite."
             )
+
+    def _hypers(self) -> list[Hyper]:
+        """Read the hyper-parameters of all groups, as schedulers left them."""
+        try:
+            return [Hyper.of(group) for group in self.param_groups]
+        except (TypeError, ValueError):
+            for index, group in enumerate(self.param_groups):
+                check_hypers(group, index)  # names what is wrong
+            raise
 
     def _current_plan(self) -> tuple[Plan, Gradients]:
         """Return the plan, a new one if the old one is out of date, and the gradients."""

@@ -82,7 +82,6 @@ class Plan:
             if status is None:
                 status = torch.zeros(2, dtype=scalar_dtype(device), device=device)
             self._add_launches(device, buckets, status)
-        self._reads_tensors = any(isinstance(b, TensorBucket) and b.slots for b, _, _ in self.launches)
         stepped = {entry.slot for entry in entries}
         known = [
             None if slot not in stepped else self._expected[slot] if grad is None else grad
@@ -179,12 +178,7 @@ class Plan:
         """
         if self._structure_of(groups) != self._structure:
             return None
-        addresses = self._guard.check([group["params"] for group in groups], state)
-        if addresses is None:
-            return None
-        if not self._reads_tensors:
-            return Gradients(addresses, ())
-        return Gradients(addresses, held(p.grad for group in groups for p in group["params"]))
+        return self._guard.check([group["params"] for group in groups], state)
 
     def is_current(
         self,
@@ -203,7 +197,7 @@ class Plan:
         """
         return self._structure_of(groups) == self._structure and self._guard.matches(params, grads, state)
 
-    def prepare(self, groups: Sequence[Mapping[str, Any]], grads: Gradients) -> None:
+    def prepare(self, hypers: list[Hyper], grads: Gradients) -> None:
         """Bring gradient addresses and hyper-parameters up to date, where they changed."""
         if grads.addresses != self._grad_addresses:
             addresses = array("q", grads.addresses)
@@ -212,7 +206,6 @@ class Plan:
             stepped = list(compress(self._params, addresses))
             self.stepped = stepped + held(filter(is_dtensor, stepped))
             self._grad_addresses = grads.addresses
-        hypers = [Hyper.of(group) for group in groups]
         keys = [hyper.key() for hyper in hypers]
         if keys != self._hyper_keys or self._reads_lr_of_another_device(hypers):
             for bucket, _, _ in self.launches:

@@ -21,6 +21,32 @@ def two_params(target, **options):
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lr", None, "invalid lr in parameter group 1: None, expected a number"),
+        ("eps", "small", "invalid eps in parameter group 1: 'small', expected a number"),
+        ("weight_decay", torch.ones(2), r"invalid weight_decay in parameter group 1: tensor\(.*expected a n"),
+        ("betas", (0.9,), r"invalid betas in parameter group 1: \(0.9,\), expected two numbers"),
+        ("betas", 0.9, "invalid betas in parameter group 1: 0.9, expected two numbers"),
+    ],
+    ids=lambda x: str(x)[:12],
+)
+def test_hyper_parameter_of_another_kind_set_by_hand(target, key, value, message, steps_before):
+    params = parameters([(3, 3), (3, 3)], device=target.device)
+    optimizer = target.adamw([{"params": [p]} for p in params], max_grad_norm=1.0)
+    for step in range(steps_before):
+        give_grads(params, step)
+        optimizer.step()
+    give_grads(params, 9)
+    optimizer.param_groups[1][key] = value
+    before = snapshot(optimizer)
+    with pytest.raises(TypeError, match=message):
+        optimizer.step()
+    assert unchanged_since(optimizer, before)
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
 def test_sparse_gradient(target, steps_before):
     params = parameters([(3, 3), (3, 3)], device=target.device)
     optimizer = target.adamw(list(zip(["first", "second"], params, strict=True)), max_grad_norm=1.0)

@@ -52,7 +52,15 @@ def native_guard(held):
     if isinstance(load_extension(), str):
         pytest.skip("the extension is not built")
     guard = memory.Guard(held.params, held.known_grads, held.state)
-    return lambda held: guard.check(held.groups, held.state)
+
+    def check(held):
+        grads = guard.check(held.groups, held.state)
+        if grads is None:
+            return None
+        assert memory.same_objects(grads.tensors, [p.grad for p in held.params])
+        return grads.addresses
+
+    return check
 
 
 @pytest.fixture(params=[python_guard, native_guard], ids=["python", "c++"])
@@ -355,7 +363,7 @@ def test_functions_of_the_extension_refuse_other_types():
     if isinstance(extension, str):
         pytest.skip("the extension is not built")
     guard = extension.make_guard(torch.Tensor, (), (), ())
-    assert extension.check_guard(guard, [], {}) == b""
+    assert extension.check_guard(guard, [], {}) == (b"", [])
     assert extension.check_guard(guard, [()], {}) is None  # only lists are walked
     assert extension.check_guard(guard, [[1]], {}) is None
     assert extension.check_guard(guard, [], {1: 2}) is None

@@ -4,6 +4,7 @@ import itertools
 import logging
 import shutil
 import subprocess
+import weakref
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def test_one_plan_while_gradients_come_and_go(target, built):
     assert len(built) == 1
 
 
-def test_a_steady_step_takes_one_look(target, monkeypatch):
+def test_a_steady_step_is_checked_by_one_call(target, monkeypatch):
     """Also where some parameters are stepped as tensors."""
     if isinstance(load_extension(), str):
         pytest.skip("the extension is not built")
@@ -186,6 +187,27 @@ def test_a_steady_step_takes_one_look(target, monkeypatch):
         ours.step()
         theirs.step()
     assert_same_path(params, copies, 5, grad_error=1e-6)
+
+
+def test_gradients_are_held_through_a_step(target, monkeypatch):
+    """Another thread may drop them while kernels read at their addresses without the GIL."""
+    params = parameters([(30,)], device=target.device)
+    optimizer = target.adamw(params, max_grad_norm=1.0)
+    give_grads(params, 0)
+    optimizer.step()
+    bucket = optimizer._plan.launches[0].bucket
+    update, is_alive = bucket.update, []
+
+    def drop_and_update(*args):
+        grad = weakref.ref(params[0].grad)
+        params[0].grad = None
+        is_alive.append(grad() is not None)
+        update(*args)
+
+    monkeypatch.setattr(bucket, "update", drop_and_update)
+    give_grads(params, 1)
+    optimizer.step()
+    assert is_alive == [True]
 
 
 def test_only_what_is_stepped_gets_a_new_version(target):
