@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import held, is_partial, why_misplaced
+from .distributed import is_partial, local_tensors, why_misplaced
 from .memory import lacks_memory
 from .state import MOMENTS
 
@@ -168,7 +168,7 @@ def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: s
         mine = {f"{what} of parameter {name}": t for what, t in others.items()} | {f"parameter {name}": p}
         if isinstance(step := state.get("step"), Tensor):
             mine[f"step of parameter {name}"] = step
-        for what, t in zip(mine, held(mine.values()), strict=True):
+        for what, t in zip(mine, local_tensors(mine.values()), strict=True):
             if lacks_memory(t):
                 raise RuntimeError(f"{what} has no memory: expected it to be back before step()")
 

@@ -20,12 +20,12 @@ def is_dtensor(t: object) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
-def held(values: Iterable[Any]) -> list[Any]:
+def local_tensors(values: Iterable[Any]) -> list[Any]:
     """The values, but the local tensor (not a copy) of each DTensor."""
     return [getattr(value, "_local_tensor", value) for value in values]  # to_local() takes 50 times as long
 
 
-def held_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None] | None:
     """The local gradients, each placed as its parameter is.
 
     As in torch's optimizers, a gradient with other placements is redistributed, which is a collective of its
@@ -47,7 +47,7 @@ def held_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list
             if is_partial(p):
                 return None
             placed[slot] = grad.redistribute(placements=expected.placements)  # type: ignore[attr-defined]
-    local: list[Tensor | None] = held(placed)
+    local: list[Tensor | None] = local_tensors(placed)
     if not set(map(type, local)) <= {Tensor, NoneType}:
         from torch.distributed._functional_collectives import AsyncCollectiveTensor
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .distributed import held
+from .distributed import local_tensors
 from .extension import load_extension
 
 State = Mapping[Tensor, Mapping[str, object]]
@@ -116,7 +116,7 @@ class Guard:
     ) -> None:
         self._params = tuple(params)
         self._keys = _keys(state)
-        tensors = held([*params, *_tensors(state)])
+        tensors = local_tensors([*params, *_tensors(state)])
         self._addresses = list(map(address_of, tensors))
         self._columns = _columns(tensors)
         self._has_grad = [grad is not None for grad in grads]
@@ -146,7 +146,7 @@ class Guard:
         """
         if not same_objects(params, self._params) or _keys(state) != self._keys:
             return False
-        tensors = held([*params, *_tensors(state)])
+        tensors = local_tensors([*params, *_tensors(state)])
         is_there = [grad is not None for grad in grads]
         present = [grad for grad in grads if grad is not None]
         return (

@@ -21,7 +21,7 @@ from .checks import (
     check_not_differentiable,
     check_step,
 )
-from .distributed import NormGroup, has_peers, held_grads, is_flattened
+from .distributed import NormGroup, has_peers, is_flattened, local_grads
 from .groups import build_param_groups, summarize_param_groups
 from .memory import Gradients
 from .plan import Plan
@@ -357,7 +357,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             return plan, seen
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
-        local = held_grads(params, grads)
+        local = local_grads(params, grads)
         if plan is None or local is None or not plan.is_current(self.param_groups, params, local, self.state):
             self._check_inputs(params, grads)
             plan, local = self._new_plan(params, grads, local)
@@ -380,11 +380,11 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         Args:
             params: All parameters.
             grads: Their gradients.
-            local: `held_grads` of them, if called already: it may be a collective, which processes that keep
+            local: `local_grads` of them, if called already: it may be a collective, which processes that keep
                 their plan do not enter again.
 
         Returns:
-            The plan, and `held_grads`.
+            The plan, and `local_grads`.
         """
         if any(is_capturing(device) for device in {p.device for p in params}):
             raise RuntimeError(
@@ -393,7 +393,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             )
         flattened = [slot for slot, p in enumerate(params) if is_flattened(p)]
         self._check_norm_is_known(flattened)
-        local = held_grads(params, grads) if local is None else local
+        local = local_grads(params, grads) if local is None else local
         assert local is not None  # every gradient was found to fit
         steps: set[int] = set()
         amsgrad = [group["amsgrad"] for group in self.param_groups for _ in group["params"]]

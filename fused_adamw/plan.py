@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .buckets import Bucket, KernelBackend, ReferenceBackend, TableBucket, TensorBucket, why_not_tabular
-from .distributed import NormGroup, Reduction, held, is_dtensor, is_flattened
+from .distributed import NormGroup, Reduction, is_dtensor, is_flattened, local_tensors
 from .memory import Gradients, Guard, State, overlapping
 from .tables import Entry, Hyper, scalar_dtype
 
@@ -38,7 +38,7 @@ class Plan:
 
     Args:
         groups: The optimizer's `param_groups`.
-        grads: The gradients of all parameters, `held_grads` of them.
+        grads: The gradients of all parameters, `local_grads` of them.
         state: The optimizer's state; every parameter that has a gradient must have its own.
         kernels_for: The kernels that serve a device, None for the reference.
         reference: The reference backend.
@@ -99,7 +99,7 @@ class Plan:
             if "step" not in (s := state.get(p, {})):
                 continue
             v_max = s["max_exp_avg_sq"] if groups[group]["amsgrad"] else None
-            p, m, v, v_max, step = held((p, s["exp_avg"], s["exp_avg_sq"], v_max, s["step"]))
+            p, m, v, v_max, step = local_tensors((p, s["exp_avg"], s["exp_avg_sq"], v_max, s["step"]))
             domain = self._reduction.domain_of[slot]
             found.append(Entry(slot, group, domain, p, m, v, v_max, step, self._expected[slot].dtype))
         return found
@@ -113,7 +113,7 @@ class Plan:
         reference: ReferenceBackend,
     ) -> dict[torch.device, list[Bucket]]:
         """Put together what one launch can step, on each device; notes `fallbacks`."""
-        local_params = held(self._params)
+        local_params = local_tensors(self._params)
         shared = overlapping(local_params)
         alike: dict[torch.device, dict[tuple[torch.dtype, ...], list[Entry]]] = {}
         for entry in entries:
@@ -162,7 +162,9 @@ class Plan:
         p = self._params[slot]
         if grad is None:
             known = previous is not None and slot < len(previous._params) and previous._params[slot] is p
-            return previous._expected[slot] if previous is not None and known else held([p.detach()])[0]
+            return (
+                previous._expected[slot] if previous is not None and known else local_tensors([p.detach()])[0]
+            )
         return torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device="meta")
 
     @staticmethod
@@ -192,7 +194,7 @@ class Plan:
         Args:
             groups: The optimizer's `param_groups` now.
             params: All parameters of all groups now, in order.
-            grads: Their gradients now, `held_grads` of them.
+            grads: Their gradients now, `local_grads` of them.
             state: The optimizer's state now.
         """
         return self._structure_of(groups) == self._structure and self._guard.matches(params, grads, state)
@@ -204,7 +206,7 @@ class Plan:
             for bucket, _, _ in self.launches:
                 bucket.set_grads(addresses)
             stepped = list(compress(self._params, addresses))
-            self.stepped = stepped + held(filter(is_dtensor, stepped))
+            self.stepped = stepped + local_tensors(filter(is_dtensor, stepped))
             self._grad_addresses = grads.addresses
         keys = [hyper.key() for hyper in hypers]
         if keys != self._hyper_keys or self._reads_lr_of_another_device(hypers):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import held
+from .distributed import local_tensors
 from .memory import address_of
 
 # The last one is there with amsgrad only.
@@ -33,7 +33,7 @@ def complete_state(
         steps: Addresses of the step counts of other parameters, to which this one is added: a shared count
             would be advanced several times.
     """
-    (step,) = held([state.get("step", 0.0)])
+    (step,) = local_tensors([state.get("step", 0.0)])
     if not (
         isinstance(step, Tensor)
         and step.dim() == 0
