@@ -159,13 +159,13 @@ class Plan:
 
     def _expected_grad(self, slot: int, grad: Tensor | None, previous: Plan | None) -> Tensor:
         """The layout of a gradient: of the present one, else of the last one seen, else of the parameter."""
+        if grad is not None:
+            return torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device="meta")
         p = self._params[slot]
-        if grad is None:
-            known = previous is not None and slot < len(previous._params) and previous._params[slot] is p
-            return (
-                previous._expected[slot] if previous is not None and known else local_tensors([p.detach()])[0]
-            )
-        return torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device="meta")
+        if previous is not None and slot < len(previous._params) and previous._params[slot] is p:
+            return previous._expected[slot]
+        like_param: Tensor = local_tensors([p.detach()])[0]
+        return like_param
 
     @staticmethod
     def _structure_of(groups: Sequence[Mapping[str, Any]]) -> list[object]:
