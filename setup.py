@@ -1,7 +1,7 @@
 """Builds `fused_adamw._C`: C++ for the CPU, and CUDA where there is an nvcc. Metadata is in pyproject.toml.
 
 Environment:
-    CUDA_HOME              where to look for nvcc first; otherwise the one on PATH is taken
+    CUDA_HOME              where to look for nvcc; otherwise the one on PATH or in /usr/local/cuda is taken
     FUSED_ADAMW_CUDA=0     leave the CUDA part out even if there is an nvcc
     TORCH_CUDA_ARCH_LIST   architectures as torch spells them, such as "8.0;9.0+PTX"
     CXX                    the C++ compiler
@@ -48,7 +48,9 @@ def find_nvcc() -> str | None:
     if os.environ.get("FUSED_ADAMW_CUDA") == "0":
         return None
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if home:
+        return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def gencode_flags(nvcc: str) -> str:
@@ -99,8 +101,9 @@ def ninja_file(output: Path, build: Path) -> str:
         jobs.append(("cuda.o", "nvcc", CSRC / "adamw_cuda.cu", gencode_flags(nvcc)))
     else:
         print(
-            "fused_adamw: no nvcc found (CUDA_HOME, PATH): building the CPU kernels alone. On a GPU the "
-            "Triton backend will serve. Install the CUDA toolkit and reinstall to have the CUDA kernels.",
+            "fused_adamw: no nvcc found (CUDA_HOME, PATH, /usr/local/cuda): building the CPU kernels alone. "
+            "On a GPU the Triton backend will serve. Install the CUDA toolkit and reinstall to have the CUDA "
+            "kernels.",
             file=sys.stderr,
         )
 

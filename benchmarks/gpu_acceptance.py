@@ -10,8 +10,10 @@ every command. Exit code: 0 if everything passed and every target was reached, 1
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import gc
+import importlib.util
 import io
 import itertools
 import json
@@ -37,7 +39,7 @@ from fused_adamw.backends import why_not
 from .cases import GPU_RACES, MANY, RESNET50, VIT_B, WANTED_NATIVE_OVER_TRITON, Case, Race
 from .equality import check_equal_results
 from .measure import Bandwidth, Heat, bandwidth
-from .peers import Problem, line_up
+from .peers import Problem, line_up, ours
 from .pictures import plot_ratios, plot_roofline
 from .provenance import ROOT, provenance
 from .results import Result, evaluate, print_table, to_json, write_json
@@ -45,6 +47,11 @@ from .results import Result, evaluate, print_table, to_json, write_json
 # How far into the run, in seconds, each stage may go; what one leaves over, the next ones have.
 STAGES = {"build": 100, "tests": 210, "sanitize": 280, "launches": 300, "table": 430, "ncu": 460}
 PEERS = ("fused", "trick")
+# Processes that share out the tests; seconds that are kept for the large ones, and that a command has, once
+# interrupted, to say what it found.
+TEST_PROCESSES = 8
+LARGE_TESTS = 35
+GRACE = 10
 # What a problem and the check of equal results need, in tensors the size of the parameters.
 TENSORS_HELD = 11
 NCU_METRICS = {
@@ -54,6 +61,10 @@ NCU_METRICS = {
     "launch__registers_per_thread": "registers",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
 }
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @dataclass
@@ -89,7 +100,7 @@ class Acceptance:
         try:
             found = stage(self)
         except Exception as error:  # one stage must not take the others with it
-            found = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            found = {"ok": False, "error": _said(error)}
         self.stages[name] = {**found, "seconds": round(time.monotonic() - began, 1)}
         self.save()
 
@@ -109,9 +120,13 @@ class Acceptance:
             try:
                 code = process.wait(timeout=max(self.left, 1.0))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # with the children that it started
-                process.wait()
                 code = None
+                os.killpg(process.pid, signal.SIGINT)  # pytest then reports what has failed so far
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=GRACE)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with the children that it started
+                process.wait()
         return code, path.read_text(errors="replace")
 
     def payload(self) -> dict[str, Any]:
@@ -138,22 +153,17 @@ def build(run: Acceptance) -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability(run.device)
         environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
     code, _ = run.command("build", sys.executable, "setup.py", "build_ext", "--inplace", **environment)
-    return {"ok": code == 0, "exit_code": code}
+    missing = why_not("native", run.device)  # no nvcc: a build without CUDA, which is no failure of the build
+    return {"ok": code == 0 and missing is None, "exit_code": code, "native": missing or "available"}
 
 
-def gpu_tests(run: Acceptance) -> dict[str, Any]:
-    """Run the tests marked gpu, the large ones too."""
-    report = run.out / "tests.xml"
-    options = [
-        "-m",
-        "gpu and (large or not large)",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-    ]
+def _pytest(run: Acceptance, log: str, markers: str, *options: str) -> dict[str, Any]:
+    report = run.out / f"{log}.xml"
     code, output = run.command(
-        "tests", sys.executable, "-m", "pytest", "tests", *options, f"--junit-xml={report}"
+        log,
+        *(sys.executable, "-m", "pytest", "tests", "-m", markers, *options, f"--junit-xml={report}"),
+        *("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"),
+        TRITON_INTERPRET="0",  # the tests interpret Triton unless they are told not to
     )
     found: dict[str, Any] = {
         "ok": code == 0,
@@ -171,6 +181,17 @@ def gpu_tests(run: Acceptance) -> dict[str, Any]:
     return found
 
 
+def gpu_tests(run: Acceptance) -> dict[str, Any]:
+    """Run the tests marked gpu, in several processes where pytest-xdist is; the large ones one by one."""
+    has_xdist = importlib.util.find_spec("xdist") is not None
+    end = run.deadline
+    run.deadline = end - LARGE_TESTS
+    found = _pytest(run, "tests", "gpu and not large", *["-n", str(TEST_PROCESSES)] * has_xdist)
+    run.deadline = end
+    large = _pytest(run, "tests-large", "gpu and large")
+    return {**found, "ok": found["ok"] and large["ok"], "large": large}
+
+
 def sanitize(run: Acceptance) -> dict[str, Any]:
     """Run compute-sanitizer on a small case, where it is installed; without, the small case alone."""
     small = [sys.executable, "-m", "benchmarks.small_step", *run.backends, f"--device={run.device}"]
@@ -180,11 +201,16 @@ def sanitize(run: Acceptance) -> dict[str, Any]:
         return {"ok": code == 0, "exit_code": code, "skipped": "no compute-sanitizer, or no GPU"}
     found: dict[str, Any] = {}
     end = run.deadline
-    for tool, until in (("memcheck", (time.monotonic() + end) / 2), ("racecheck", end)):
+    # Calls that fail are torch's probes, which it expects to fail; those of ours raise.
+    quiet = ("--report-api-errors", "no")
+    for tool, options, until in (
+        ("memcheck", quiet, (time.monotonic() + end) / 2),
+        ("racecheck", (), end),
+    ):
         run.deadline = until
         code, output = run.command(
             tool,
-            *(sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *small),
+            *(sanitizer, "--tool", tool, *options, "--error-exitcode", "9", "--print-limit", "20", *small),
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # an allocation of its own for every tensor
         )
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY:.*", output)
@@ -233,32 +259,56 @@ def synchronises(problem: Problem, backend: str, clip: bool) -> str | None:
     return None
 
 
+def _launched(run: Acceptance, problem: Problem, backend: str, clip: bool) -> dict[str, Any]:
+    (peer,) = line_up(problem, (), clip=clip, backends=(backend,))
+    for _ in range(3):
+        peer.step()
+    seen = activity(peer.step)
+    wanted = 2 if clip else 1
+    ok = run.dry_run or (0 < seen["kernels"] <= wanted and seen["copies"] == 0)
+    row: dict[str, Any] = {**seen, "wanted_kernels": wanted, "wanted_copies": 0}
+    if run.device.type == "cuda":
+        row["synchronises"] = synchronises(problem, backend, clip)
+        ok = ok and row["synchronises"] is None
+    return {**row, "ok": ok}
+
+
 def launches(run: Acceptance) -> dict[str, Any]:
     """Count what a step launches and copies, and see that the host never waits."""
-    rows = []
+    rows, errors = [], {}
     for case in (RESNET50, VIT_B, MANY):
         problem = Problem(case.tiny() if run.dry_run else case, run.device)
         for backend, clip in itertools.product(run.backends, (True, False)):
-            (peer,) = line_up(problem, (), clip=clip, backends=(backend,))
-            for _ in range(3):
-                peer.step()
-            seen = activity(peer.step)
-            wanted = 2 if clip else 1
-            ok = run.dry_run or (0 < seen["kernels"] <= wanted and seen["copies"] == 0)
-            row: dict[str, Any] = {"case": case.name, "backend": backend, "clip": clip, **seen}
-            row |= {"wanted_kernels": wanted, "wanted_copies": 0}
-            if run.device.type == "cuda":
-                row["synchronises"] = synchronises(problem, backend, clip)
-                ok = ok and row["synchronises"] is None
-            rows.append({**row, "ok": ok})
-    return {"ok": all(row["ok"] for row in rows), "rows": rows}
+            try:
+                row = _launched(run, problem, backend, clip)
+                rows.append({"case": case.name, "backend": backend, "clip": clip, **row})
+            except Exception as error:  # one backend must not take the other with it
+                errors[f"{case.name}/{backend}/{'clip+step' if clip else 'step'}"] = _said(error)
+    return {
+        "ok": bool(rows) and not errors and all(row["ok"] for row in rows),
+        "rows": rows,
+        "errors": errors,
+    }
 
 
-def _race(run: Acceptance, problem: Problem, race: Race, seconds: float) -> list[Result]:
-    peers = list(line_up(problem, PEERS, clip=race.clip, backends=run.backends))
-    check_equal_results(problem, peers)
+def _race(
+    run: Acceptance, problem: Problem, race: Race, seconds: float
+) -> tuple[list[Result], dict[str, str]]:
+    """The results; and, by name, why a contestant was not timed: it failed, or computes something else."""
+    mine = [ours(problem, clip=race.clip, backend=backend, name=backend) for backend in run.backends]
+    peers = {peer.name: peer for peer in (*mine, *line_up(problem, PEERS, clip=race.clip, backends=()))}
+    errors = {}
+    for name in [name for name in peers if name != "fused"]:
+        try:
+            check_equal_results(problem, [peers[name], peers["fused"]])
+        except Exception as error:  # one contestant must not take the others with it
+            errors[f"{race.name}/{name}"] = _said(error)
+            del peers[name]
+    backends = [backend for backend in run.backends if backend in peers]
+    if not backends:
+        return [], errors
     heat = Heat(
-        {peer.name: peer.step for peer in peers},
+        {name: peer.step for name, peer in peers.items()},
         run.device,
         turn_seconds=0.001 if run.dry_run else 0.05,
         before=problem.move_gradients if race.moved_grads else None,
@@ -266,11 +316,11 @@ def _race(run: Acceptance, problem: Problem, race: Race, seconds: float) -> list
     heat.run(seconds, least=3, most=60)
     assert run.bandwidth is not None
     results = []
-    for backend in run.backends:
+    for backend in backends:
         wanted = dict(race.wanted)
         if backend == "triton" and race.wanted_copy_fraction is not None:
             wanted["native"] = WANTED_NATIVE_OVER_TRITON
-        rivals = [name for name in heat.turns if name not in run.backends]
+        rivals = [name for name in heat.turns if name not in backends]
         rivals += ["native"] * (backend != "native" and "native" in heat.turns)
         results += evaluate(
             replace(race, wanted=wanted),
@@ -279,7 +329,7 @@ def _race(run: Acceptance, problem: Problem, race: Race, seconds: float) -> list
             ours=backend,
             best=False,
         )
-    return results
+    return results, errors
 
 
 def _fits(case: Case, device: torch.device) -> bool:
@@ -305,12 +355,16 @@ def table(run: Acceptance) -> dict[str, Any]:
                     if not _fits(case, run.device):
                         raise MemoryError("does not fit into the memory of the device")
                     problem = Problem(case, run.device)
-                run.results += _race(run, problem, race, seconds=0.0 if run.dry_run else 0.5 * share)
+                seconds = 0.0 if run.dry_run else 0.5 * share
+                results, failed = _race(run, problem, race, seconds)
+                run.results += results
+                errors |= failed
             except Exception as error:  # one race must not take the others with it
-                errors[race.name] = f"{type(error).__name__}: {error}"
+                errors[race.name] = _said(error)
             run.save()
         del problem
         gc.collect()
+        torch.cuda.empty_cache()  # what torch keeps for later counts as taken
     missed = [result.name for result in run.results if result.reached is False]
     return {"ok": not errors and not missed, "missed": missed, "errors": errors}
 
@@ -354,8 +408,10 @@ def summarize(run: Acceptance) -> list[str]:
         words = "ok" if found["ok"] else "FAILED"
         if "skipped" in found and isinstance(found["skipped"], str):
             words += f" ({found['skipped']})"
-        if name == "tests":
-            words += f": {found['last_line']}"
+        if name == "build" and "native" in found:
+            words += f": native {found['native']}"
+        if name == "tests" and "last_line" in found:
+            words += f": {found['last_line']}; large: {found['large']['last_line']}"
         if name == "sanitize":
             words += "".join(
                 f"; {tool}: {found[tool]['summary']}" for tool in ("memcheck", "racecheck") if tool in found
@@ -369,7 +425,7 @@ def summarize(run: Acceptance) -> list[str]:
             judged = [result for result in run.results if result.reached is not None]
             words += f": {len(judged) - len(found['missed'])} of {len(judged)} targets reached"
             words += "".join(f"\n           missed {name}" for name in found["missed"])
-            words += "".join(f"\n           {name}: {error}" for name, error in found["errors"].items())
+        words += "".join(f"\n           {what}: {error}" for what, error in found.get("errors", {}).items())
         if "error" in found:
             words += f": {found['error']}"
         lines.append(f"{name:9}{found['seconds']:6.1f} s  {words}")
@@ -402,11 +458,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     payload = run.payload()
     if run.results:
-        plot_ratios(run.results, payload, run.out / "ratios.png")
-        plot_roofline(run.results, payload, run.out / "roofline.png")
         print_table(run.results, f"Clip + step on {payload['device']}, torch {payload['torch']}")
     print(", ".join(f"{key} {payload[key]}" for key in ("device", "driver", "torch", "triton", "commit")))
     print("\n".join(summarize(run)))
+    if run.results:
+        try:
+            plot_ratios(run.results, payload, run.out / "ratios.png")
+            plot_roofline(run.results, payload, run.out / "roofline.png")
+        except Exception as error:  # the numbers are there
+            print(f"no pictures: {_said(error)}")
     print(run.out / "acceptance.json")
     return 0 if all(found["ok"] for found in run.stages.values()) else 1
 
