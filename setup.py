@@ -156,6 +156,7 @@ class NinjaBuildExt(build_ext):
 
 
 setup(
+    license="Apache-2.0",
     ext_modules=[Extension("fused_adamw._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": NinjaBuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
