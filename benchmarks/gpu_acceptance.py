@@ -173,6 +173,7 @@ def _pytest(run: Acceptance, log: str, markers: str, *options: str) -> dict[str,
     if report.exists():
         suite = next(ElementTree.parse(report).iter("testsuite"))
         found |= {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+        found["ok"] = code == 0 and (run.dry_run or found["tests"] > found["skipped"])
         found["failed"] = [
             f"{case.get('classname')}::{case.get('name')}"
             for case in suite.iter("testcase")

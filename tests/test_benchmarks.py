@@ -560,6 +560,21 @@ def test_acceptance_compiles_triton_for_the_tests(tmp_path: Path, monkeypatch: p
     assert "end of tests; large: end of tests-large" in gpu_acceptance.summarize(run)[0]
 
 
+@pytest.mark.parametrize(("skipped", "ok"), [(2, True), (3, False)])
+def test_tests_that_are_all_skipped_show_nothing(
+    skipped: int, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(run: gpu_acceptance.Acceptance, log: str, *_: str, **__: str) -> tuple[int, str]:
+        (run.out / f"{log}.xml").write_text(
+            f'<testsuite tests="3" failures="0" errors="0" skipped="{skipped}"/>'
+        )
+        return 0, "passed"
+
+    monkeypatch.setattr(gpu_acceptance.Acceptance, "command", command)
+    run = replace(_acceptance(tmp_path), dry_run=False)
+    assert gpu_acceptance.gpu_tests(run)["ok"] is ok
+
+
 def test_a_command_that_takes_too_long_may_say_what_it_has(tmp_path: Path) -> None:
     slow = """if True:
         import time
