@@ -22,7 +22,7 @@ BANDWIDTH = 4.8e12  # bytes per second: HBM3e of an H200
 MEMORY = 141e9  # bytes of an H200
 FLOPS = 400e12  # per second and GPU in training, of 989e12: Llama 3 405B on 16,384 H100
 HOST_CASE = "500x1/clip+step/2t/vs-fused"  # 500 tensors of one value: the host's work and nothing else
-HOST_RESULT = Path(__file__).parent / "results" / "cpu-2026-11-22-run2.json"
+HOST_RESULT = Path(__file__).parent / "results" / "cpu-2026-11-22-run5.json"
 
 
 @dataclass(frozen=True)
