@@ -294,6 +294,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
         Raises:
             ValueError: A parameter is listed twice in groups that were edited.
+            TypeError: A hyper-parameter of a group was set to something that is not a number.
             RuntimeError: A gradient is sparse; a gradient or a moment is not on its parameter's device or
                 mesh, or has another shape; a state lacks a moment or its step count; a group is
                 `differentiable`; FSDP1 hides the norm that is asked for; the step is inside a transform of
