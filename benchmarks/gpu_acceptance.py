@@ -115,6 +115,8 @@ class Acceptance:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell starts what it runs in the background with interrupts ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             code: int | None
             try:
