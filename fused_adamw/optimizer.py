@@ -242,6 +242,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             ValueError: A hyper-parameter of the group is out of range, a parameter is listed twice, or is
                 neither floating point nor complex; or the group has its own `max_grad_norm` or another
                 argument that belongs to the optimizer.
+            TypeError: A hyper-parameter of the group is not a number.
             RuntimeError: The backend cannot run on a parameter's device; the group is `differentiable`.
         """
         index = len(self.param_groups)

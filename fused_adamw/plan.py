@@ -106,7 +106,7 @@ class Plan:
 
     def _buckets(
         self,
-        entries: Iterable[Entry],
+        entries: Sequence[Entry],
         grads: Sequence[Tensor | None],
         n_groups: int,
         kernels_for: Callable[[torch.device], KernelBackend | None],
@@ -115,11 +115,12 @@ class Plan:
         """Put together what one launch can step, on each device; notes `fallbacks`."""
         local_params = local_tensors(self._params)
         shared = overlapping(local_params)
+        kernels = {device: kernels_for(device) for device in {entry.param.device for entry in entries}}
         alike: dict[torch.device, dict[tuple[torch.dtype, ...], list[Entry]]] = {}
         for entry in entries:
             slot, device = entry.slot, entry.param.device
             dtypes: tuple[torch.dtype, ...] = ()  # left to the reference
-            if kernels_for(device) is not None:
+            if kernels[device] is not None:
                 grad = grads[slot]
                 reason = why_not_tabular(entry, self._expected[slot] if grad is None else grad)
                 if reason is None and slot in shared:  # rows are stepped at the same time
@@ -134,13 +135,12 @@ class Plan:
             alike[home] = {(): []}
         return {
             device: [
-                TableBucket(members, n_groups, kernels)
-                if dtypes and kernels is not None
+                TableBucket(members, n_groups, backend)
+                if dtypes and (backend := kernels[device]) is not None
                 else TensorBucket(members, device, reference)
                 for dtypes, members in by_dtypes.items()
             ]
             for device, by_dtypes in alike.items()
-            for kernels in [kernels_for(device)]
         }
 
     def _add_launches(self, device: torch.device, buckets: Sequence[Bucket], status: Tensor) -> None:
