@@ -16,7 +16,7 @@
 #include "adamw_cuda.h"
 
 #ifndef FUSED_ADAMW_CUDA_ARCHS
-#define FUSED_ADAMW_CUDA_ARCHS "default"
+#define FUSED_ADAMW_CUDA_ARCHS ""
 #endif
 #define STRING_(a) #a
 #define STRING(a) STRING_(a)
@@ -356,8 +356,8 @@ const char* launch_update(const UpdateArgs& args, bool hypers_on_host, int devic
   return "not built for these dtypes";
 }
 
-const char* cuda_build() {
-  return STRING(__CUDACC_VER_MAJOR__) "." STRING(__CUDACC_VER_MINOR__) " " FUSED_ADAMW_CUDA_ARCHS;
-}
+const char* cuda_version() { return STRING(__CUDACC_VER_MAJOR__) "." STRING(__CUDACC_VER_MINOR__); }
+
+const char* cuda_archs() { return FUSED_ADAMW_CUDA_ARCHS; }
 
 }  // namespace fused_adamw

@@ -13,7 +13,8 @@ constexpr int64_t kMaxInlineHypers = 64;
 const char* launch_norm(const NormArgs& args, int device, void* stream);
 const char* launch_update(const UpdateArgs& args, bool hypers_on_host, int device, void* stream);
 
-// CUDA version and architectures of the build, such as "13.0 sm_80 sm_90 compute_120".
-const char* cuda_build();
+// What the kernels were built with and for, such as "13.0" and "sm_80 sm_90 compute_120".
+const char* cuda_version();
+const char* cuda_archs();
 
 }  // namespace fused_adamw

@@ -205,12 +205,14 @@ void update_cuda(Tensor rows, Tensor chunks, int64_t chunk_size, Tensor hypers, 
 #endif
 
 std::string build_info() {
-  std::string info = "{\"cpu_capability\": \"" + std::string(cpu_kernels().capability) +
-                     "\", \"compiler\": \"" + FUSED_ADAMW_COMPILER + "\", \"cuda\": \"";
+  std::string version, archs;
 #ifdef FUSED_ADAMW_CUDA
-  info += cuda_build();
+  version = cuda_version();
+  archs = cuda_archs();
 #endif
-  return info + "\"}";
+  return "{\"cpu_capability\": \"" + std::string(cpu_kernels().capability) + "\", \"compiler\": \"" +
+         FUSED_ADAMW_COMPILER + "\", \"cuda_version\": \"" + version + "\", \"cuda_archs\": \"" + archs +
+         "\"}";
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ def info(target: str | None = None) -> int:
     console = Console()
     facts = Table(show_header=False, box=None, pad_edge=False)
     built = build_info()
+    archs = built.get("cuda_archs")
     triton = _version("triton")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     for name, value in {
@@ -33,7 +34,7 @@ def info(target: str | None = None) -> int:
         "python": platform.python_version(),
         "GPU": ", ".join(gpus) or "none",
         "CPU kernels": built.get("cpu_capability", "not built"),
-        "CUDA kernels": built.get("cuda") or "not built",
+        "CUDA kernels": f"CUDA {built['cuda_version']}: {archs}" if archs else "not built",
         "compiler": built.get("compiler", "unknown"),
     }.items():
         facts.add_row(name, value)

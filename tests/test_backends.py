@@ -65,12 +65,32 @@ def test_the_chosen_backend_does_the_work(target, monkeypatch):
 
 
 def test_a_gpu_runs_code_for_its_major_version_or_older_ptx():
-    archs = ["sm_80", "sm_90", "compute_90"]
+    archs = "sm_80 sm_90 compute_90"
     served = {c: native._serves(c, archs) for c in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]}
     assert [c for c, ok in served.items() if not ok] == [(7, 5)]
-    assert not native._serves((10, 0), ["sm_90"])
-    assert not native._serves((8, 0), ["sm_86"])
-    assert native._serves((9, 0), ["sm_90a"])
+    assert not native._serves((10, 0), "sm_90")
+    assert not native._serves((8, 0), "sm_86")
+    assert native._serves((9, 0), "sm_90a")
+    assert not native._serves((10, 0), "sm_90a compute_90a")
+    assert native._serves((10, 3), "sm_100f")
+    assert not native._serves((12, 0), "compute_100f")
+
+
+def test_a_gpu_is_served_by_the_architectures_of_this_build(monkeypatch):
+    """As the compiled extension spells them, whatever that is."""
+    pytest.importorskip("fused_adamw._C", exc_type=ImportError)
+    if not (archs := native.build_info()["cuda_archs"]):
+        pytest.skip("the extension was built without CUDA")
+    built = [int(arch.split("_")[1].rstrip("af")) for arch in archs.split()]
+    gpus = [(*divmod(number, 10), number) for number in built]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for major, minor, number in [*gpus, (5, 0, 50)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=(major, minor): c)
+        reason = native.why_not(torch.device("cuda"))
+        if number in built:
+            assert reason is None
+        else:
+            assert f"built for {archs}, the GPU is sm_{number}" in reason
 
 
 # Logging

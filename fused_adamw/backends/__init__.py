@@ -106,6 +106,6 @@ def available_backends() -> list[BackendStatus]:
 
 def _status(backend: str, device: torch.device) -> str | None:
     if device.type == "cuda" and not torch.cuda.is_available():
-        built = native.build_info().get("cuda") if backend == "native" else None
+        built = native.build_info().get("cuda_archs") if backend == "native" else None
         return "torch sees no CUDA device" + (f" (built for {built})" if built else "")
     return why_not(backend, device)

@@ -32,20 +32,30 @@ def _load_error() -> str | None:
 
 @functools.cache
 def build_info() -> dict[str, str]:
-    """How the extension was built: `cpu_capability`, `compiler`, `cuda` (architectures, empty without)."""
+    """How the extension was built; nothing if it does not load.
+
+    Returns:
+        `cpu_capability`, `compiler`, and `cuda_version` ("13.0") and `cuda_archs` ("sm_90 compute_90"), both
+        empty without CUDA.
+    """
     if _load_error():
         return {}
     info: dict[str, str] = json.loads(torch.ops.fused_adamw.build_info())
     return info
 
 
-def _serves(capability: tuple[int, int], archs: list[str]) -> bool:
+def _serves(capability: tuple[int, int], archs: str) -> bool:
     """Whether a GPU runs code for one of the architectures: of its major version, or older PTX."""
     wanted = capability[0] * 10 + capability[1]
-    for arch in archs:
+    for arch in archs.split():
         kind, number = arch.split("_")
         built = int(number.rstrip("af"))
-        if built <= wanted and (kind == "compute" or built // 10 == wanted // 10):
+        if built == wanted:
+            return True
+        if number.endswith("a"):  # for this GPU and no other
+            continue
+        is_portable = kind == "compute" and not number.endswith("f")
+        if built < wanted and (is_portable or built // 10 == wanted // 10):
             return True
     return False
 
@@ -58,14 +68,14 @@ def why_not(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"no kernels for {device.type} devices"
-    built = build_info()["cuda"]
-    if not built:
+    archs = build_info()["cuda_archs"]
+    if not archs:
         return "the extension was built without CUDA: no nvcc was found"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     capability = torch.cuda.get_device_capability(device)
-    if not _serves(capability, built.split()):
-        return f"the extension was built for {built}, the GPU is sm_{capability[0]}{capability[1]}"
+    if not _serves(capability, archs):
+        return f"the extension was built for {archs}, the GPU is sm_{capability[0]}{capability[1]}"
     return None
 
 
