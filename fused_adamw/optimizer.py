@@ -22,7 +22,7 @@ from .checks import (
     check_step,
 )
 from .distributed import NormGroup, has_peers, is_flattened, local_grads
-from .groups import build_param_groups, summarize_param_groups
+from .groups import build_param_groups, is_model, summarize_param_groups
 from .memory import Gradients
 from .plan import Plan
 from .second_clip import SecondClipDetector
@@ -63,7 +63,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     Args:
         params: A module, whose groups are built by `build_param_groups(params, weight_decay)`. Or whatever
-            `torch.optim.AdamW` takes (tensors, named tensors, group dicts), to which plain AdamW is applied.
+            `torch.optim.AdamW` takes (tensors, an `nn.ParameterList`, named tensors, group dicts), to which
+            plain AdamW is applied.
         lr: Learning rate; a float, or a one-element tensor, which schedulers fill in place.
         betas: Decay rates of the running averages of the gradient and of its square.
         eps: Added to the denominator.
@@ -134,7 +135,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         self.norm_process_group = norm_process_group
 
         groups: Any = params
-        if isinstance(params, nn.Module):
+        from_model = is_model(params)
+        if from_model:
             groups = [NamedGroup(group) for group in build_param_groups(params, weight_decay)]
         super().__init__(
             groups,
@@ -149,7 +151,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        if isinstance(params, nn.Module):
+        if from_model:
             logger.info("[AdamW Groups] %s", summarize_param_groups(self.param_groups))
         elif len(self.param_groups) == 1:
             logger.info(

@@ -6,6 +6,7 @@ from .build import (
     new_param_groups,
     summarize_param_groups,
 )
+from .changes import DecayChange, decay_changes
 from .decide import Decision
 from .lint import Lint
 from .overrides import ParamGroupWarning
@@ -13,9 +14,11 @@ from .policies import POLICIES, Policy
 from .report import ParamGroupReport, PolicyDiff, explain_param_groups
 from .resume import compare_param_names
 from .roles import Role, register_type
+from .walk import is_model
 
 __all__ = [
     "POLICIES",
+    "DecayChange",
     "Decision",
     "Lint",
     "ParamGroupReport",
@@ -25,8 +28,10 @@ __all__ = [
     "Role",
     "build_param_groups",
     "compare_param_names",
+    "decay_changes",
     "explain_param_groups",
     "get_optimizer_grouped_parameters",
+    "is_model",
     "new_param_groups",
     "register_type",
     "summarize_param_groups",

@@ -101,6 +101,22 @@ def walk(model: nn.Module) -> list[Located]:
     return list(found.values())
 
 
+def is_model(params: object) -> bool:
+    """Whether an optimizer's first argument is a model, and not a module that torch takes for tensors.
+
+    `nn.ParameterList` is an iterable of tensors to `torch.optim`, like any module that iterates over tensors
+    or group dicts; an `nn.ParameterDict` iterates over names, which torch refuses.
+    """
+    if not isinstance(params, nn.Module):
+        return False
+    if isinstance(params, (nn.ParameterList, nn.ParameterDict)):
+        return False
+    if not callable(getattr(type(params), "__iter__", None)):
+        return True
+    first = next(iter(params), None)  # type: ignore[call-overload]
+    return not isinstance(first, (Tensor, dict, tuple))
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DDP, FSDP1, `torch.compile` and checkpoint wrappers."""
     while True:
