@@ -2,10 +2,11 @@
 
 from .backends import available_backends
 from .groups import build_param_groups, explain_param_groups, get_optimizer_grouped_parameters
-from .optimizer import FusedHygieneAdamW
+from .optimizer import AdamW, FusedHygieneAdamW
 from .version import __version__
 
 __all__ = [
+    "AdamW",
     "FusedHygieneAdamW",
     "__version__",
     "available_backends",

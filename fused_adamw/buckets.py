@@ -170,6 +170,8 @@ class TensorBucket:
         self.domains = _domains(entries)
         self.slots = [entry.slot for entry in entries]
         self._entries = entries
+        # A parameter that is listed twice is stepped twice, as in torch, but has one gradient.
+        self._once = list({id(entry.param): entry for entry in entries}.values())
         self._hypers: Sequence[Hyper] = ()
         self._backend = backend
 
@@ -183,7 +185,7 @@ class TensorBucket:
     def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
         """Write the sum of squares of each domain's gradients to its tensor of one element."""
         for domain, out in zip(self.domains, sums, strict=True):
-            mine = [e.slot for e in self._entries if e.domain == domain]
+            mine = [e.slot for e in self._once if e.domain == domain]
             self._backend.sum_of_squares([g for slot in mine if (g := grads[slot]) is not None], out)
 
     def update(self, grads: Sequence[Tensor | None], inputs: StepInputs) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _device_dtype_check_for_fused
 
+from .arguments import number_of
 from .distributed import is_partial, local_tensors, why_misplaced
 from .memory import lacks_memory
 from .state import MOMENTS
@@ -44,12 +46,9 @@ def check_hypers(group: dict[str, Any], index: int) -> None:
             if value.device.type != "cpu":
                 continue  # reading it would synchronise
             value = value.detach()
-        try:
-            number = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                f"invalid {name} in parameter group {index}: {value!r}, expected a number"
-            ) from None
+        number = number_of(value)
+        if number is None:
+            raise TypeError(f"invalid {name} in parameter group {index}: {value!r}, expected a number")
         if not 0.0 <= number < below:
             limit = f" and below {below}" if below != math.inf else ""
             raise ValueError(
@@ -66,15 +65,12 @@ def check_no_transform() -> None:
         )
 
 
-def check_listed_once(params: Iterable[Tensor], names: Iterable[str]) -> None:
-    """Refuse a parameter that is listed twice: its two rows would be stepped at the same time."""
-    seen: dict[int, str] = {}
-    for p, name in zip(params, names, strict=True):
-        if id(p) in seen:
-            raise ValueError(
-                f"parameter {name} is listed twice (also as {seen[id(p)]}): it would be stepped twice"
-            )
-        seen[id(p)] = name
+def check_fused(p: Tensor, name: str) -> None:
+    """Refuse what `fused=True` does not support in torch either, with torch's words."""
+    try:
+        _device_dtype_check_for_fused(p)
+    except RuntimeError as error:
+        raise RuntimeError(f"parameter {name}: {error}") from None
 
 
 def check_state(state: Mapping[str, Any], p: Tensor, name: str, *, saved: bool = False) -> None:
@@ -147,6 +143,11 @@ def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: s
         raise RuntimeError(
             f"parameter {name} is a Partial DTensor, of which every process has an addend: "
             "expected Shard and Replicate placements"
+        )
+    if grad is not None and p.layout is not torch.strided:
+        raise RuntimeError(
+            f"parameter {name} is itself sparse, of layout {p.layout}: expected a dense parameter. Use "
+            "torch.optim.SparseAdam, or store its values as a dense parameter."
         )
     if grad is not None and grad.layout is not torch.strided:
         raise RuntimeError(

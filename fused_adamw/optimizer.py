@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,11 +11,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from .announce import announce, logger
+from .arguments import (
+    OWN,
+    check_numbers,
+    checked_max_grad_norm,
+    checked_skip_nonfinite,
+    checked_state_dtype,
+    set_options,
+)
 from .backends import check_backend, kernels_for, reference
 from .checkpoints import NamedGroup, checked_state_dict
 from .checks import (
+    check_fused,
     check_hypers,
-    check_listed_once,
     check_no_transform,
     check_not_differentiable,
     check_step,
@@ -29,12 +37,6 @@ from .second_clip import SecondClipDetector
 from .state import complete_state, copied_state
 from .tables import Hyper, StepInputs, is_capturing
 
-logger = logging.getLogger("fused_adamw")
-
-_STATE_DTYPES = (None, torch.float32, torch.bfloat16)
-# Arguments that torch's AdamW does not have. They are attributes of the optimizer, not group keys: those
-# would end up in checkpoints, and torch's checkpoints, which lack them, would not load.
-_OWN = ("max_grad_norm", "skip_nonfinite", "norm_process_group", "state_dtype", "backend")
 # Attributes that a copy of the optimizer keeps. It builds a plan of its own, as a plan is full of addresses.
 _COPIED = (
     "_backend",
@@ -62,7 +64,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     are stepped, and the norm is that of the whole model.
 
     Args:
-        params: A module, whose groups are built by `build_param_groups(params, weight_decay)`. Or whatever
+        params: A module, whose groups are built by `build_param_groups(params, weight_decay)`: several, so a
+            learning rate set by hand goes into all of `param_groups`, not into the first. Or whatever
             `torch.optim.AdamW` takes (tensors, an `nn.ParameterList`, named tensors, group dicts), to which
             plain AdamW is applied.
         lr: Learning rate; a float, or a one-element tensor, which schedulers fill in place.
@@ -76,8 +79,9 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             a tensor `lr`, not a float.
         differentiable: Refused: the step is not differentiable.
         fused: Accepted for compatibility; changes nothing.
-        max_grad_norm: Clip to this global norm over all groups, as `torch.nn.utils.clip_grad_norm_` would.
-            None: no clipping, and no pass over the gradients for a norm. `math.inf`: measure, never clip.
+        max_grad_norm: Clip to this global norm, above 0, as `torch.nn.utils.clip_grad_norm_` would over all
+            groups. None: no clipping, and no pass over the gradients for a norm. `math.inf`: measure, never
+            clip.
         skip_nonfinite: Skip steps whose gradient norm is infinite or NaN: they change nothing, not even step
             counts, and `skipped_steps` counts them. This is decided on the device, by a norm that is measured
             even without `max_grad_norm`. By default such gradients have the same effect as in torch.
@@ -91,10 +95,11 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         backend: "auto", "native" (C++ on CPU, CUDA on GPU), "triton" or "reference" (plain PyTorch).
 
     Raises:
-        ValueError: A hyper-parameter is out of range, a parameter is listed twice or is not floating point,
+        ValueError: A hyper-parameter is out of range, a parameter is in two groups or is not floating point,
             the model has no trainable parameter, or the backend is unknown.
         RuntimeError: The backend cannot run on a parameter's device; `fused` and `foreach` are both set.
-        TypeError: `norm_process_group` is neither a group of this process nor callable.
+        TypeError: A hyper-parameter is not a number; `norm_process_group` is neither a group of this process
+            nor callable.
     """
 
     def __init__(
@@ -118,20 +123,15 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         backend: str = "auto",
     ) -> None:
         check_backend(backend)
-        if state_dtype not in _STATE_DTYPES:
-            raise ValueError(
-                f"state_dtype must be None, torch.float32 or torch.bfloat16, got {state_dtype!r}"
-            )
+        check_numbers(lr, betas, eps, weight_decay)
         self._backend = backend
-        self._state_dtype = state_dtype
-        if skip_nonfinite not in (False, True):
-            raise ValueError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
-        self._skip_nonfinite = bool(skip_nonfinite)
+        self._state_dtype = checked_state_dtype(state_dtype)
+        self._skip_nonfinite = checked_skip_nonfinite(skip_nonfinite)
+        self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
         self._plan: Plan | None = None
         self._status: Tensor | None = None  # float64: norm of the last step, steps skipped so far
         self._has_norm = False
         self._second_clip = SecondClipDetector()
-        self.max_grad_norm = max_grad_norm
         self.norm_process_group = norm_process_group
 
         groups: Any = params
@@ -151,14 +151,14 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        self._show_options()
         if from_model:
-            logger.info("[AdamW Groups] %s", summarize_param_groups(self.param_groups))
+            announce(f"[AdamW Groups] {summarize_param_groups(self.param_groups)}")
         elif len(self.param_groups) == 1:
-            logger.info(
-                "[AdamW Groups] %d params in one group, weight_decay=%s for all: no hygiene applied. Pass "
-                "the model instead of its parameters to exempt biases, norms and embeddings from decay.",
-                len(self.param_groups[0]["params"]),
-                weight_decay,
+            announce(
+                f"[AdamW Groups] {len(self.param_groups[0]['params'])} params in one group, "
+                f"weight_decay={weight_decay} for all: no hygiene applied. Pass the model instead of its "
+                "parameters to exempt biases, norms and embeddings from decay."
             )
 
     # Arguments that torch's AdamW does not have.
@@ -170,11 +170,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        if value is not None:
-            value = float(value)
-            if not value >= 0.0:
-                raise ValueError(f"max_grad_norm must be None or a number >= 0, got {value}")
-        self._max_grad_norm = value
+        self._max_grad_norm = checked_max_grad_norm(value)
+        self._show_options()
 
     @property
     def norm_process_group(self) -> dist.ProcessGroup | Callable[[Tensor], Tensor] | None:
@@ -204,11 +201,12 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         return self._skip_nonfinite
 
     @property
-    def grad_norm(self) -> Tensor | None:
+    def grad_norm(self) -> Tensor | Any:
         """Global gradient norm of the last step, before clipping and without any loss scale.
 
         A new 0-dim tensor on the parameters' device, float32 (float64 where a parameter is float64); None
-        before the first step and without a norm pass. Only reading its value waits for the device.
+        before the first step and without a norm pass. Only reading its value waits for the device. Typed so
+        that `optimizer.grad_norm.item()` needs no check for None where a norm is known to be there.
         """
         if not self._has_norm:
             return None
@@ -228,32 +226,53 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling and the decision to skip to step().
 
-        It does so through `grad_scale` and `found_inf`. Not under FSDP1, whose processes learn of an overflow
-        in one of them only if ShardedGradScaler does the unscaling; else their loss scales would diverge.
+        It does so through `grad_scale` and `found_inf`, if `fused`, `max_grad_norm` or `skip_nonfinite` is
+        set; if none is, the scaler unscales the gradients itself, as for torch's AdamW by default. Not under
+        FSDP1, whose processes learn of an overflow in one of them only if ShardedGradScaler does the
+        unscaling; else their loss scales would diverge.
         """
-        return not any(is_flattened(p) for group in self.param_groups for p in group["params"])
+        asked = bool(self.defaults["fused"]) or self._needs_norm()
+        return asked and not any(is_flattened(p) for group in self.param_groups for p in group["params"])
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """Ignore the value: torch sets True where `fused` is set."""
 
+    def _show_options(self) -> None:
+        """Show the own options that are set in `defaults`, where loggers look; groups do not get them.
+
+        Not the process group: `defaults` are copied and pickled.
+        """
+        options = {**set_options(self)}
+        options.pop("norm_process_group", None)
+        for name in OWN:
+            self.defaults.pop(name, None)
+        self.defaults.update(options)
+
+    def __repr__(self) -> str:
+        head, rest = super().__repr__().split("\n", 1)
+        return "\n".join([head, *(f"{name}: {value}" for name, value in set_options(self).items()), rest])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            ValueError: A hyper-parameter of the group is out of range, a parameter is listed twice, or is
+            ValueError: A hyper-parameter of the group is out of range, a parameter is in another group, or is
                 neither floating point nor complex; or the group has its own `max_grad_norm` or another
                 argument that belongs to the optimizer.
             TypeError: A hyper-parameter of the group is not a number.
             RuntimeError: The backend cannot run on a parameter's device; the group is `differentiable`.
         """
         index = len(self.param_groups)
+        given = set(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[index]
+        for name in OWN:
+            if name not in given:
+                group.pop(name, None)  # torch completes a group from `defaults`
         names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
         names = [f"{name} of group {index}" for name in names]
         try:
-            check_listed_once(group["params"], names)
             self._check_params(group["params"], names)
             check_hypers(group, index)
             self._check_own(group, index)
@@ -271,8 +290,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             kernels_for(self._backend, p.device)
 
     def _check_own(self, group: dict[str, Any], index: int) -> None:
-        """Refuse other values of `_OWN` in a group; ZeroRedundancyOptimizer copies ours into every one."""
-        for name in _OWN:
+        """Refuse other values of `OWN` in a group; ZeroRedundancyOptimizer copies ours into every one."""
+        for name in OWN:
             value, ours = group.get(name), getattr(self, name)
             if value is not None and value is not ours and value != ours:
                 raise ValueError(
@@ -296,10 +315,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             What the closure returned, else None.
 
         Raises:
-            ValueError: A parameter is listed twice in groups that were edited.
             TypeError: A hyper-parameter of a group was set to something that is not a number.
-            RuntimeError: A gradient is sparse; a gradient or a moment is not on its parameter's device or
-                mesh, or has another shape; a state lacks a moment or its step count; a group is
+            RuntimeError: A gradient or its parameter is sparse; `fused` is set for a device or dtype that has
+                no fused kernel in torch; a gradient or a moment is not on its parameter's device or mesh, or
+                has another shape; a state lacks a moment or its step count; a group is
                 `differentiable`; FSDP1 hides the norm that is asked for; the step is inside a transform of
                 `torch.func`.
         """
@@ -370,9 +389,12 @@ class FusedHygieneAdamW(torch.optim.AdamW):
     def _check_inputs(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Refuse what no plan could be made of, in the mode that the step is called in."""
         names = self._names()
-        check_listed_once(params, names)
-        for name, p, grad in zip(names, params, grads, strict=True):
-            check_step(self.state.get(p, {}), p, grad, name)
+        fused = [group["fused"] for group in self.param_groups for _ in group["params"]]
+        for name, p, grad, is_fused in zip(names, params, grads, fused, strict=True):
+            state = self.state.get(p, {})
+            if is_fused and grad is not None and not state:
+                check_fused(p, name)
+            check_step(state, p, grad, name)
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be updated outside of it
     @torch.no_grad()
@@ -401,9 +423,12 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         assert local is not None  # every gradient was found to fit
         steps: set[int] = set()
         amsgrad = [group["amsgrad"] for group in self.param_groups for _ in group["params"]]
+        seen: set[int] = set()
         for p, grad, has_maximum in zip(params, grads, amsgrad, strict=True):
             if grad is not None or "step" in self.state.get(p, ()):
-                complete_state(self.state[p], p, has_maximum, self._state_dtype, steps)
+                others = steps if id(p) not in seen else set()  # listed twice, it shares with itself
+                complete_state(self.state[p], p, has_maximum, self._state_dtype, others)
+                seen.add(id(p))
         plan = Plan(
             self.param_groups,
             local,
@@ -496,3 +521,10 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         for i, p in zip(ids, params, strict=True):
             if i in saved["state"]:
                 self.state[p].update(copied_state(saved["state"][i], p, self._state_dtype))
+
+
+class AdamW(FusedHygieneAdamW):
+    """`FusedHygieneAdamW` under the name of torch's class, for what goes by an optimizer's class name.
+
+    Composer keys the optimizer's state in a checkpoint by it, Lightning its log of the learning rate.
+    """

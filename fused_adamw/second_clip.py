@@ -29,7 +29,7 @@ class SecondClipDetector:
         """
         if self._has_warned or type(status) is not Tensor or status.device.type != "cpu":
             return
-        if max_grad_norm is None or not 0.0 < max_grad_norm < math.inf:
+        if max_grad_norm is None or max_grad_norm == math.inf:
             return
         equal = math.isclose(status.tolist()[0], max_grad_norm, rel_tol=_TOLERANCE)
         self._count = self._count + 1 if equal else 0

@@ -36,7 +36,7 @@ def pair(target, clip=None, **options):
     """Ours, and torch's fused AdamW, each with a scaler."""
     params = parameters(SHAPES, device=target.device)
     copies = twins(params)
-    ours = target.adamw(params, lr=1e-2, max_grad_norm=clip, **options)
+    ours = target.adamw(params, lr=1e-2, max_grad_norm=clip, fused=True, **options)
     return Scaled(ours, params), Scaled(torch.optim.AdamW(copies, lr=1e-2, fused=True, **options), copies)
 
 
@@ -204,11 +204,39 @@ def test_disabled_scaler(target):
     assert torch.equal(params[0], copies[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": False}], ids=str)
-def test_the_flag_that_scaler_looks_for(target, options):
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": False}, {"fused": True}], ids=str)
+def test_the_flag_that_scaler_looks_for_is_that_of_torch(target, options):
+    params = parameters([(5,)], device=target.device)
+    ours, theirs = target.adamw(params, **options), torch.optim.AdamW(params, **options)
+    expected = getattr(theirs, "_step_supports_amp_scaling", False)
+    assert ours._step_supports_amp_scaling is expected
+    assert copy.deepcopy(ours)._step_supports_amp_scaling is expected
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=str)
+def test_the_flag_is_set_by_what_needs_unscaled_gradients(target, options):
     optimizer = target.adamw(parameters([(5,)], device=target.device), **options)
     assert optimizer._step_supports_amp_scaling
     assert copy.deepcopy(optimizer)._step_supports_amp_scaling
+    if "max_grad_norm" in options:
+        optimizer.max_grad_norm = None
+        assert not optimizer._step_supports_amp_scaling
+
+
+def test_without_the_flag_the_scaler_unscales_and_skips(target):
+    """As for torch's AdamW without `fused`, bit for bit in what a logger sees of the gradients."""
+    runs = []
+    for make in (target.adamw, torch.optim.AdamW):
+        params = parameters(SHAPES, device=target.device)
+        runs.append(Scaled(make(params, lr=1e-2), params))
+    for step, bad in enumerate([None, math.inf, None]):
+        for run in runs:
+            run.backward(step, bad)
+            run.finish()
+        grads = [[p.grad for p in run.params] for run in runs]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert_same_path(runs[0].params, runs[1].params, 3)
+    assert {s["step"].item() for run in runs for s in run.optimizer.state.values()} == {2}
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])

@@ -28,7 +28,7 @@ COVERED = {
     "100701, 109402: trailing empty tensors drop the launch": "test_torch_peer::test_zero_size_tensors",
     "140066: norm of a list with empty tensors": "test_clip::test_norm_skips_missing_and_empty_gradients",
     "110758, 106951, 126585: unequal strides": "test_layouts::test_parameter_and_gradient",
-    "a parameter twice in one list is a race": "test_errors::test_parameter_listed_twice",
+    "a parameter twice in one list is a race": "contract/test_hostile_use::test_a_parameter_listed_twice",
     "FlagGems 4988: the rule of AdamW or of Adam": "test_torch_peer::test_options",
     "bitsandbytes Lion: decay tested at 0 only": "test_torch_peer::test_options",
     "78807: the maximum of amsgrad is not stored": (
@@ -55,7 +55,7 @@ COVERED = {
         "contract/test_distributed_checkpoint::test_an_empty_group_keeps_its_options"
     ),
     "tensors replaced in groups": "test_plan::test_parameter_replaced_in_the_group",
-    "the same, edited by hand": "contract/test_hostile_use::test_a_parameter_listed_twice_by_hand",
+    "the same, edited by hand": "contract/test_hostile_use::test_a_parameter_listed_twice",
     "torch-xpu-ops 3413: half a step before an error": "test_errors::test_sparse_gradient",
     "ShardedGradScaler and fused: an overflow in one process": (
         "distributed/test_nonfinite::test_sharded_grad_scaler"
@@ -216,7 +216,7 @@ def test_an_empty_group_in_a_checkpoint_of_other_shards(target):
 def test_a_scheduler_can_tell_skipped_steps(target):
     """Accelerate 4242, Lightning 18828: step() is called for skipped steps, too; the counter tells."""
     params = parameters([(3,)], device=target.device)
-    optimizer = target.adamw(params)
+    optimizer = target.adamw(params, fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     scaler = torch.amp.GradScaler(target.device, init_scale=4.0)
     lrs = []

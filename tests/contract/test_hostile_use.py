@@ -74,22 +74,40 @@ def test_neighbours_in_one_buffer_share_nothing(target):
     assert not optimizer._plan.fallbacks
 
 
-@pytest.mark.parametrize("where", ["in its group", "in another group"])
-def test_a_parameter_listed_twice_by_hand(target, where):
-    """The constructor refuses it, too: as two rows, it would be stepped by two threads."""
-    params = parameters([(4,), (4,)], device=target.device)
-    optimizer = target.adamw(list(zip("ab", params, strict=True)))
-    steps(optimizer, params)
-    before = snapshot(optimizer)
-    groups = copy.copy(optimizer.param_groups)
-    if where == "in its group":
-        optimizer.param_groups[0]["params"].append(params[0])
-    else:
-        optimizer.param_groups.append({**groups[0], "params": [params[0]], "param_names": ["c"]})
-    again = "number 2 of group 0" if where == "in its group" else "'c'"
-    with pytest.raises(ValueError, match=f"parameter {again} is listed twice .also as 'a'."):
-        optimizer.step()
-    assert unchanged_since(optimizer, before)
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("where", ["given", "in its group", "in another group"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_parameter_listed_twice(target, where, amsgrad):
+    """As chained lists of modules with tied weights have it: stepped twice, as in torch's for-loop."""
+    pairs = []
+    for make in (target.adamw, lambda *args, **options: torch.optim.AdamW(*args, foreach=False, **options)):
+        first, other = parameters([(4,), (5,)], device=target.device)
+        given = [first, other, first] if where == "given" else [first, other]
+        optimizer = make(given, lr=1e-2, weight_decay=0.1, amsgrad=amsgrad)
+        if where == "in its group":
+            optimizer.param_groups[0]["params"].append(first)
+        elif where == "in another group":
+            optimizer.param_groups.append({**optimizer.param_groups[0], "params": [first], "lr": 1e-3})
+        pairs.append((optimizer, [first, other]))
+    for step in range(3):
+        for optimizer, params in pairs:
+            give_grads(params, step)
+            optimizer.step()
+    (ours, params), (theirs, peers) = pairs
+    assert_same_path(params, peers, 6)
+    assert [ours.state[p]["step"].item() for p in params] == [6, 3]
+    assert ours.state_dict()["param_groups"][0]["params"] == theirs.state_dict()["param_groups"][0]["params"]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_listed_twice_counts_once_in_the_norm(target):
+    """As in `clip_grad_norm_(model.parameters())`."""
+    params = parameters([(4,), (5,)], device=target.device)
+    optimizer = target.adamw([*params, params[0]], max_grad_norm=1.0)
+    give_grads(params, 0)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    optimizer.step()
+    torch.testing.assert_close(optimizer.grad_norm, norm)
 
 
 @pytest.mark.parametrize("what", ["parameter", "exp_avg"])

@@ -94,11 +94,6 @@ def test_flags_that_torch_takes(target, entry, flags):
 def test_errors(error):
     given = error.optimizer_error_input
     params = parameters([(1, 1)]) if given.params is None else given.params
-    if error.error_type is UserWarning:
-        # torch warns that this will be an error. Two rows with one address would race: it is one here.
-        with pytest.warns(UserWarning, match=error.error_regex), pytest.raises(ValueError, match="twice"):
-            NATIVE.adamw(params, **given.kwargs)
-        return
     warns = issubclass(error.error_type, Warning)
     with (pytest.warns if warns else pytest.raises)(error.error_type, match=error.error_regex):
         NATIVE.adamw(params, **given.kwargs)
