@@ -1,12 +1,15 @@
-"""What is timed, as data: the shapes of each case, and the races that are run on them with what is wanted."""
+"""What is timed, as data: the tensors of each case, and the races on them with their targets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Literal
 
 import torch
+
+from .training import Training, gpt, linear_layers, resnet
 
 Shape = tuple[int, ...]
 
@@ -20,12 +23,16 @@ class Case:
         shapes: One shape per tensor.
         dtype: Of parameters, gradients and moments.
         group_of: The group of each tensor; empty: one group.
+        training: Builds a model with these parameters from its depth and width; None: there are only tensors.
+        size: Depth and width of the model.
     """
 
     name: str
     shapes: tuple[Shape, ...]
     dtype: torch.dtype = torch.float32
     group_of: tuple[int, ...] = ()
+    training: Callable[[int, int], Training] | None = None
+    size: tuple[int, int] = (0, 0)
 
     @property
     def numel(self) -> int:
@@ -43,10 +50,19 @@ class Case:
         return passes * self.dtype.itemsize * self.numel
 
     def tiny(self) -> Case:
-        """Some of the tensors with few values each, to try the machinery."""
+        """Some of the tensors with few values each, to try the machinery; of a model, two narrow layers."""
+        if self.training is not None:
+            return training_case(self.name, self.training, (2, 16))
         some = slice(None, None, max(1, len(self.shapes) // 32))
         shapes = tuple(tuple(min(size, 24) for size in shape) for shape in self.shapes[some])
         return replace(self, shapes=shapes, group_of=self.group_of[some])
+
+
+def training_case(name: str, training: Callable[[int, int], Training], size: tuple[int, int]) -> Case:
+    """A case with a model."""
+    with torch.device("meta"):  # only its shapes are wanted here
+        shapes = tuple(tuple(p.shape) for p in training(*size).model.parameters())
+    return Case(name, shapes, training=training, size=size)
 
 
 def _gpt2_shapes(layers: int, width: int) -> Iterator[Shape]:
@@ -110,91 +126,90 @@ GPT2_XL = Case("gpt2-1.5b", tuple(_gpt2_shapes(48, 1600)))
 GPT2_XL_BF16 = replace(GPT2_XL, name="gpt2-1.5b-bf16", dtype=torch.bfloat16)
 MANY = Case("2000x1k", ((1000,),) * 2000)
 
+
+TRAIN_MANY = training_case("train-500-small", linear_layers, (250, 32))
+TRAIN_RESNET = training_case("train-resnet-like", resnet, (53, 64))
+TRAIN_GPT = training_case("train-gpt-like", gpt, (6, 256))
+
 CASES = {
     case.name: case
     for case in (
         *(GPT2, RESNET50, VIT_B, MEDIUM, SMALL, SMALL_IN_GROUPS, SCALARS, ONE_TENSOR, ONE_BF16),
-        *(GPT2_XL, GPT2_XL_BF16, MANY),
+        *(GPT2_XL, GPT2_XL_BF16, MANY, TRAIN_MANY, TRAIN_RESNET, TRAIN_GPT),
     )
 }
 
 
+Gradients = Literal["kept", "moved", "new"]
+
+
 @dataclass(frozen=True)
 class Race:
-    """One case, run by ours and by peers in turn.
+    """One case, stepped by ours and by peers in turn.
 
     Attributes:
         case: The parameters.
         threads: CPU threads; None on a GPU.
         clip: Clip + step, or the step alone.
-        moved_grads: Gradients have other addresses at every step, as after `zero_grad(set_to_none=True)`;
-            otherwise they stay where they are.
-        wanted: The ratio wanted over each peer.
-        wanted_copy_fraction: The share of copy bandwidth wanted.
-        wanted_ms: The time wanted.
+        gradients: At the same addresses in every step ("kept"), at other ones ("moved", as may be after
+            `zero_grad(set_to_none=True)`), or made by forward and backward before every step ("new").
+        target_ratios: The ratio to reach over each peer.
+        target_copy_fraction: The share of copy bandwidth to reach.
+        target_ms: The time to stay below.
     """
 
     case: Case
     threads: int | None = None
     clip: bool = True
-    moved_grads: bool = False
-    wanted: Mapping[str, float] = field(default_factory=dict)
-    wanted_copy_fraction: float | None = None
-    wanted_ms: float | None = None
+    gradients: Gradients = "kept"
+    target_ratios: Mapping[str, float] = field(default_factory=dict)
+    target_copy_fraction: float | None = None
+    target_ms: float | None = None
 
     @property
     def name(self) -> str:
         """What tables call it."""
         parts = [self.case.name, "clip+step" if self.clip else "step"]
-        parts += [f"{self.threads}t"] * (self.threads is not None) + ["moved-grads"] * self.moved_grads
-        return "/".join(parts)
+        parts += [f"{self.threads}t"] * (self.threads is not None)
+        return "/".join(parts + ["moved-grads"] * (self.gradients == "moved"))
 
     def tiny(self) -> Race:
-        """The same race on few values; nothing is wanted of it."""
-        return replace(self, case=self.case.tiny(), wanted={}, wanted_copy_fraction=None, wanted_ms=None)
+        """The same race on few values, without targets."""
+        return replace(
+            self, case=self.case.tiny(), target_ratios={}, target_copy_fraction=None, target_ms=None
+        )
 
 
 # The step alone is never to be slower than torch's fused step, nor two threads than one.
-_STEP = {"clip": False, "wanted": {"fused": 1.0}}
+_STEP = {"clip": False, "target_ratios": {"fused": 1.0}}
 _TWO = {"one-thread": 1.0}
 
 # Races of one case are neighbours: its tensors are made once.
 CPU_RACES = (
-    Race(GPT2, 2, wanted={"fused": 1.5, **_TWO}),
+    Race(TRAIN_MANY, 1, gradients="new"),
+    Race(TRAIN_MANY, 2, gradients="new", target_ratios=_TWO),
+    Race(TRAIN_RESNET, 1, gradients="new"),
+    Race(TRAIN_RESNET, 2, gradients="new", target_ratios=_TWO),
+    Race(TRAIN_GPT, 1, gradients="new"),
+    Race(TRAIN_GPT, 2, gradients="new", target_ratios=_TWO),
+    Race(GPT2, 2, target_ratios={"fused": 1.5, **_TWO}),
     Race(GPT2, 2, **_STEP),
-    Race(RESNET50, 2, wanted=_TWO),
+    Race(RESNET50, 2, target_ratios=_TWO),
     Race(RESNET50, 2, **_STEP),
-    Race(VIT_B, 2, wanted=_TWO),
-    Race(MEDIUM, 1, wanted={"fused": 1.4}),
-    Race(MEDIUM, 2, wanted={"fused": 2.0, **_TWO}),
+    Race(VIT_B, 2, target_ratios=_TWO),
+    Race(MEDIUM, 1, target_ratios={"fused": 1.4}),
+    Race(MEDIUM, 2, target_ratios={"fused": 2.0, **_TWO}),
     Race(MEDIUM, 2, **_STEP),
-    Race(SMALL, 1, wanted={"fused": 5.0}),
-    Race(SMALL, 2, wanted={"fused": 7.0, **_TWO}),
-    Race(SMALL, 2, moved_grads=True, wanted=_TWO),
+    Race(SMALL, 1, target_ratios={"fused": 5.0}),
+    Race(SMALL, 2, target_ratios={"fused": 7.0, **_TWO}),
+    Race(SMALL, 2, gradients="moved", target_ratios=_TWO),
     Race(SMALL, 2, **_STEP),
-    Race(SMALL_IN_GROUPS, 2, wanted={"fused": 5.0, **_TWO}),
-    Race(SCALARS, 2, wanted={"fused": 11.0, **_TWO}, wanted_ms=0.040 + 0.0004 * len(SCALARS.shapes)),
+    Race(SMALL_IN_GROUPS, 2, target_ratios={"fused": 5.0, **_TWO}),
+    Race(SCALARS, 2, target_ratios={"fused": 11.0, **_TWO}, target_ms=0.040 + 0.0004 * len(SCALARS.shapes)),
     Race(SCALARS, 2, **_STEP),
-    Race(ONE_TENSOR, 1, wanted={"fused": 1.4}),
-    Race(ONE_TENSOR, 2, wanted={"fused": 1.6, **_TWO}),
+    Race(ONE_TENSOR, 1, target_ratios={"fused": 1.4}),
+    Race(ONE_TENSOR, 2, target_ratios={"fused": 1.6, **_TWO}),
     Race(ONE_TENSOR, 2, **_STEP),
-    Race(ONE_BF16, 2, wanted={"fused": 2.0, **_TWO}),
+    Race(ONE_BF16, 2, target_ratios={"fused": 2.0, **_TWO}),
     Race(ONE_BF16, 2, **_STEP),
 )
-
-GPU_RACES = (
-    Race(GPT2_XL, wanted={"fused": 1.25, "trick": 1.12}, wanted_copy_fraction=0.93),
-    Race(GPT2_XL, **_STEP, wanted_copy_fraction=0.93),
-    Race(GPT2_XL_BF16, wanted={"fused": 1.25}, wanted_copy_fraction=0.88),
-    Race(GPT2_XL_BF16, **_STEP),
-    Race(GPT2, wanted={"fused": 1.3}),
-    Race(GPT2, **_STEP),
-    Race(RESNET50, wanted={"fused": 5.0}),
-    Race(RESNET50, moved_grads=True),
-    Race(RESNET50, **_STEP),
-    Race(VIT_B, wanted={"fused": 5.0}),
-    Race(MANY, wanted={"fused": 20.0}),
-    Race(MANY, **_STEP),
-)
-# What native takes, over what Triton takes, where memory bounds both.
-WANTED_NATIVE_OVER_TRITON = 0.9

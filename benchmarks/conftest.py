@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from .pictures import plot_ratios, plot_roofline
 from .provenance import provenance
-from .results import Result, print_table, to_json, write_json
+from .report.pictures import plot_ratios, plot_roofline
+from .report.results import Result, print_table
+from .report.sessions import Session, write
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused_adamw benchmarks")
     group.addoption("--quick", action="store_true", help="few values and rounds: tries the machinery only")
     group.addoption("--seconds", type=float, default=8.0, help="time for the rounds of one race [8]")
-    group.addoption("--out", type=Path, default=Path("runs/bench"), help="folder for JSON and PNG")
+    group.addoption("--out", type=Path, default=Path("runs/bench"), help="folder for CSV and PNG")
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +33,11 @@ def results(pytestconfig: pytest.Config) -> Iterator[list[Result]]:
     quick = pytestconfig.getoption("--quick")
     stem = f"cpu-{whence['date'][:10]}" + "-quick" * quick
     out = pytestconfig.getoption("--out")
-    write_json(out / f"{stem}.json", to_json(collected, whence, quick=quick))
-    plot_ratios(collected, whence, out / f"{stem}-ratios.png")
-    plot_roofline(collected, whence, out / f"{stem}-roofline.png")
+    session = Session({**whence, "quick": quick}, collected)
+    write(out / f"{stem}.csv", session)
+    plot_ratios(session, out / f"{stem}-ratios.png")
+    plot_roofline(session, out / f"{stem}-roofline.png")
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print()
         print_table(collected, f"Clip + step on {whence['device']}, torch {whence['torch']}")
-        print(f"{out / stem}.json, -ratios.png, -roofline.png")
+        print(f"{out / stem}.csv, -ratios.png, -roofline.png")

@@ -1,86 +1,119 @@
-"""Where the host's time goes in a step on the CPU: what each part takes, warm and after another optimizer."""
+"""Where the host's time goes in a step on the CPU: each part of a step, timed while steps run.
+
+Three columns: gradients that keep their addresses; gradients that have others at every step; and a training
+loop, where forward and backward have made new ones and evicted all else from the caches.
+"""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
-from fused_adamw import FusedHygieneAdamW
+from fused_adamw.buckets import TableBucket
+from fused_adamw.plan import Plan
 
+from .cases import SCALARS, TRAIN_MANY, Case, Gradients
+from .peers import Problem, fused, ours
 from .provenance import provenance
+from .report.sessions import write_csv
+from .timing import threads
 
-ROUNDS = 300
-
-
-def parts(optimizer: FusedHygieneAdamW) -> dict[str, Callable[[], object]]:
-    """The parts of a step that finds nothing changed, in their order; the last is a whole step."""
-    optimizer.step()
-    plan = optimizer._plan
-    assert plan is not None
-    groups, state = optimizer.param_groups, optimizer.state
-    grads = plan.check(groups, state)
-    assert grads is not None
-    ((bucket, _, status),) = plan.launches
-    plan.sum_of_squares(())
-    sums = plan.totals(True, None, None)[0][bucket.device]
-    return {
-        "check state, parameters, gradients": lambda: plan.check(groups, state),
-        "gradient addresses, hypers": lambda: plan.prepare(optimizer._hypers(), grads),
-        "norm": lambda: plan.sum_of_squares(()),
-        "update": lambda: bucket.update((), optimizer._step_inputs(sums, None, status)),
-        "version counters": lambda: torch.autograd.graph.increment_version(plan.stepped),
-        "step": optimizer.step,
-    }
+#: The parts of a step, in their order, by the function that does each.
+PARTS: dict[str, tuple[Any, str]] = {
+    "check state, parameters, gradients": (Plan, "check"),
+    "gradient addresses, hyper-parameters": (Plan, "prepare"),
+    "norm": (Plan, "sum_of_squares"),
+    "update": (TableBucket, "update"),
+    "version counters": (torch.autograd.graph, "increment_version"),
+}
+WHOLE, PEER = "the whole step, with torch's hooks around it", "torch: `clip_grad_norm_` + fused AdamW"
+COLUMNS: dict[str, tuple[Case, Gradients]] = {
+    "gradients stay": (SCALARS, "kept"),
+    "gradients move": (SCALARS, "moved"),
+    "training loop": (TRAIN_MANY, "new"),
+}
 
 
-def medians(
-    parts: Mapping[str, Callable[[], object]], before: Callable[[], object] = lambda: None
-) -> dict[str, float]:
-    """Median time of each part in microseconds; `before` runs before each round of parts."""
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(ROUNDS):
-        before()
-        for name, part in parts.items():
+@contextmanager
+def parts_timed(spent: dict[str, float]) -> Iterator[None]:
+    """Add the seconds that each part takes to `spent`."""
+    originals = {part: getattr(owner, name) for part, (owner, name) in PARTS.items()}
+
+    def timed(part: str) -> Callable[..., Any]:
+        function = originals[part]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            part()
-            times[name].append(time.perf_counter() - start)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[part] = spent.get(part, 0.0) + time.perf_counter() - start
+
+        return call
+
+    for part, (owner, name) in PARTS.items():
+        setattr(owner, name, timed(part))
+    try:
+        yield
+    finally:
+        for part, (owner, name) in PARTS.items():
+            setattr(owner, name, originals[part])
+
+
+def column(case: Case, gradients: Gradients, rounds: int) -> dict[str, float]:
+    """Median microseconds of each part of a step, of the whole of it, and of torch's clip and step."""
+    problem = Problem(case, torch.device("cpu"))
+    before = problem.before_step(gradients) or (lambda: None)
+    times: dict[str, list[float]] = {name: [] for name in (*PARTS, WHOLE, PEER)}
+
+    def time_whole(name: str, step: Callable[[], object]) -> None:
+        before()
+        start = time.perf_counter()
+        step()
+        times[name].append(time.perf_counter() - start)
+
+    step = ours(problem, clip=True).step
+    for _ in range(3):
+        before()
+        step()
+    for _ in range(rounds):  # the whole step without the timers inside it
+        time_whole(WHOLE, step)
+    for _ in range(rounds):
+        spent: dict[str, float] = {}
+        before()
+        with parts_timed(spent):
+            step()
+        for name in PARTS:
+            times[name].append(spent[name])
+    peer = fused(problem, clip=True).step
+    for _ in range(rounds):
+        time_whole(PEER, peer)
     return {name: 1e6 * median(t) for name, t in times.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure, on one thread, and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
-    parser.add_argument("--tensors", type=int, default=500)
-    parser.add_argument("--numel", type=int, default=1, help="values per tensor")
+    parser.add_argument("--rounds", type=int, default=300, help="steps of which the median is taken [300]")
+    parser.add_argument("--out", type=Path, help="a CSV file to write")
     args = parser.parse_args(argv)
-
-    def tensors() -> list[torch.nn.Parameter]:
-        made = [torch.nn.Parameter(torch.randn(args.numel)) for _ in range(args.tensors)]
-        for p in made:
-            p.grad = torch.randn(args.numel)
-        return made
-
-    peer = torch.optim.AdamW(others := tensors(), fused=True)
-
-    def other_optimizer() -> None:
-        torch.nn.utils.clip_grad_norm_(others, 1.0, foreach=True)
-        peer.step()
-
-    mine = parts(FusedHygieneAdamW(tensors(), max_grad_norm=1.0))
-    whole = {"step": mine.pop("step")}
-    warm = medians(mine) | medians(whole)
-    cold = medians(mine, other_optimizer) | medians(whole, other_optimizer)
-    theirs = medians({"": other_optimizer})[""]
-    print(f"{args.tensors} tensors of {args.numel}, median of {ROUNDS}, µs")
-    print(f"{'':40}{'warm':>8}{'after a peer':>14}")
-    for name in warm:
-        print(f"{name:40}{warm[name]:8.1f}{cold[name]:14.1f}")
-    print(f"{'clip_grad_norm_ + fused AdamW':40}{theirs:8.1f}")
-    print("; ".join(f"{key}: {value}" for key, value in provenance(torch.device("cpu")).items() if value))
+    with threads(1):
+        found = {name: column(*what, args.rounds) for name, what in COLUMNS.items()}
+    parts = (*PARTS, WHOLE, PEER)
+    rows = [{"part": part, **{name: times[part] for name, times in found.items()}} for part in parts]
+    print(f"500 tensors, one thread, median of {args.rounds}, µs")
+    print(f"{'':46}" + "".join(f"{name:>16}" for name in COLUMNS))
+    for row in rows:
+        print(f"{row['part']:46}" + "".join(f"{row[name]:16.1f}" for name in COLUMNS))
+    if args.out is not None:
+        write_csv(args.out, {**provenance(torch.device("cpu")), "rounds": args.rounds}, rows)
 
 
 if __name__ == "__main__":

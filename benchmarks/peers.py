@@ -16,7 +16,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from fused_adamw import FusedHygieneAdamW
 
-from .cases import Case
+from .cases import Case, Gradients
+from .training import Training
 
 # Passes over memory the size of the parameters, with and without the clip. The update reads p, g, m, v and
 # writes p, m, v; a norm reads g; torch's clip reads and writes g; handing grad_scale to torch's fused
@@ -26,7 +27,7 @@ PASSES = {
     "ours": (8, 7),
     "one-thread": (8, 7),
     "fused": (10, 7),
-    "trick": (9, 7),
+    "fused+grad_scale": (9, 7),
     "foreach": (23, 20),
     "for-loop": (23, 20),
 }
@@ -47,9 +48,15 @@ class Problem:
                 for shape in case.shapes
             ]
 
-        self.start = normal(0.02)
+        self._training: Training | None = None
+        if case.training is None:
+            self.params = [p.requires_grad_() for p in normal(0.02)]
+        else:
+            with torch.device(device):
+                self._training = case.training(*case.size)
+            self.params = list(self._training.model.parameters())
+        self.start = [p.detach().clone() for p in self.params]
         self.gradients = normal(0.01)
-        self.params = [p.clone().requires_grad_() for p in self.start]
         self.exp_avgs = [torch.zeros_like(p) for p in self.start]
         self.exp_avg_sqs = [torch.zeros_like(p) for p in self.start]
         self._grads = [torch.empty_like(p) for p in self.start]
@@ -81,6 +88,15 @@ class Problem:
         for p, grad in zip(self.params, self._grads, strict=True):
             p.grad = grad
 
+    def backward(self) -> None:
+        """Make the gradients anew, by a forward and a backward pass of the case's model."""
+        assert self._training is not None
+        self._training.backward()
+
+    def before_step(self, gradients: Gradients) -> Callable[[], None] | None:
+        """What comes before a step whose gradients are so; None: nothing."""
+        return {"kept": None, "moved": self.move_gradients, "new": self.backward}[gradients]
+
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups: layer-wise learning rates, every other group without weight decay."""
         return [
@@ -101,7 +117,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer in a race.
+    """An optimizer in a race: ours, or one of torch's.
 
     Attributes:
         name: What tables call it.
@@ -173,8 +189,8 @@ def for_loop(problem: Problem, *, clip: bool) -> Peer:
     return Peer("for-loop", _preceded_by_clip(problem, optimizer.step, clip), optimizer)
 
 
-def trick(problem: Problem, *, clip: bool) -> Peer:
-    """The strongest: torch's fused step divides by `optimizer.grad_scale`, which is not documented."""
+def fused_with_grad_scale(problem: Problem, *, clip: bool) -> Peer:
+    """The fastest that torch has: its fused step divides by `grad_scale`, which is not documented."""
     optimizer: Any = _torch_adamw(problem, fused=True)
 
     def norm_and_step() -> None:
@@ -182,7 +198,7 @@ def trick(problem: Problem, *, clip: bool) -> Peer:
         optimizer.grad_scale = ((norm.float() + 1e-6) / problem.max_norm).clamp(min=1.0)
         optimizer.step()
 
-    return Peer("trick", norm_and_step if clip else optimizer.step, optimizer)
+    return Peer("fused+grad_scale", norm_and_step if clip else optimizer.step, optimizer)
 
 
 def compiled(problem: Problem, *, clip: bool) -> Peer:
@@ -195,22 +211,23 @@ def compiled(problem: Problem, *, clip: bool) -> Peer:
 PEERS = {
     "one-thread": one_thread,
     "fused": fused,
-    "trick": trick,
+    "fused+grad_scale": fused_with_grad_scale,
     "foreach": foreach,
     "for-loop": for_loop,
     "compiled": compiled,
 }
 
 
-def line_up(
+def make_peers(
     problem: Problem, names: tuple[str, ...], *, clip: bool, backends: tuple[str, ...] = ("auto",)
 ) -> Iterator[Peer]:
     """Ours, once per backend, then the named peers.
 
-    With one backend ours is called "ours", otherwise by the backend. Without a clip there is no trick.
+    With one backend ours is called "ours", otherwise by the backend. Without a clip nothing is handed to
+    `grad_scale`, and that peer is left out.
     """
     for backend in backends:
         yield ours(problem, clip=clip, backend=backend, name="ours" if len(backends) == 1 else backend)
     for name in names:
-        if clip or name != "trick":
+        if clip or name != "fused+grad_scale":
             yield PEERS[name](problem, clip=clip)

@@ -18,8 +18,14 @@ from fused_adamw import __version__
 from fused_adamw.backends import build_info
 
 ROOT = Path(__file__).parent.parent
-# What `source_sha256` covers: the kernels, and the plan that lays out what they read.
-SOURCES = ("csrc", "fused_adamw/backends", "fused_adamw/plan.py")
+# What `source_sha256` covers: the kernels, the tables that they read, and the plan that lays them out.
+SOURCES = (
+    "csrc",
+    "fused_adamw/backends",
+    "fused_adamw/tables.py",
+    "fused_adamw/buckets.py",
+    "fused_adamw/plan.py",
+)
 
 
 def _run(*command: str, cwd: Path = ROOT) -> str | None:
@@ -98,5 +104,6 @@ def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any
         "commit": _run("git", "rev-parse", "HEAD") or commit,
         "dirty": None if status is None else bool(status),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "sources": list(SOURCES),
         "source_sha256": source_sha256(),
     }

@@ -11,12 +11,15 @@ import torch
 
 from .cases import CPU_RACES, Case, Race
 from .equality import check_equal_results
-from .measure import Heat, bandwidth, threads
-from .peers import Peer, Problem, line_up
-from .results import Result, evaluate
+from .peers import Peer, Problem, make_peers
+from .report.results import Result, evaluate
+from .timing import InterleavedTimer, bandwidth, threads
 
 CPU = torch.device("cpu")
-PEERS = {True: ("fused", "trick", "foreach", "for-loop", "one-thread"), False: ("fused",)}  # by the clip
+PEERS = {
+    True: ("fused", "fused+grad_scale", "foreach", "for-loop", "one-thread"),
+    False: ("fused",),
+}  # by the clip
 # Here it is true: the peers clip the gradients that ours steps too.
 pytestmark = pytest.mark.filterwarnings("ignore:for . steps the gradient norm was max_grad_norm")
 
@@ -29,7 +32,7 @@ def _problem(case: Case) -> Problem:
 @functools.lru_cache(maxsize=2)
 def _checked_peers(case: Case, clip: bool) -> tuple[Peer, ...]:
     problem = _problem(case)
-    peers = tuple(line_up(problem, PEERS[clip], clip=clip))
+    peers = tuple(make_peers(problem, PEERS[clip], clip=clip))
     check_equal_results(problem, peers)
     return peers
 
@@ -51,27 +54,27 @@ def test_step(
     with threads(race.threads):
         memory = bandwidth(CPU, 1 << 20 if quick else None)
         peers = [p for p in _checked_peers(race.case, race.clip) if p.threads != race.threads]
-        heat = Heat(
+        timer = InterleavedTimer(
             {peer.name: peer.step for peer in peers},
             CPU,
             turn_seconds=0.005,
-            before=_problem(race.case).move_gradients if race.moved_grads else None,
+            before=_problem(race.case).before_step(race.gradients),
             threads_of={peer.name: peer.threads for peer in peers},
         )
         limits = (0.0, 3, 3) if quick else (pytestconfig.getoption("--seconds"), 9, 600)
-        benchmark.pedantic(heat.run, args=limits)  # type: ignore[attr-defined]
+        benchmark.pedantic(timer.run, args=limits)  # type: ignore[attr-defined]
     if benchmark.stats is None:  # type: ignore[attr-defined]
         return  # --benchmark-disable
-    # What was timed is the whole heat; what the table is to show is a step of ours.
-    benchmark.stats.stats.data[:] = [turn.wall for turn in heat.turns["ours"]]  # type: ignore[attr-defined]
-    against = evaluate(race, heat.turns, memory, best=True)
+    # pytest-benchmark timed all of it; its table and its --benchmark-compare are to show a step of ours.
+    benchmark.stats.stats.data[:] = [turn.wall for turn in timer.turns["ours"]]  # type: ignore[attr-defined]
+    against = evaluate(race, timer.turns, memory, best=True)
     results += against
     one = against[0]
     benchmark.extra_info.update(  # type: ignore[attr-defined]
         bytes=one.bytes,
-        gbps=one.detail["gbps"],
-        memcpy_gbps=one.detail["copy_gbps"],
+        gbps=one.gbps,
+        memcpy_gbps=one.copy_gbps,
         copy_fraction=one.copy_fraction,
-        stream_fraction=one.detail["stream_fraction"],
-        **{f"ratio_{result.detail['peer']}": result.ratio for result in against},
+        stream_fraction=one.stream_fraction,
+        **{f"ratio_{result.peer}": result.ratio for result in against},
     )

@@ -1,24 +1,23 @@
-"""docs/scaling.md: its tables are what benchmarks/scaling.py computes, by the formulas of the page."""
+"""docs/scaling.md: its formulas are those of docs/scaling.py, and agree with each other."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
 
-from benchmarks import scaling
 from benchmarks.peers import PASSES
+from benchmarks.provenance import ROOT
+from benchmarks.report.__main__ import scaling as load
 
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+scaling = load()
+PAGE = ROOT / "docs" / "scaling.md"
 
 
-def test_the_page_has_the_tables_that_are_computed(capsys):
-    scaling.main([])
-    printed = capsys.readouterr().out.strip().split("\n\n")
-    tables = [block for block in PAGE.read_text().split("\n\n") if block.startswith("|")]
-    assert tables[1:] == printed  # the first is of words
+def test_the_page_names_the_session_that_it_takes_a_time_from():
+    assert f"`{scaling.HOST_SESSION.relative_to(ROOT)}`" in PAGE.read_text()
+    assert scaling.HOST_SESSION.exists()
 
 
 @pytest.mark.parametrize(("storage", "size"), [(scaling.FP32, 4), (scaling.BF16, 2)])
@@ -81,7 +80,6 @@ def test_durations_are_written_with_their_unit(seconds, words):
     assert scaling.duration(seconds) == words
 
 
-def test_the_picture_is_drawn(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    scaling.main(["--picture", str(tmp_path / "scaling.png")])
+def test_the_picture_is_drawn(tmp_path):
+    scaling.draw(tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")

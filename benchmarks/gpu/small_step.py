@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from .cases import Case
-from .equality import check_equal_results
-from .peers import Problem, line_up
+from ..cases import Case
+from ..equality import check_equal_results
+from ..peers import Problem, make_peers
 
 # Around the chunks of either backend, and tensors whose ends are not aligned.
 BORDERS = Case("borders", tuple((n,) for n in (1, 3, 7, 4095, 4097, 8191, 8192, 8193, 3 * 8192 + 7)))
@@ -22,13 +22,13 @@ def check(backends: tuple[str, ...], device: torch.device) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for clip in (True, False):
             problem = Problem(replace(BORDERS, dtype=dtype), device)
-            check_equal_results(problem, list(line_up(problem, ("fused",), clip=clip, backends=backends)))
+            check_equal_results(problem, list(make_peers(problem, ("fused",), clip=clip, backends=backends)))
 
 
 def profile(backends: tuple[str, ...], device: torch.device) -> None:
     """One step of each backend for the profiler, after one that it does not see."""
     problem = Problem(LARGE, device)
-    for peer in line_up(problem, (), clip=True, backends=backends):
+    for peer in make_peers(problem, (), clip=True, backends=backends):
         peer.step()
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
@@ -39,7 +39,7 @@ def profile(backends: tuple[str, ...], device: torch.device) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.small_step", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.small_step", description=__doc__)
     parser.add_argument("backends", nargs="+")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--profile", action="store_true", help="one large step of each backend")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -15,10 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .results import Result
+from .results import by_entry
+from .sessions import Session, describe
 
-INK, GRID, OURS, WANTED = "#1f2933", "#d9dee3", "#0b7285", "#e8590c"
-PEER_COLORS = {"trick": "#4dabf7", "fused": "#1c7ed6", "foreach": "#868e96", "for-loop": "#ced4da"}
+INK, GRID, OURS, TARGET = "#1f2933", "#d9dee3", "#0b7285", "#e8590c"
+PEER_COLORS = {"fused+grad_scale": "#4dabf7", "fused": "#1c7ed6", "foreach": "#868e96", "for-loop": "#ced4da"}
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -42,47 +42,33 @@ def _titles(figure: Figure, title: str, subtitle: str) -> None:
     figure.text(0.012, 0.985 - 0.30 / figure.get_figheight(), subtitle, fontsize=9, va="top", color="#616e7c")
 
 
-def _subtitle(provenance: dict[str, Any]) -> str:
-    commit = (provenance["commit"] or "unknown")[:10] + (" + changes" if provenance["dirty"] else "")
-    return (
-        f"{provenance['device']} · torch {provenance['torch']} · commit {commit} · {provenance['date'][:10]}"
-    )
-
-
-def _races(results: Sequence[Result]) -> dict[str, list[Result]]:
-    races: dict[str, list[Result]] = {}
-    for result in results:
-        races.setdefault(result.name.rpartition("/vs-")[0], []).append(result)
-    return races
-
-
-def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Path) -> None:
+def plot_ratios(session: Session, path: Path) -> None:
     """How many times longer each of torch's takes; one row per race, on a logarithmic scale from 1."""
-    results = [result for result in results if result.detail["peer"] != "one-thread"]
-    races = _races(results)
+    results = [result for result in session.results if result.peer != "one-thread"]
+    races = {entry: list(by_peer.values()) for entry, by_peer in by_entry(results).items()}
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 1.5 + 0.46 * len(races)))
         _plain_axes(axes)
-        top = max([result.ratio for result in results] + [result.wanted_ratio or 1 for result in results])
-        firsts = [first for result in results if (first := result.detail.get("first_ratio")) is not None]
+        top = max([result.ratio for result in results] + [result.target_ratio or 1 for result in results])
+        firsts = [first for result in results if (first := result.first_ratio) is not None]
         bottom = 0.9 * min([1.0, *(result.ratio for result in results), *firsts])
         for row, members in enumerate(races.values()):
             axes.plot([bottom, top * 1.5], [row, row], color=GRID, linewidth=0.7, zorder=0)
             for result in members:
-                peer = result.detail["peer"]
+                peer = result.peer
                 color = PEER_COLORS.get(peer, INK)
-                runs = result.detail["ratios"]
+                runs = result.ratios
                 if peer == "fused":
                     axes.plot([1, result.ratio], [row, row], color=color, linewidth=7, alpha=0.25)
                     axes.plot([min(runs), max(runs)], [row, row], color=color, linewidth=2)
-                    first = result.detail.get("first_ratio") or math.nan
+                    first = result.first_ratio or math.nan
                     axes.scatter(first, row, s=46, color="white", edgecolor=color, label="fused, first step")
                 axes.scatter(result.ratio, row, s=46, color=color, zorder=3, label=peer, edgecolor="white")
-                if result.wanted_ratio is not None:
+                if result.target_ratio is not None:
                     axes.scatter(
-                        *(result.wanted_ratio, row), marker="|", s=190, linewidth=2.2, color=WANTED, zorder=4
+                        *(result.target_ratio, row), marker="|", s=190, linewidth=2.2, color=TARGET, zorder=4
                     )
-            fused = next((r for r in members if r.detail["peer"] == "fused"), members[0])
+            fused = next((r for r in members if r.peer == "fused"), members[0])
             axes.annotate(
                 f"{fused.ratio:.2f}×",
                 (fused.ratio, row),
@@ -104,7 +90,7 @@ def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Pat
         axes.set_xlabel("time of torch / time of FusedHygieneAdamW")
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        unique["wanted"] = Line2D([], [], marker="|", ls="", ms=12, mew=2.2, color=WANTED)
+        unique["target"] = Line2D([], [], marker="|", ls="", ms=12, mew=2.2, color=TARGET)
         figure.subplots_adjust(
             left=0.27, right=0.98, top=1 - 1.0 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
         )
@@ -119,7 +105,7 @@ def plot_ratios(results: Sequence[Result], provenance: dict[str, Any], path: Pat
             handletextpad=0.2,
             columnspacing=1.2,
         )
-        _titles(figure, "Times faster than torch.optim.AdamW", _subtitle(provenance))
+        _titles(figure, "Times faster than torch.optim.AdamW", describe(session))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
         plt.close(figure)
@@ -154,19 +140,19 @@ def _bytes(value: float, _: object = None) -> str:
     return f"{value / 1000**power:g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def plot_roofline(results: Sequence[Result], provenance: dict[str, Any], path: Path) -> None:
+def plot_roofline(session: Session, path: Path) -> None:
     """Bytes per second against bytes per step: memory is the roof, the time of an empty step the slope."""
     # One point per case and backend: with the most threads, gradients where they are.
     chosen = {
-        (r.detail["case"], r.detail["backend"]): r
-        for r in sorted(results, key=lambda r: r.detail["threads"] or 0)
-        if r.detail["peer"] == "fused" and r.detail["clip"] and "moved" not in r.name
+        (r.case, r.backend): r
+        for r in sorted(session.results, key=lambda r: r.threads or 0)
+        if r.peer == "fused" and r.clip and r.gradients == "kept"
     }
     if not chosen:
         return
     against = list(chosen.values())
-    copy = max(r.detail["copy_gbps"] for r in against)
-    stream = max(r.detail["stream_gbps"] for r in against)
+    copy = max(r.copy_gbps for r in against)
+    stream = max(r.stream_gbps or 0.0 for r in against)
     roof = max(copy, stream)
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 6.2))
@@ -178,6 +164,8 @@ def plot_roofline(results: Sequence[Result], provenance: dict[str, Any], path: P
         least, most = min(r.bytes for r in against) / 3, max(r.bytes for r in against) * 6
         axes.set_xlim(least, most)
         for level, text in ((copy, "copy"), (stream, "4 reads, 3 writes")):
+            if not level:  # it was not measured
+                continue
             axes.axhline(level, color=INK, linewidth=1.2, linestyle="-" if text == "copy" else "--")
             axes.annotate(
                 f"{text}: {level:,.1f} GB/s",
@@ -203,16 +191,18 @@ def plot_roofline(results: Sequence[Result], provenance: dict[str, Any], path: P
                 fontsize=9,
             )
         for result in against:
-            detail = result.detail
-            ours = (result.bytes, detail["gbps"])
-            peer = (detail["peer_bytes"], detail["peer_bytes"] * 1e-6 / result.peer_ms)
-            axes.plot(*zip(ours, peer, strict=True), color=PEER_COLORS["trick"], linewidth=1, zorder=1)
+            assert result.peer_bytes is not None
+            ours = (result.bytes, result.gbps)
+            peer = (result.peer_bytes, result.peer_bytes * 1e-6 / result.peer_ms)
+            axes.plot(
+                *zip(ours, peer, strict=True), color=PEER_COLORS["fused+grad_scale"], linewidth=1, zorder=1
+            )
             axes.scatter(*ours, s=58, color=OURS, edgecolor="white", zorder=3)
             axes.scatter(*peer, s=40, color=PEER_COLORS["fused"], edgecolor="white", zorder=2)
-        axes.set_ylim(top=2.5 * max(roof, *(r.detail["gbps"] for r in against)))
+        axes.set_ylim(top=2.5 * max(roof, *(r.gbps for r in against)))
         names: dict[str, tuple[float, float, str]] = {}
         for r in against:
-            names.setdefault(r.detail["case"], (r.bytes, r.detail["gbps"], r.detail["case"]))
+            names.setdefault(r.case, (r.bytes, r.gbps, r.case))
         _label_points(axes, list(names.values()), gap=0.024 * math.log10(most / least))
         axes.xaxis.set_major_formatter(_bytes)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -228,7 +218,7 @@ def plot_roofline(results: Sequence[Result], provenance: dict[str, Any], path: P
             frameon=False,
         )
         figure.subplots_adjust(left=0.08, right=0.98, top=0.88, bottom=0.09)
-        _titles(figure, "Clip + step under the roofline", _subtitle(provenance))
+        _titles(figure, "Clip + step under the roofline", describe(session))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
         plt.close(figure)

@@ -1,18 +1,20 @@
-"""Bytes, messages and time of one optimizer step on many GPUs, on paper: the tables of docs/scaling.md.
+"""Bytes, messages and time of one optimizer step on many GPUs, on paper: the tables of scaling.md.
 
 Nothing is timed here: the inputs are published figures and one measured time of the host; the page has the
-formulas and sources. `python -m benchmarks.scaling` prints the tables, `--picture PATH` draws some of it.
+formulas and sources. `python -m benchmarks.report` writes the tables into the page.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from benchmarks.provenance import ROOT
+from benchmarks.report import sessions
+from benchmarks.report.marked import table
 
 RANKS = (8, 64, 512, 4096, 16384)
 GPUS_PER_NODE = 8
@@ -21,8 +23,8 @@ NETWORK = 50e9  # bytes per second and GPU in each direction: NDR InfiniBand, 40
 BANDWIDTH = 4.8e12  # bytes per second: HBM3e of an H200
 MEMORY = 141e9  # bytes of an H200
 FLOPS = 400e12  # per second and GPU in training, of 989e12: Llama 3 405B on 16,384 H100
-HOST_CASE = "500x1/clip+step/2t/vs-fused"  # 500 tensors of one value: the host's work and nothing else
-HOST_RESULT = Path(__file__).parent / "results" / "cpu-2026-11-22-run5.json"
+HOST_RACE = "500x1/clip+step/2t"  # 500 tensors of one value: the host's work and nothing else
+HOST_SESSION = ROOT / "benchmarks" / "results" / "cpu-2026-11-22-run5.csv"
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ def host_target_seconds(tensors: int) -> float:
 @cache
 def host_seconds_per_tensor() -> float:
     """Time of the host per tensor as measured on a CPU, in a first step; includes the update of one value."""
-    detail = json.loads(HOST_RESULT.read_text())["details"][HOST_CASE]
-    return float(detail["ours_first_ms"]) * 1e-3 / 500
+    result = next(r for r in sessions.read(HOST_SESSION).results if r.race == HOST_RACE)
+    assert result.ours_first_ms is not None
+    return result.ours_first_ms * 1e-3 / 500
 
 
 def host_crossover_ranks(model: Model, host: float) -> float:
@@ -144,12 +147,6 @@ def count(value: float) -> str:
         if value >= size:
             return f"{digits(value / size)}{letter}"
     return f"{value:,.0f}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out a Markdown table: the first column of words, the others of numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def by_ranks(corner: str, rows: Iterable[tuple[str, Callable[[int], str]]]) -> str:
@@ -299,7 +296,11 @@ def hybrids() -> str:
     return table(head, map(cell, (8, 64, 512, 4096)))
 
 
-TABLES = (inputs, storages, shards, times, crossovers, hosts, shares, traffic, hybrids)
+#: By the name that marks its place in the page.
+TABLES: dict[str, Callable[[], str]] = {
+    f"scaling-{make.__name__}": make
+    for make in (inputs, storages, shards, times, crossovers, hosts, shares, traffic, hybrids)
+}
 
 
 def draw(path: Path) -> None:
@@ -309,7 +310,7 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from .pictures import GRID, INK, OURS, WANTED
+    from benchmarks.report.pictures import GRID, INK, OURS, TARGET
 
     figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
     ranks = [2**i for i in range(3, 15)]
@@ -324,13 +325,13 @@ def draw(path: Path) -> None:
             color=OURS,
             ha="right" if fits[0] > ranks[0] else "left",
         )
-    axes.plot(ranks, [all_reduce_seconds(n) for n in ranks], color=WANTED, linewidth=2.2)
+    axes.plot(ranks, [all_reduce_seconds(n) for n in ranks], color=TARGET, linewidth=2.2)
     axes.annotate(
         "all-reduce of the norm",
         (ranks[0], all_reduce_seconds(ranks[0])),
         xytext=(0, -9),
         textcoords="offset points",
-        color=WANTED,
+        color=TARGET,
         va="top",
     )
     axes.set(xscale="log", yscale="log", xlabel="GPUs, fully sharded", ylabel="seconds per step")
@@ -342,16 +343,3 @@ def draw(path: Path) -> None:
     axes.grid(color=GRID, linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
-    parser.add_argument("--picture", type=Path, metavar="PATH", help="draw a picture too, as a PNG")
-    args = parser.parse_args(argv)
-    print("\n\n".join(make() for make in TABLES))
-    if args.picture is not None:
-        draw(args.picture)
-
-
-if __name__ == "__main__":
-    main()

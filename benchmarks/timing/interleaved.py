@@ -1,25 +1,17 @@
-"""Time: steps of several optimizers in turn, and what the memory of the machine gives."""
+"""Time steps of several optimizers in turn, so that a disturbance of the machine meets all of them."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
-import os
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-BLOCKS = 3  # the machine is noisy: medians are taken of each third of the rounds
+BLOCKS = 3  # machines are noisy: medians are taken of each third of the rounds
 
 
 @contextmanager
@@ -78,7 +70,7 @@ def time_steps(
 
 
 class Turn(NamedTuple):
-    """What one turn of a contestant took, in seconds.
+    """Times of one turn of a peer, in seconds.
 
     Attributes:
         first: Wall time of its first step, which finds nothing of its own in the caches; None where a step is
@@ -92,20 +84,20 @@ class Turn(NamedTuple):
     device: float
 
 
-class Heat:
-    """Contestants whose steps are timed in turn, so that a disturbance meets all of them.
+class InterleavedTimer:
+    """Times the steps of several peers in turn.
 
     Attributes:
-        turns: What the turns of each contestant took.
+        turns: The turns of each peer so far.
     """
 
     # A step shorter than this is slower right after other work has pushed its code and small tensors out of
     # the caches: the first is timed on its own.
     WARM_BELOW = 0.02
-    # That work: a pass over so many bytes, more than caches hold. It is the same for all, where what the
-    # contestant before left in the caches is not.
+    # That work: a pass over so many bytes, more than caches hold. It is the same for all peers; what the
+    # previous one left in the caches is not.
     FLUSHED_BYTES = 1 << 27
-    # Contestants slower than this, and than twice the fastest, take their turn in every third round.
+    # Peers slower than this, and than twice the fastest, take their turn in every third round.
     RARE_ABOVE = 0.2
 
     def __init__(
@@ -123,7 +115,7 @@ class Heat:
             device: Where it runs.
             turn_seconds: A batch is as many back-to-back steps as last so long, at least one.
             before: Run before every step, outside the time.
-            threads_of: CPU threads that contestants use; None: as it is.
+            threads_of: CPU threads of each peer; None: as it is.
         """
         self._steps = steps
         self._device = device
@@ -153,7 +145,7 @@ class Heat:
             tensor.add_(1)
 
     def round(self) -> None:
-        """Let each contestant have its turn, if this is one of its rounds."""
+        """Give each peer its turn, if this is one of its rounds."""
         for name, step in self._steps.items():
             if self._rounds % self._every[name] == 0:
                 with threads(self._threads_of.get(name)):
@@ -167,7 +159,7 @@ class Heat:
         return Turn(first, *time_steps(step, self._batches[name], self._device, self._before))
 
     def run(self, seconds: float, least: int, most: int) -> None:
-        """Run rounds for so long, between so many; their number is divisible by that of the blocks."""
+        """Run rounds for so long, `least` to `most` of them; their number is divisible by `BLOCKS`."""
         end = time.perf_counter() + seconds
         while (
             self._rounds < least
@@ -185,59 +177,3 @@ def block_medians(turns: Sequence[Turn]) -> list[Turn]:
         Turn(*(None if None in seconds else median(seconds) for seconds in zip(*block, strict=True)))
         for block in blocks
     ]
-
-
-@dataclass(frozen=True)
-class Bandwidth:
-    """What the memory gives: bytes read plus bytes written, per second.
-
-    Attributes:
-        copy: `Tensor.copy_`, one read and one write: memcpy, or a device-to-device copy.
-        stream: Four reads and three writes, as in the update of AdamW.
-    """
-
-    copy: float
-    stream: float
-
-
-@functools.cache
-def _stream_library() -> ctypes.CDLL:
-    source = Path(__file__).with_name("stream.cpp")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "stream.so")
-        flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
-        subprocess.run([os.environ.get("CXX", "c++"), *flags, source, "-o", library], check=True)
-        return ctypes.CDLL(str(library))
-
-
-def _stream(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> None:
-    if p.device.type == "cuda":
-        from .stream_triton import stream
-
-        stream(p, g, m, v)
-    else:
-        addresses = [ctypes.c_void_p(t.data_ptr()) for t in (p, g, m, v)]
-        _stream_library().stream(*addresses, ctypes.c_size_t(p.numel()), torch.get_num_threads())
-
-
-def bandwidth(device: torch.device, numel: int | None = None, rounds: int = 5) -> Bandwidth:
-    """Measure it, with the CPU threads torch uses now: the best of some rounds.
-
-    Args:
-        device: Whose memory.
-        numel: Values per tensor; by default far more than any cache holds.
-        rounds: How often.
-    """
-    numel = numel or (1 << 29 if device.type == "cuda" else 1 << 24)
-    tensors = [torch.rand(numel, device=device) for _ in range(4)]
-    p, g, _, _ = tensors
-
-    def best(step: Callable[[], object]) -> float:
-        step()
-        return min(time_steps(step, 1, device)[1] for _ in range(rounds))
-
-    nbytes = p.numel() * p.element_size()
-    return Bandwidth(
-        copy=2 * nbytes / best(lambda: p.copy_(g)),
-        stream=7 * nbytes / best(lambda: _stream(*tensors)),
-    )

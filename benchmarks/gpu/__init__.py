@@ -1,0 +1,1 @@
+"""The acceptance run on a GPU: `python -m benchmarks.gpu_acceptance`."""
