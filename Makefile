@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all bench lint format clean
@@ -41,7 +41,7 @@ lint: $(BUILT) ## ruff, mypy and clang-format, through pre-commit
 
 format: $(READY) ## let ruff and clang-format rewrite the files
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu
+	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
 
 clean: ## remove what was built and installed
 	rm -rf $(VENV) build dist *.egg-info fused_adamw/*.so

@@ -4,6 +4,7 @@ Environment:
     CUDA_HOME              where to look for nvcc; otherwise the one on PATH or in /usr/local/cuda is taken
     FUSED_ADAMW_CUDA=0     leave the CUDA part out even if there is an nvcc
     TORCH_CUDA_ARCH_LIST   architectures as torch spells them, such as "8.0;9.0+PTX"
+    FUSED_ADAMW_NVCC_FLAGS more flags for nvcc, such as the -D switches of csrc/cuda/switches.h
     CXX                    the C++ compiler
 """
 
@@ -69,6 +70,17 @@ def gencode_flags(nvcc: str) -> str:
     return " ".join([*flags, f"-DFUSED_ADAMW_CUDA_ARCHS='\"{names}\"'"])
 
 
+def cuda_jobs(flags: str) -> list[tuple[str, str, Path, str]]:
+    """One object for each parameter format of layouts.h, so that they compile in parallel, and two more."""
+    cuda = CSRC / "cuda"
+    params = dict.fromkeys(re.findall(r"Layout<(\w+),", (cuda / "layouts.h").read_text()))
+    jobs = [(f"cuda_{name}.o", "nvcc", cuda / f"{name}.cu", flags) for name in ("norm", "dispatch")]
+    for param in params:
+        define = f"-DFUSED_ADAMW_PARAM={param}"
+        jobs.append((f"cuda_update_{param}.o", "nvcc", cuda / "update.cu", f"{define} {flags}"))
+    return jobs
+
+
 def ninja_file(output: Path, build: Path) -> str:
     """The text of a build.ninja that makes `output`; paths in it are absolute."""
     import torch
@@ -96,9 +108,11 @@ def ninja_file(output: Path, build: Path) -> str:
     ]
     for name, flags in CPU_CAPABILITIES.items():
         if name == "Baseline" or x86:
-            jobs.append((f"cpu_{name}.o", "cxx", CSRC / "adamw_cpu.cpp", f"-DCPU_CAPABILITY={name} {flags}"))
+            jobs.append(
+                (f"cpu_{name}.o", "cxx", CSRC / "cpu" / "kernels.cpp", f"-DCPU_CAPABILITY={name} {flags}")
+            )
     if nvcc:
-        jobs.append(("cuda.o", "nvcc", CSRC / "adamw_cuda.cu", gencode_flags(nvcc)))
+        jobs += cuda_jobs(f"{gencode_flags(nvcc)} {os.environ.get('FUSED_ADAMW_NVCC_FLAGS', '')}")
     else:
         print(
             "fused_adamw: no nvcc found (CUDA_HOME, PATH, /usr/local/cuda): building the CPU kernels alone. "

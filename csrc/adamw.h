@@ -6,15 +6,8 @@
 #include <float.h>
 #include <math.h>
 
+#include "inline.h"
 #include "tables.h"
-
-#if defined(__CUDACC__)
-#define ADAMW_FN static __host__ __device__ __forceinline__
-#else
-// Forced inline: the CPU kernels are compiled once per instruction set, and a copy that the linker shared
-// between them could run instructions that the machine lacks.
-#define ADAMW_FN static inline __attribute__((always_inline))
-#endif
 
 namespace fused_adamw {
 
@@ -76,19 +69,25 @@ ADAMW_FN Coefficients<T> coefficients(const Hyper& hyper, double step, double gr
   };
 }
 
-ADAMW_FN float square_root(float x) { return sqrtf(x); }
-ADAMW_FN double square_root(double x) { return sqrt(x); }
+// The divisions and roots of the rule, rounded as IEEE 754 says. A walk may bring others with the same bits.
+struct IeeeMath {
+  ADAMW_FN float divide(float x, float y) { return x / y; }
+  ADAMW_FN double divide(double x, double y) { return x / y; }
+  ADAMW_FN float square_root(float x) { return sqrtf(x); }
+  ADAMW_FN double square_root(double x) { return sqrt(x); }
+};
 
 // One element. v_max is max_exp_avg_sq under amsgrad; otherwise the caller passes a zero and drops it, so
 // that the maximum is v. NaN wins a maximum, as in torch.
-template <typename T>
-ADAMW_FN void adamw_update(T& p, T grad, T& m, T& v, T& v_max, const Coefficients<T>& c) {
+template <typename T, typename Math>
+ADAMW_FN void adamw_update(T& p, T grad, T& m, T& v, T& v_max, const Coefficients<T>& c, Math& math) {
   const T g = grad * c.grad_scale;
   p = p * c.decay;
   m = (c.lerp_from_g ? g : m) + c.lerp_weight * (g - m);
   v = v * c.beta2 + c.one_minus_beta2 * g * g;
   v_max = (v_max > v || v_max != v_max) ? v_max : v;
-  p = p - c.step_size * m / (square_root(v_max) / c.bias_correction2_sqrt + c.eps);
+  const T denominator = math.divide(math.square_root(v_max), c.bias_correction2_sqrt) + c.eps;
+  p = p - math.divide(c.step_size * m, denominator);
 }
 
 }  // namespace fused_adamw

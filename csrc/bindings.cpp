@@ -15,10 +15,10 @@
 #include <vector>
 
 #include "adamw.h"
-#include "adamw_cpu.h"
+#include "cpu/kernels.h"
 #include "guard.h"
 #ifdef FUSED_ADAMW_CUDA
-#include "adamw_cuda.h"
+#include "cuda/kernels.h"
 // Absent from a CPU-only torch, where the extension must still load.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
@@ -135,11 +135,9 @@ void for_chunks(const Table& table, const F& body) {
 void sum_of_squares_cpu(Tensor rows, Tensor chunks, int64_t chunk_size, int64_t grad_dtype, Tensor workspace,
                         Tensor sum) {
   const NormArgs args = norm_args(rows, chunks, chunk_size, grad_dtype, workspace, sum);
-  std::atomic<bool> built{true};
-  for_chunks(args.table, [&](int64_t begin, int64_t end) {
-    if (!cpu_kernels().norm_chunks(args, begin, end)) built = false;
-  });
-  STD_TORCH_CHECK(built, "fused_adamw: no norm kernel for gradient dtype ", grad_dtype);
+  STD_TORCH_CHECK(register_bytes(args.grad_dtype), "fused_adamw: no norm kernel for gradient dtype ",
+                  grad_dtype);
+  for_chunks(args.table, [&](int64_t begin, int64_t end) { cpu_kernels().norm_chunks(args, begin, end); });
   // In the order of the chunks: the same sum for any number of threads.
   double total = 0.0;
   for (int64_t i = 0; i < args.table.n_chunks; ++i) total += args.partials[i];
@@ -153,18 +151,18 @@ void update_cpu(Tensor rows, Tensor chunks, int64_t chunk_size, Tensor hypers, i
   const UpdateArgs args =
       update_args(rows, chunks, chunk_size, hypers, param_dtype, grad_dtype, state_dtype, sums, max_grad_norm,
                   skip_nonfinite, grad_scale, found_inf, status, workspace);
+  STD_TORCH_CHECK(share_arithmetic(args.param_dtype, args.grad_dtype, args.state_dtype),
+                  "fused_adamw: no update kernel for dtypes ", param_dtype, ", ", grad_dtype, ", ",
+                  state_dtype);
   const StepScalars scalars = step_scalars(args.inputs);
   args.inputs.status[0] = scalars.grad_norm;
   if (scalars.skip) {
     args.inputs.status[1] += 1.0;
     return;
   }
-  std::atomic<bool> built{true};
   for_chunks(args.table, [&](int64_t begin, int64_t end) {
-    if (!cpu_kernels().update_chunks(args, scalars.grad_scale, begin, end)) built = false;
+    cpu_kernels().update_chunks(args, scalars.grad_scale, begin, end);
   });
-  STD_TORCH_CHECK(built, "fused_adamw: no update kernel for dtypes ", param_dtype, ", ", grad_dtype, ", ",
-                  state_dtype);
   for (int64_t i = 0; i < args.table.n_rows; ++i) {
     const Row& row = args.table.rows[i];
     if (row.grad) *reinterpret_cast<float*>(row.step) += 1.0f;
@@ -204,6 +202,17 @@ void update_cuda(Tensor rows, Tensor chunks, int64_t chunk_size, Tensor hypers, 
 }
 #endif
 
+// Whether `update` steps such tensors on this kind of device; numbers are those of DType.
+bool supports(std::string device_type, int64_t param_dtype, int64_t grad_dtype, int64_t state_dtype) {
+  const auto param = static_cast<DType>(param_dtype), grad = static_cast<DType>(grad_dtype),
+             state = static_cast<DType>(state_dtype);
+  if (device_type == "cpu") return share_arithmetic(param, grad, state);
+#ifdef FUSED_ADAMW_CUDA
+  if (device_type == "cuda") return cuda_supports(param, grad, state);
+#endif
+  return false;
+}
+
 std::string build_info() {
   std::string version, archs;
 #ifdef FUSED_ADAMW_CUDA
@@ -228,6 +237,7 @@ STABLE_TORCH_LIBRARY(fused_adamw, m) {
       "update(Tensor rows, Tensor chunks, int chunk_size, Tensor hypers, int param_dtype, int grad_dtype, "
       "int state_dtype, Tensor? sums, float max_grad_norm, bool skip_nonfinite, Tensor? grad_scale, "
       "Tensor? found_inf, Tensor(a!) status, Tensor(b!) workspace) -> ()");
+  m.def("supports(str device_type, int param_dtype, int grad_dtype, int state_dtype) -> bool");
   m.def("build_info() -> str");
 }
 
@@ -244,6 +254,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_adamw, CUDA, m) {
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(fused_adamw, CompositeExplicitAutograd, m) {
+  m.impl("supports", TORCH_BOX(&fused_adamw::supports));
   m.impl("build_info", TORCH_BOX(&fused_adamw::build_info));
 }
 

@@ -50,21 +50,8 @@ struct StepInputs {
   double* status;           // written: {gradient norm, += 1 if the step was skipped}
 };
 
+// Numbers of the formats of formats.h.
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
-
-// Storage types that the kernels are built for: X(parameter, gradient, moments).
-#define FUSED_ADAMW_FOR_EACH_DTYPES(X) \
-  X(kFloat32, kFloat32, kFloat32)      \
-  X(kFloat32, kFloat32, kBFloat16)     \
-  X(kFloat32, kBFloat16, kFloat32)     \
-  X(kBFloat16, kBFloat16, kBFloat16)   \
-  X(kBFloat16, kBFloat16, kFloat32)    \
-  X(kBFloat16, kFloat32, kBFloat16)    \
-  X(kBFloat16, kFloat32, kFloat32)     \
-  X(kFloat16, kFloat16, kFloat16)      \
-  X(kFloat16, kFloat16, kFloat32)      \
-  X(kFloat16, kFloat16, kBFloat16)     \
-  X(kFloat64, kFloat64, kFloat64)
 
 struct Table {
   const Row* rows;

@@ -15,7 +15,6 @@ from .tables import (
     DTYPE_CODE,
     GRAD,
     HYPER_WORDS,
-    KERNEL_DTYPES,
     DeviceTable,
     Entry,
     Hyper,
@@ -26,6 +25,11 @@ from .tables import (
 
 class KernelBackend(Protocol):
     """Kernels that walk the tables: `native` and `triton`."""
+
+    def supports(
+        self, device: torch.device, param: torch.dtype, grad: torch.dtype, state: torch.dtype
+    ) -> bool:
+        """Whether kernels can step a parameter of a dtype, its gradient and its moments of theirs."""
 
     def chunk_size(self, device: torch.device, numel: int) -> int:
         """Elements per chunk that suit the device and the number of elements in all."""
@@ -54,7 +58,7 @@ class ReferenceBackend(Protocol):
         """Step every entry."""
 
 
-def why_not_tabular(entry: Entry, grad: Tensor | None) -> str | None:
+def why_not_tabular(entry: Entry, grad: Tensor | None, backend: KernelBackend) -> str | None:
     """None if kernels can step this parameter by address and flat index, else the reason."""
     tensors = {"parameter": entry.param, "exp_avg": entry.exp_avg, "exp_avg_sq": entry.exp_avg_sq}
     if entry.max_exp_avg_sq is not None:
@@ -74,7 +78,7 @@ def why_not_tabular(entry: Entry, grad: Tensor | None) -> str | None:
     if len(moment_dtypes) > 1:
         return "moments of different dtypes"
     dtypes = (entry.param.dtype, entry.grad_dtype, entry.exp_avg.dtype)
-    if dtypes not in KERNEL_DTYPES:
+    if not backend.supports(entry.param.device, *dtypes):
         return "no kernel for parameter, gradient, moments of " + ", ".join(map(str, dtypes))
     return None
 

@@ -120,9 +120,9 @@ class Plan:
         for entry in entries:
             slot, device = entry.slot, entry.param.device
             dtypes: tuple[torch.dtype, ...] = ()  # left to the reference
-            if kernels[device] is not None:
+            if (backend := kernels[device]) is not None:
                 grad = grads[slot]
-                reason = why_not_tabular(entry, self._expected[slot] if grad is None else grad)
+                reason = why_not_tabular(entry, self._expected[slot] if grad is None else grad, backend)
                 if reason is None and slot in shared:  # rows are stepped at the same time
                     reason = "parameter shares memory with another one"
                 if reason is not None:
@@ -135,8 +135,8 @@ class Plan:
             alike[home] = {(): []}
         return {
             device: [
-                TableBucket(members, n_groups, backend)
-                if dtypes and (backend := kernels[device]) is not None
+                TableBucket(members, n_groups, walker)
+                if dtypes and (walker := kernels[device]) is not None
                 else TensorBucket(members, device, reference)
                 for dtypes, members in by_dtypes.items()
             ]

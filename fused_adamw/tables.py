@@ -19,25 +19,8 @@ ROW_WORDS = 8
 HYPER_WORDS = 7
 LR_ADDRESS = 6
 
-# Storage types as the kernels number them, enum DType.
-_F32, _BF16, _F16, _F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-DTYPE_CODE = {_F32: 0, _BF16: 1, _F16: 2, _F64: 3}
-# (parameter, gradient, moments) that the kernels are built for, FUSED_ADAMW_FOR_EACH_DTYPES.
-KERNEL_DTYPES = frozenset(
-    {
-        (_F32, _F32, _F32),
-        (_F32, _F32, _BF16),
-        (_F32, _BF16, _F32),
-        (_BF16, _BF16, _BF16),
-        (_BF16, _BF16, _F32),
-        (_BF16, _F32, _BF16),
-        (_BF16, _F32, _F32),
-        (_F16, _F16, _F16),
-        (_F16, _F16, _F32),
-        (_F16, _F16, _BF16),
-        (_F64, _F64, _F64),
-    }
-)
+# How a tensor is kept, as the kernels number it, enum DType.
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 class Hyper(NamedTuple):

@@ -1,19 +1,29 @@
-"""What nvcc makes of csrc/adamw_cuda.cu: no warnings, no spills, 16-byte accesses. Needs no GPU."""
+"""What nvcc makes of csrc/cuda: no warnings, no spills, 16-byte accesses. Needs no GPU."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from dtype_codes import CUDA_LAYOUTS
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+pytestmark = pytest.mark.skipif(
+    NVCC is None or shutil.which("c++filt") is None, reason="needs nvcc and binutils"
+)
 
-UPDATE_KERNELS, NORM_KERNELS = 11, 4
+CUDA = ROOT / "csrc" / "cuda"
+FORMATS = {"Float32": 4, "BFloat16": 2, "Float16": 2, "Float64": 8}  # bytes
+# As setup.py compiles them: one object for each parameter format.
+SOURCES = {"norm": [CUDA / "norm.cu"]} | {
+    f"update {param}": [f"-DFUSED_ADAMW_PARAM={param}", CUDA / "update.cu"] for param in FORMATS
+}
+UPDATE_KERNELS, NORM_KERNELS = len(CUDA_LAYOUTS), len(FORMATS)
 
 
 def nvcc(*arguments: object) -> str:
@@ -30,15 +40,24 @@ def known(arch: int) -> bool:
     return f"compute_{arch}" in listed.split()
 
 
+def kernel_of(mangled: str) -> tuple[str, list[str]]:
+    """What a symbol is: "norm" or "update", and the formats that it is for."""
+    symbol = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
+    kind, formats = re.search(r"::(norm|update)_kernel<(.*?)>+\(", symbol).groups()
+    return kind, re.findall("|".join(FORMATS), formats)
+
+
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory):
-    """The PTX of a function of an architecture, compiled once."""
+    """The PTX files of a function of an architecture, compiled once."""
     folder, made = tmp_path_factory.mktemp("ptx"), {}
 
-    def get(arch: int) -> Path:
+    def get(arch: int) -> list[Path]:
         if arch not in made:
-            made[arch] = folder / f"{arch}.ptx"
-            nvcc(f"-arch=compute_{arch}", "-ptx", "-o", made[arch], ROOT / "csrc" / "adamw_cuda.cu")
+            made[arch] = []
+            for name, source in SOURCES.items():
+                made[arch].append(folder / f"{arch} {name}.ptx")
+                nvcc(f"-arch=compute_{arch}", "-ptx", "-o", made[arch][-1], *source)
         return made[arch]
 
     return get
@@ -51,51 +70,48 @@ def test_no_spills(arch, ptx, tmp_path):
     """Nor a stack: an array indexed at run time would live in local memory."""
     if not known(arch):
         pytest.skip(f"this nvcc does not know sm_{arch}")
-    said = nvcc(f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "out.cubin", ptx(arch))
+    said = "".join(
+        nvcc(f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "out.cubin", source)
+        for source in ptx(arch)
+    )
     kernels = re.findall(
-        r"entry function '\w*?(norm|update)_kernelI(\w+?)EEvNS.*?(\d+) bytes stack frame, (\d+) bytes spill"
-        r" stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
         said,
         re.DOTALL,
     )
     assert len(kernels) == UPDATE_KERNELS + NORM_KERNELS, said
-    for kind, types, stack, stores, loads, registers in kernels:
-        print(f"sm_{arch} {kind:6} {types:40} {registers:>4} registers")
-        assert (stack, stores, loads) == ("0", "0", "0"), f"{kind}_kernel<{types}> spills on sm_{arch}"
+    for symbol, stack, stores, loads, registers in kernels:
+        kind, formats = kernel_of(symbol)
+        print(f"sm_{arch} {kind:6} {' '.join(formats):30} {registers:>4} registers")
+        assert (stack, stores, loads) == ("0", "0", "0"), f"{kind} of {formats} spills on sm_{arch}"
+
+
+def accesses(kind: str, formats: list[str]) -> list[str]:
+    """The vector accesses that a kernel must have: the widest format in 16 bytes, the others in as many."""
+    vector = {16: "v4.u32", 8: "v2.u32", 4: "u32", 2: "u16"}
+    if kind == "norm":
+        return 4 * [f"ld.global.ca.{vector[16]}"]
+    p, g, s = (FORMATS[name] for name in formats)
+    n = 16 // max(p, g, s)
+    # The plain loop and the amsgrad one; p, g, m, v and v_max.
+    loads = [*2 * [p, g, s, s], s]
+    stores = [*2 * [p, s, s], s]
+    return [f"ld.global.ca.{vector[b * n]}" for b in loads] + [
+        f"st.global.wb.{vector[b * n]}" for b in stores
+    ]
 
 
 def test_vector_accesses(ptx):
     """Every kernel moves its widest type in 16 bytes at a time, and the others in as many elements."""
-    size = {"f": 4, "13__nv_bfloat16": 2, "6__half": 2, "d": 8}
-    vector = {16: "v4.u32", 8: "v2.u32", 4: "u32", 2: "u16"}
-    updates = norms = 0
-    for name, body in re.findall(
-        r"\.entry (\w+)\(.*?^\{(.*?)^\}", ptx(90).read_text(), re.DOTALL | re.MULTILINE
-    ):
-        kind, types = re.search(r"(norm|update)_kernelI(\w+?)EEvNS", name).groups()
-        types = re.findall(r"13__nv_bfloat16|6__half|f|d|S\d?_", types)
-        # A repeated type is mangled as a reference to its first mention.
-        types = [next(t for t in types if "__" in t) if t.startswith("S") else t for t in types]
-        loads = [f"ld.global.ca.{vector[16]}"]
-        stores = []
-        if kind == "update":
-            updates += 1
-            p, g, s = (size[t] for t in types)
-            n = 16 // max(p, g, s)
-            # The plain loop and the amsgrad one; p, g, m, v and v_max.
-            loads = 2 * [f"ld.global.ca.{vector[b * n]}" for b in (p, g, s, s)] + [
-                f"ld.global.ca.{vector[s * n]}"
-            ]
-            stores = 2 * [f"st.global.wb.{vector[b * n]}" for b in (p, s, s)] + [
-                f"st.global.wb.{vector[s * n]}"
-            ]
-        else:
-            norms += 1
-            loads *= 4
-        for access in {*loads, *stores}:
-            expected = (loads + stores).count(access)
-            found = len(re.findall(re.escape(access) + r"\s", body))
-            assert found >= expected, f"{name}: {found} of {expected} {access}"
+    found = []
+    text = "".join(file.read_text() for file in ptx(90))
+    for symbol, body in re.findall(r"\.entry (\w+)\(.*?^\{(.*?)^\}", text, re.DOTALL | re.MULTILINE):
+        kind, formats = kernel_of(symbol)
+        found.append(kind)
+        for access, expected in Counter(accesses(kind, formats)).items():
+            count = len(re.findall(re.escape(access) + r"\s", body))
+            assert count >= expected, f"{kind} of {formats}: {count} of {expected} {access}"
         generic = re.findall(r"\b(?:ld|st)\.v\d\S+", body)
-        assert not generic, f"{name}: accesses that are not known to be global: {generic}"
-    assert (updates, norms) == (UPDATE_KERNELS, NORM_KERNELS)
+        assert not generic, f"{kind} of {formats}: accesses that are not known to be global: {generic}"
+    assert Counter(found) == {"update": UPDATE_KERNELS, "norm": NORM_KERNELS}

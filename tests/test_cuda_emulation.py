@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from common import thin_zeros
-from dtype_codes import BF16, BUILT, F16, F32, F64
+from dtype_codes import BF16, CUDA_LAYOUTS, F16, F32, F64
 
 ROOT = Path(__file__).parent.parent
 CXX = shutil.which("g++")
@@ -68,15 +68,29 @@ NormArgs = struct("NormArgs", table=Table, grad_dtype=I64, partials=P, sum=P, ti
 Device = struct("Device", seed=ctypes.c_uint, launches=ctypes.c_int, last_grid=ctypes.c_int)
 
 
+def build(folder: Path, *flags: str) -> Path:
+    """Compile the kernels into a library: an object for each parameter format, as setup.py does."""
+    source = ROOT / "tests" / "cuda_emulation"
+    flags = ("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", *flags)
+    command = [CXX, *flags, "-pthread", f"-I{source}", f"-I{ROOT / 'csrc'}"]
+    parts = {"library": [source / "library.cpp"]}
+    for param in ("Float32", "BFloat16", "Float16", "Float64"):
+        define = f"-DFUSED_ADAMW_PARAM={param}"
+        parts[param] = [define, "-x", "c++", ROOT / "csrc" / "cuda" / "update.cu"]
+    objects = [folder / f"{name}.o" for name in parts]
+    jobs = [
+        subprocess.Popen([*command, "-c", "-o", made, *what])
+        for made, what in zip(objects, parts.values(), strict=True)
+    ]
+    assert [job.wait() for job in jobs] == [0] * len(jobs)
+    subprocess.run([*command, "-shared", "-o", folder / "library.so", *objects], check=True)
+    return folder / "library.so"
+
+
 @pytest.fixture(scope="session")
 def cuda(tmp_path_factory):
     """The library. Emulated device d holds d + 1 blocks at once; `cuda.device` tells what was launched."""
-    library = tmp_path_factory.mktemp("cuda_emulation") / "library.so"
-    source = ROOT / "tests" / "cuda_emulation"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-    include = [f"-I{source}", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([CXX, *flags, "-pthread", *include, "-o", library, source / "library.cpp"], check=True)
-    cuda = ctypes.CDLL(str(library))
+    cuda = ctypes.CDLL(str(build(tmp_path_factory.mktemp("cuda_emulation"))))
     cuda.norm.restype = cuda.update.restype = ctypes.c_char_p
     cuda.emulated_device.restype = ctypes.POINTER(Device)
     cuda.device = cuda.emulated_device().contents
@@ -281,7 +295,7 @@ def ids(dtypes):
     return "-".join(NAME[x] for x in dtypes)
 
 
-combinations = pytest.mark.parametrize("dtypes", BUILT, ids=ids)
+combinations = pytest.mark.parametrize("dtypes", CUDA_LAYOUTS, ids=ids)
 
 
 # ---- Tests

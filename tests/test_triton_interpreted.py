@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from dtype_codes import BF16, BUILT, F16, F32, F64
+from dtype_codes import BF16, CUDA_LAYOUTS, F16, F32, F64
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -212,7 +212,7 @@ GROUPS = (
 )
 
 
-@pytest.mark.parametrize("dtypes", BUILT, ids=lambda d: "-".join(str(DTYPES[i])[6:] for i in d))
+@pytest.mark.parametrize("dtypes", CUDA_LAYOUTS, ids=lambda d: "-".join(str(DTYPES[i])[6:] for i in d))
 def test_every_type_and_size(dtypes):
     """Borders of blocks and chunks, aligned or not, with and without amsgrad, groups and gradients mixed."""
     chunk = 2 * BLOCK + 16  # aligned, no whole number of blocks

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ..extension import load_extension
+from ..tables import DTYPE_CODE
 
 # Elements per chunk: large enough that the walk costs nothing, small enough to share out one tensor. On a
 # GPU, below so many elements in all, smaller ones, so that every processor has some.
@@ -77,6 +78,20 @@ def why_not(device: torch.device) -> str | None:
     if not _serves(capability, archs):
         return f"the extension was built for {archs}, the GPU is sm_{capability[0]}{capability[1]}"
     return None
+
+
+@functools.cache
+def _has_kernel(device_type: str, dtypes: tuple[torch.dtype, ...]) -> bool:
+    if _load_error():
+        return False
+    codes = [DTYPE_CODE.get(dtype, -1) for dtype in dtypes]
+    built: bool = torch.ops.fused_adamw.supports(device_type, *codes)
+    return built
+
+
+def supports(device: torch.device, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
+    """Whether the build can step a parameter of a dtype, its gradient and its moments of theirs."""
+    return _has_kernel(device.type, (param, grad, state))
 
 
 def chunk_size(device: torch.device, numel: int) -> int:

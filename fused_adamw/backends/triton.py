@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..tables import DTYPE_CODE
+
 # Elements per chunk: as many per thread as in torch's multi-tensor kernels. Long enough to hide the walk
 # through the tables, short enough that the last round of chunks is a small part of a step.
 CHUNK_SIZE = 1 << 14
@@ -346,6 +348,11 @@ def why_not(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
+
+
+def supports(device: torch.device, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
+    """Whether a kernel can be compiled for a parameter of a dtype, its gradient and its moments of theirs."""
+    return {param, grad, state} <= DTYPE_CODE.keys()
 
 
 def chunk_size(device: torch.device, numel: int = 0) -> int:

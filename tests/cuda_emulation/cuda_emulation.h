@@ -1,4 +1,4 @@
-// Just enough CUDA for g++ to compile csrc/adamw_cuda.cu as it stands and to run its kernels on the CPU.
+// Just enough CUDA for g++ to compile csrc/cuda as it stands and to run its kernels on the CPU.
 //
 // A block is a thread of the operating system, so that __shared__ is thread_local; a CUDA thread is a fiber
 // in it. Fibers run until a barrier or a shuffle and are resumed in random order, some warps far behind
@@ -204,46 +204,6 @@ template <typename T>
 void __stwb(T* p, T x) {
   std::memcpy(checked(p), &x, sizeof x);
 }
-
-// ---- 16-bit floats: rounding to nearest even, through the definition rather than through clever bits.
-
-template <int kMantissaBits, int kMinExponent, int kMaxExponent>
-struct Float16Bits {
-  uint16_t bits;
-
-  Float16Bits() = default;
-  explicit Float16Bits(float x) {
-    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-    const uint16_t infinity = static_cast<uint16_t>((kMaxExponent - kMinExponent + 2) << kMantissaBits);
-    if (std::isnan(x)) {
-      bits = sign | infinity | (infinity >> 1) | 1;
-    } else if (std::isinf(x)) {
-      bits = sign | infinity;
-    } else {
-      const double magnitude = std::fabs(static_cast<double>(x));
-      const int exponent = magnitude == 0.0 ? kMinExponent : std::max(std::ilogb(magnitude), kMinExponent);
-      // In units of the last place; nearbyint rounds halves to even, and a carry moves into the exponent.
-      const auto units =
-          static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, kMantissaBits - exponent)));
-      const uint32_t whole = units + (static_cast<uint32_t>(exponent - kMinExponent) << kMantissaBits);
-      bits = static_cast<uint16_t>(sign | std::min<uint32_t>(whole, infinity));
-    }
-  }
-  explicit operator float() const {
-    const int field = (bits & 0x7fff) >> kMantissaBits, mantissa = bits & ((1 << kMantissaBits) - 1);
-    double x;
-    if (field == kMaxExponent - kMinExponent + 2) {
-      x = mantissa ? NAN : INFINITY;
-    } else if (field == 0) {
-      x = std::ldexp(mantissa, kMinExponent - kMantissaBits);
-    } else {
-      x = std::ldexp(mantissa + (1 << kMantissaBits), kMinExponent + field - 1 - kMantissaBits);
-    }
-    return static_cast<float>(bits & 0x8000 ? -x : x);
-  }
-};
-using __nv_bfloat16 = Float16Bits<7, -126, 127>;
-using __half = Float16Bits<10, -14, 15>;
 
 // ---- The host's side
 

@@ -1,7 +1,7 @@
 // The CUDA launchers as bindings.cpp sees them: no torch, no CUDA types.
 #pragma once
 
-#include "tables.h"
+#include "../tables.h"
 
 namespace fused_adamw {
 
@@ -12,6 +12,13 @@ constexpr int64_t kMaxInlineHypers = 64;
 // memory, except that `hypers` is host memory where `hypers_on_host`. Null, or what went wrong.
 const char* launch_norm(const NormArgs& args, int device, void* stream);
 const char* launch_update(const UpdateArgs& args, bool hypers_on_host, int device, void* stream);
+
+// The part of launch_update for parameters of one format; every format has an object file of its own.
+template <typename Param>
+const char* launch_update_of(const UpdateArgs& args, bool hypers_on_host, int device, void* stream);
+
+// Whether launch_update has a kernel for these formats.
+bool cuda_supports(DType param, DType grad, DType state);
 
 // What the kernels were built with and for, such as "13.0" and "sm_80 sm_90 compute_120".
 const char* cuda_version();

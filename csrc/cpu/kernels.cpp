@@ -1,0 +1,167 @@
+// CPU: walk chunks, call the rule; sums of squares of chunks. Compiled once per instruction set, so nothing
+// here may be shared with another translation unit: everything sits in an unnamed namespace and the standard
+// library's templates are not used.
+#include "kernels.h"
+
+#include <string.h>
+
+#include "../adamw.h"
+#include "blocks.h"
+
+#ifndef CPU_CAPABILITY
+#define CPU_CAPABILITY Baseline
+#endif
+#define CONCAT_(a, b) a##b
+#define CONCAT(a, b) CONCAT_(a, b)
+#define STRING_(a) #a
+#define STRING(a) STRING_(a)
+
+namespace fused_adamw {
+namespace {
+
+// What the update of a row reads and writes.
+struct Fields {
+  Field p, g, m, v, v_max;  // v_max: under amsgrad
+};
+
+// Elements [i, i + n). The format of each tensor is chosen here, block by block: every combination of formats
+// takes the same loop over the rule.
+template <typename T, bool kAmsgrad>
+ADAMW_FN void update_block(const Fields& at, int64_t i, int64_t n, const Coefficients<T>& c) {
+  alignas(64) T buffers[5][kBlock];
+  T* const p = load_block<kWrite>(at.p, i, n, buffers[0]);
+  T* const g = load_block<kRead>(at.g, i, n, buffers[1]);
+  T* const m = load_block<kWrite>(at.m, i, n, buffers[2]);
+  T* const v = load_block<kWrite>(at.v, i, n, buffers[3]);
+  T* const v_max = kAmsgrad ? load_block<kWrite>(at.v_max, i, n, buffers[4]) : nullptr;
+  IeeeMath math;
+// Values on their way are locals: through references to memory, each step of the rule would be stored.
+#pragma GCC ivdep
+  for (int64_t k = 0; k < n; ++k) {
+    T p_k = p[k], m_k = m[k], v_k = v[k], v_max_k = kAmsgrad ? v_max[k] : T(0);
+    adamw_update(p_k, g[k], m_k, v_k, v_max_k, c, math);
+    p[k] = p_k;
+    m[k] = m_k;
+    v[k] = v_k;
+    if (kAmsgrad) v_max[k] = v_max_k;
+  }
+  store_block(at.m, i, n, m);
+  store_block(at.v, i, n, v);
+  if (kAmsgrad) store_block(at.v_max, i, n, v_max);
+  store_block(at.p, i, n, p);
+}
+
+// Elements of a row that a chunk covers.
+struct Span {
+  int64_t begin, end;
+};
+
+ADAMW_FN Span span_of(const Table& table, const Row& row, const Chunk& chunk) {
+  const int64_t begin = chunk.index * table.chunk_size, left = row.numel - begin;
+  return {begin, begin + (left < table.chunk_size ? left : table.chunk_size)};
+}
+
+template <typename T, bool kAmsgrad>
+void update_span(const UpdateArgs& args, const Row& row, const Span& span, const Coefficients<T>& c) {
+  // Copies that no store can alias.
+  const Fields at = {{args.param_dtype, row.param},
+                     {args.grad_dtype, row.grad},
+                     {args.state_dtype, row.exp_avg},
+                     {args.state_dtype, row.exp_avg_sq},
+                     {args.state_dtype, row.max_exp_avg_sq}};
+  const Coefficients<T> coef = c;
+  int64_t i = span.begin;
+  const int64_t end = span.end;
+  for (; i + kBlock <= end; i += kBlock) update_block<T, kAmsgrad>(at, i, kBlock, coef);
+  update_block<T, kAmsgrad>(at, i, end - i, coef);
+}
+
+template <typename T>
+void update_rows(const UpdateArgs& args, double grad_scale, int64_t begin, int64_t end) {
+  Coefficients<T> c{};
+  // Neighbouring rows mostly share a group and a step count: keep what was worked out.
+  int64_t hyper = -1;
+  float step = -1.0f;
+  for (int64_t i = begin; i < end; ++i) {
+    const Row& row = args.table.rows[args.table.chunks[i].row];
+    if (!row.grad) continue;
+    const float row_step = *reinterpret_cast<const float*>(row.step) + 1.0f;
+    if (row.hyper != hyper || row_step != step) {
+      hyper = row.hyper;
+      step = row_step;
+      c = coefficients<T>(args.hypers[hyper], step, grad_scale);
+    }
+    const Span span = span_of(args.table, row, args.table.chunks[i]);
+    if (row.max_exp_avg_sq) {
+      update_span<T, true>(args, row, span, c);
+    } else {
+      update_span<T, false>(args, row, span, c);
+    }
+  }
+}
+
+void update_chunks(const UpdateArgs& args, double grad_scale, int64_t begin, int64_t end) {
+  if (args.param_dtype == kFloat64) {
+    update_rows<double>(args, grad_scale, begin, end);
+  } else {
+    update_rows<float>(args, grad_scale, begin, end);
+  }
+}
+
+// Squares are summed in double: no overflow for any float32 gradient, and far below float32's rounding. Each
+// lane sums every 32nd square, and the lanes are summed as a tree: the same order for all instruction sets.
+template <typename T>
+double sum_of_squares(const Field& g, const Span& span) {
+  // Sums of a vector type stay in registers; those in an array of doubles do not.
+  typedef double Doubles __attribute__((vector_size(kRegisterBytes)));
+  constexpr int64_t kLanes = 32, kWidth = kRegisterBytes / sizeof(double);
+  alignas(64) T buffer[kLanes];
+  Doubles sums[kLanes / kWidth] = {};
+  int64_t i = span.begin;
+  for (; i + kLanes <= span.end; i += kLanes) {
+    const T* x = load_block<kRead>(g, i, kLanes, buffer);
+    // Widening reads from memory: GCC takes a register apart element by element.
+    asm("" : "+r"(x) : : "memory");
+#pragma GCC unroll 16
+    for (Doubles& sum : sums) {
+      Doubles wide;
+#pragma GCC unroll 8
+      for (int64_t lane = 0; lane < kWidth; ++lane) wide[lane] = *x++;
+      sum += wide * wide;
+    }
+  }
+  double lanes[kLanes];
+  memcpy(lanes, sums, sizeof lanes);
+  const T* const rest = load_block<kRead>(g, i, span.end - i, buffer);
+  for (int64_t lane = 0; i + lane < span.end; ++lane) {
+    lanes[lane] += static_cast<double>(rest[lane]) * static_cast<double>(rest[lane]);
+  }
+  for (int64_t width = kLanes / 2; width; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+template <typename T>
+void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const Row& row = args.table.rows[args.table.chunks[i].row];
+    const Span span = span_of(args.table, row, args.table.chunks[i]);
+    args.partials[i] = row.grad ? sum_of_squares<T>({args.grad_dtype, row.grad}, span) : 0.0;
+  }
+}
+
+void norm_chunks(const NormArgs& args, int64_t begin, int64_t end) {
+  if (args.grad_dtype == kFloat64) {
+    norm_rows<double>(args, begin, end);
+  } else {
+    norm_rows<float>(args, begin, end);
+  }
+}
+
+}  // namespace
+
+extern const CpuKernels CONCAT(kCpuKernels, CPU_CAPABILITY) = {STRING(CPU_CAPABILITY), update_chunks,
+                                                               norm_chunks};
+
+}  // namespace fused_adamw

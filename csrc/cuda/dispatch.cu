@@ -1,0 +1,30 @@
+// CUDA: which object file has the update of a parameter format, and what the kernels were built for.
+#include "kernels.h"
+#include "layouts.h"
+
+#ifndef FUSED_ADAMW_CUDA_ARCHS
+#define FUSED_ADAMW_CUDA_ARCHS ""
+#endif
+#define STRING_(a) #a
+#define STRING(a) STRING_(a)
+
+namespace fused_adamw {
+
+bool cuda_supports(DType param, DType grad, DType state) {
+  return CudaLayouts::visit(param, grad, state, [](auto) {});
+}
+
+const char* launch_update(const UpdateArgs& args, bool hypers_on_host, int device, void* stream) {
+  const char* failure = "not built for these dtypes";
+  if (!cuda_supports(args.param_dtype, args.grad_dtype, args.state_dtype)) return failure;
+  Formats::visit(args.param_dtype, [&](auto format) {
+    failure = launch_update_of<decltype(format)>(args, hypers_on_host, device, stream);
+  });
+  return failure;
+}
+
+const char* cuda_version() { return STRING(__CUDACC_VER_MAJOR__) "." STRING(__CUDACC_VER_MINOR__); }
+
+const char* cuda_archs() { return FUSED_ADAMW_CUDA_ARCHS; }
+
+}  // namespace fused_adamw
