@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .distributed import NormGroup, has_peers, is_flattened, local_grads
 from .groups import build_param_groups, is_model, summarize_param_groups
 from .memory import Gradients
 from .plan import Plan
+from .regroup import Names, regrouped
 from .second_clip import SecondClipDetector
 from .state import complete_state, copied_state
 from .tables import Hyper, StepInputs, is_capturing
@@ -102,6 +104,8 @@ class FusedHygieneAdamW(torch.optim.AdamW):
             nor callable.
     """
 
+    _model: weakref.ref[nn.Module] | None = None  # what the groups were built from; a copy does not know it
+
     def __init__(
         self,
         params: nn.Module | Any,
@@ -137,6 +141,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         groups: Any = params
         from_model = is_model(params)
         if from_model:
+            self._model = weakref.ref(params)
             groups = [NamedGroup(group) for group in build_param_groups(params, weight_decay)]
         super().__init__(
             groups,
@@ -481,10 +486,11 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict` of this class or of `torch.optim.AdamW`/`Adam`.
+        """Load a `state_dict` of this class or of `torch.optim.AdamW`/`Adam`, whose groups must be the same.
 
         Moments take the parameter's layout, and `state_dtype` where it is set. Options that a saved group
-        lacks stay as they are. Nothing is shared with `state_dict` afterwards.
+        lacks stay as they are, all others replace the optimizer's, as in torch; a warning says where
+        parameters begin or cease to decay by that. Nothing is shared with `state_dict` afterwards.
 
         To load a file of torch.distributed.checkpoint that was saved without `param_names` into an optimizer
         that has them, give `dcp.load` a `DefaultLoadPlanner(allow_partial_load=True)`.
@@ -494,15 +500,18 @@ class FusedHygieneAdamW(torch.optim.AdamW):
 
         Raises:
             ValueError: The groups do not match the optimizer's: in number, in size, or, where both have
-                `param_names`, in which parameters they hold; or a moment is a DTensor where the parameter is
-                not, or the other way round, or is on another mesh.
+                `param_names`, in which parameters they hold; the message says whose groups these may be and
+                what loads them. Or a moment is a DTensor where the parameter is not, or the other way round,
+                or is on another mesh.
             RuntimeError: A saved state is not AdamW's: a step count or a moment is missing (that of another
                 optimizer, say), or a moment is not of its parameter's shape; a group is `differentiable`.
         """
         final: dict[str, Any] = {}
+        own = {"max_grad_norm": self._max_grad_norm, "skip_nonfinite": self._skip_nonfinite}
+        model = None if self._model is None else self._model()
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            final.update(checked_state_dict(given, self.param_groups, self._names()))
+            final.update(checked_state_dict(given, self.param_groups, self._names(), model, own))
             return final
 
         handle = self.register_load_state_dict_pre_hook(check)  # the last one: it sees what will be loaded
@@ -511,6 +520,42 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         finally:
             handle.remove()
         self._copy_state(final)
+
+    def load_state_dict_by_name(
+        self, state_dict: Mapping[str, Any], names: Names | None = None, *, strict: bool = True
+    ) -> None:
+        """Load a `state_dict` that has other groups: the state of every parameter, found by its name.
+
+        So a run of `torch.optim.AdamW(model.parameters())` goes on in the groups of this optimizer:
+
+            optimizer = FusedHygieneAdamW(model, lr=3e-4, weight_decay=0.1)
+            optimizer.load_state_dict_by_name(torch.load("optimizer.pt"), model.named_parameters())
+
+        The weight decay of every group stays as it is. Other saved options (`lr`, `betas`, a scheduler's
+        `initial_lr`) replace the optimizer's, except where the saved groups that meet in one group disagree,
+        and except for learning rates where this optimizer has several and the checkpoint one.
+
+        Args:
+            state_dict: As returned by `state_dict`; or with names in place of numbers, as
+                torch.distributed.checkpoint and FSDP return it in nested form.
+            names: The checkpoint's parameters in its order: names, `model.named_parameters()`, or groups with
+                `param_names` such as `build_param_groups(model, policy="nanogpt")` returns. None: the names
+                that the checkpoint has.
+            strict: Whether every parameter must be in the checkpoint, and every saved state in the optimizer.
+                If not, the former start without a state and the latter are dropped.
+
+        Raises:
+            ValueError: The optimizer has no names; `names` are missing, too few or too many, or ambiguous;
+                `strict` is violated; or as in `load_state_dict`.
+            RuntimeError: As in `load_state_dict`.
+        """
+        if not all("param_names" in group for group in self.param_groups):
+            raise ValueError(
+                "the optimizer's parameters have no names to be found by: build it from the model, from "
+                "model.named_parameters(), or from groups that have param_names"
+            )
+        mine = [name for group in self.param_groups for name in group["param_names"]]
+        self.load_state_dict(regrouped(state_dict, self.param_groups, mine, names, strict))
 
     @torch.inference_mode(False)  # as in _new_plan
     @torch.no_grad()

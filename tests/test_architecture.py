@@ -27,7 +27,9 @@ ALLOWED = {
     "announce": set(),
     "arguments": set(),
     "checks": {"arguments", "distributed", "memory", "state"},
-    "checkpoints": {"checks", "groups"},
+    "checkpoints": {"checks", "groups", "mismatch", "state"},
+    "mismatch": {"groups"},
+    "regroup": {"checkpoints", "groups"},
     "second_clip": set(),
     "optimizer": {
         "announce",
@@ -40,7 +42,7 @@ ALLOWED = {
         "memory",
         "plan",
     }
-    | {"second_clip", "state", "tables"},
+    | {"regroup", "second_clip", "state", "tables"},
     "version": set(),
     "__init__": {"groups", "backends", "optimizer", "version"},
     "__main__": {"groups", "backends", "optimizer", "version"},

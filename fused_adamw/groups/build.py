@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .decide import Decision, Options, decide
 from .lint import warn
 from .overrides import Overrides, Setting
-from .policies import Policy
+from .policies import Policy, get_policy
 from .roles import Role
 from .walk import tensors_of
 
@@ -46,8 +46,9 @@ def build_param_groups(
 
     Returns:
         Groups with `params`, `param_names` (canonical: wrapper components dropped) and `weight_decay`, decay
-        groups first, none empty. `lr` is there when learning rates are scaled, any other key only when
-        an override sets it. Frozen parameters are absent, tied ones appear once.
+        groups first (with `policy="timm"` last, as in timm's checkpoints), none empty. `lr` is there when
+        learning rates are scaled, any other key only when an override sets it. Frozen parameters are absent,
+        tied ones appear once.
 
     Raises:
         TypeError: If `model` is not a module, a trainable parameter is not floating point, or an argument has
@@ -62,7 +63,7 @@ def build_param_groups(
     """
     options = Options(weight_decay, policy, roles, overrides, layer_decay, lr)
     decisions = decide(model, options)
-    groups = group_decisions(decisions, lr)
+    groups = group_decisions(decisions, lr, get_policy(policy).exempt_first)
     warn(decisions, groups, options)
     return groups
 
@@ -129,26 +130,30 @@ def new_param_groups(
     options = Options(weight_decay, policy, roles, overrides, layer_decay, lr)
     known = {id(param) for group in param_groups for param in tensors_of(group)}
     decisions = [d for d in decide(model, options, allow_none=True) if id(d.param) not in known]
-    groups = group_decisions(decisions, lr)
+    groups = group_decisions(decisions, lr, get_policy(policy).exempt_first)
     warn(decisions, groups, options)
     return groups
 
 
-def group_decisions(decisions: Iterable[Decision], lr: float | Tensor | None) -> list[dict[str, Any]]:
+def group_decisions(
+    decisions: Iterable[Decision], lr: float | Tensor | None, exempt_first: bool = False
+) -> list[dict[str, Any]]:
     """Merge equal options into as few groups as possible.
 
     Args:
         decisions: One per tensor.
         lr: Base learning rate; written, scaled, to every group as soon as one tensor's is scaled.
+        exempt_first: Whether the groups without decay come first.
 
     Returns:
-        The groups, decay first, otherwise in order of first appearance. A decision not to decay keeps its own
-        group even when the weight decay is 0, so the shape of a checkpoint does not depend on that number.
+        The groups, in two blocks by whether they decay, otherwise in order of first appearance. A decision
+        not to decay keeps its own group even when the weight decay is 0, so the shape of a checkpoint does
+        not depend on that number.
     """
     decisions = list(decisions)
     scaled = any(d.lr_scale != 1 for d in decisions)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for d in sorted(decisions, key=lambda d: not d.decays):  # stable
+    for d in sorted(decisions, key=lambda d: d.decays is exempt_first):  # stable
         extra = {key: value for key, value in d.options.items() if key != "weight_decay"}
         # Kernels over lists of DTensors want one device mesh per group.
         mesh = getattr(d.param, "device_mesh", None)

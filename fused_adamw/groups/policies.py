@@ -30,6 +30,7 @@ class Policy:
         decays: Role -> (does it decay, why).
         rule: A function of the tensor and of the names that the model's own `no_weight_decay()` lists.
         marks: Whether marks on tensors and hooks of modules are honoured.
+        exempt_first: Whether the groups without decay come first, as in the checkpoints of that tool.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Policy:
     decays: Mapping[Role, Verdict] | None = None
     rule: Rule | None = None
     marks: bool = False
+    exempt_first: bool = False
 
 
 # role: (decays, reason). Knobs: `roles={"embedding": True}` changes a line for one call.
@@ -126,7 +128,7 @@ POLICIES: dict[str, Policy] = {
         Policy("hygiene", "this project; reasons in docs/groups.md", decays=HYGIENE_ROLES, marks=True),
         Policy("recipe", "BERT and GPT fine-tuning scripts", decays=RECIPE_ROLES),
         Policy("huggingface", "transformers Trainer.get_decay_parameter_names", rule=_huggingface),
-        Policy("timm", "timm.optim.param_groups_weight_decay", rule=_timm),
+        Policy("timm", "timm.optim.param_groups_weight_decay", rule=_timm, exempt_first=True),
         Policy("nanogpt", "nanoGPT GPT.configure_optimizers", rule=_nanogpt),
         Policy("megatron", "Megatron-LM get_standard_config_overrides", rule=_megatron),
         Policy("all", "torch.optim.AdamW(model.parameters())", rule=_all),

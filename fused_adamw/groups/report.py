@@ -210,7 +210,8 @@ def explain_param_groups(
     """
     options = Options(weight_decay, policy, roles, overrides, layer_decay, lr)
     decisions = decide(model, options)
-    used = group_decisions(decisions, lr) if groups is None else list(groups)
+    exempt_first = get_policy(policy).exempt_first
+    used = group_decisions(decisions, lr, exempt_first) if groups is None else list(groups)
     return ParamGroupReport(model, options, decisions, used, lint(decisions, used))
 
 

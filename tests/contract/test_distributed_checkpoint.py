@@ -23,6 +23,7 @@ from fused_adamw import FusedHygieneAdamW, build_param_groups
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)"),
     pytest.mark.filterwarnings("ignore:the checkpoint has no options for a group"),
+    pytest.mark.filterwarnings("ignore:the checkpoint's weight decay replaces"),
 ]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -199,6 +200,41 @@ def test_options_that_a_nested_checkpoint_loses_stay():
     assert (last["lr"], last["weight_decay"], last["amsgrad"]) == (1e-2, 0.1, False)
     assert first.keys() == last.keys()
     train(model, resumed, first=3)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("through_file", [False, True])
+def test_decay_that_a_load_gives_back_is_told(tmp_path, flat, through_file):
+    """By name a checkpoint of one group loads into several; the line in the warning keeps what is exempt."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved = get_optimizer_state_dict(*trained(ADAMW["torch"]), options=options)
+    model = small_model()
+    resumed = FusedHygieneAdamW(model, **OPTIONS)
+    if through_file:
+        dcp.save(saved, checkpoint_id=tmp_path)
+        if flat:  # nested groups are paired by position in the file, so the whole of it is read
+            saved = get_optimizer_state_dict(model, resumed, options=options)
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load(saved, checkpoint_id=tmp_path, planner=planner)
+    with pytest.warns(UserWarning, match="changes which parameters decay") as found:
+        set_optimizer_state_dict(model, resumed, saved, options=options)
+    (message,) = [text for w in found if "which parameters decay" in (text := str(w.message))]
+    assert "group 1: 4 parameters" in message
+    exec(message.partition("add after the load: ")[2], {"optimizer": resumed})
+    assert [group["weight_decay"] for group in resumed.param_groups] == [0.1, 0.0]
+
+
+def test_a_nested_state_dict_is_regrouped_by_its_names():
+    model, optimizer = trained(ADAMW["torch"])
+    saved = get_optimizer_state_dict(model, optimizer)
+    other = small_model(seed=1)
+    resumed = FusedHygieneAdamW(other, lr=0.5, weight_decay=0.2)
+    resumed.load_state_dict_by_name(saved)
+    assert_same_state((model, other), (optimizer, resumed))
+    assert [(group["lr"], group["weight_decay"]) for group in resumed.param_groups] == [
+        (1e-2, 0.2),
+        (1e-2, 0.0),
+    ]
 
 
 def test_groups_saved_by_position_are_still_compared():

@@ -20,6 +20,8 @@ def snippets():
     """Section and code; of several snippets in a section, the first."""
     for section in re.split(r"^## ", DOCS.read_text(), flags=re.M)[1:]:
         heading, _, text = section.partition("\n")
+        if heading == "Checkpoints with other groups":  # see test_resume
+            continue
         yield heading, re.search(r"^```python\n(.*?)^```", text, re.M | re.S)[1]
 
 
@@ -41,7 +43,7 @@ def test_every_line_runs(heading, code):
     model = Model()
     optimizer = optimizer_of(heading, model)
     assert type(optimizer) is FusedHygieneAdamW
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [WEIGHT_DECAY, 0.0]
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, WEIGHT_DECAY]
     assert distance(train_epoch(model, optimizer), Model()) > 0
 
 
