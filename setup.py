@@ -83,7 +83,13 @@ def cuda_jobs(flags: str) -> list[tuple[str, str, Path, str]]:
 
 def ninja_file(output: Path, build: Path) -> str:
     """The text of a build.ninja that makes `output`; paths in it are absolute."""
-    import torch
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit(
+            "fused_adamw: torch is not there to build against, as pip builds in an environment of its own: "
+            'pip install torch ninja "setuptools>=70", then pip install --no-build-isolation .'
+        ) from None
 
     torch_dir = Path(torch.__file__).parent
     cxx = os.environ.get("CXX", "c++")

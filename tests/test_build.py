@@ -147,3 +147,17 @@ def test_import_writes_nothing_and_starts_nothing():
         "import fused_adamw; fused_adamw.available_backends()"
     )
     subprocess.run([sys.executable, "-B", "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_build_without_torch_says_in_a_sentence_what_to_do(tmp_path):
+    """As `pip install .` runs it without --no-build-isolation, in an environment of its own."""
+    copy_sources(tmp_path)
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '-q', 'build_ext']\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=without_nvcc(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("fused_adamw: torch is not there to build against")
+    assert done.stderr.rstrip().endswith("pip install --no-build-isolation .")

@@ -5,10 +5,13 @@ import warnings
 import pytest
 import torch
 
-from fused_adamw import FusedHygieneAdamW
+import fused_adamw
+from fused_adamw import FusedHygieneAdamW, build_param_groups
 
 from .loops import (
     CLIP,
+    LR,
+    WEIGHT_DECAY,
     Model,
     assert_norms_before_clipping,
     assert_same,
@@ -88,6 +91,30 @@ def test_mixed_precision_refuses_a_second_clip():
 
     with pytest.raises(RuntimeError, match="FusedHygieneAdamW, does not allow for gradient clipping"):
         fit(build, CLIP, precision="bf16-mixed")
+
+
+@pytest.mark.parametrize("make", [fused_adamw.AdamW, FusedHygieneAdamW])
+def test_a_bare_swap_keeps_the_framework_s_clipping(make):
+    """Under bf16-mixed, too, where Lightning asks whether the optimizer unscales."""
+
+    def build(model):
+        return make(build_param_groups(model, WEIGHT_DECAY), lr=LR)
+
+    ours = fit(build, CLIP, precision="bf16-mixed")
+    assert_same(ours, lambda clip: fit(torch_adamw, clip, precision="bf16-mixed"))
+
+
+def test_the_logged_learning_rate_keeps_its_name(tmp_path):
+    """lr-AdamW: Lightning takes it from the class."""
+    monitor = lightning.pytorch.callbacks.LearningRateMonitor()
+    logger = loggers.CSVLogger(tmp_path)
+    names = []
+    for make in (torch.optim.AdamW, fused_adamw.AdamW):
+        model = Model()
+        trainer = lightning.Trainer(logger=logger, callbacks=[monitor], **OPTIONS)
+        trainer.fit(PeerModule(model, lambda m, make=make: make(m.parameters())), loader())
+        names.append(list(monitor.lrs))
+    assert names == [["lr-AdamW"]] * 2
 
 
 def fabric_options(**more):
