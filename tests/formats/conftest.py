@@ -1,0 +1,43 @@
+"""The codecs under test, and answers that none of them made."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from . import oracle
+from .codecs import Torch
+
+CODECS = ["torch-cpu", pytest.param("torch-cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=CODECS)
+def codec(request):
+    """What stores and loads as `oracle` does, by other code."""
+    return _codec(request)
+
+
+@pytest.fixture(params=["oracle", *CODECS])
+def any_codec(request):
+    """The same, and the oracle itself: against what neither of them made."""
+    return _codec(request)
+
+
+def _codec(request):
+    if request.param == "oracle":
+        return oracle
+    device = request.param.removeprefix("torch-")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return Torch(device)
+
+
+@pytest.fixture(scope="session")
+def known():
+    """The known answers, which two implementations that share no code with these agreed upon.
+
+    Keys: inputs and noise (`*_x`, `*_bits`, `*_noise*`), and what was made of them. float32 is kept as its
+    bits, with 7FC00000 for every NaN. `b128`, `b27` and `b1` are blocks of so many values.
+    """
+    return dict(np.load(Path(__file__).parent / "known_answers.npz"))
