@@ -9,6 +9,13 @@ import torch
 from . import oracle
 from .codecs import Torch
 
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Tensors are small here."""
+    threads(1)
+
+
 CODECS = ["torch-cpu", pytest.param("torch-cuda", marks=pytest.mark.gpu)]
 
 

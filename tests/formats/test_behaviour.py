@@ -1,5 +1,7 @@
 """What low precision does to AdamW's updates, on gradients that part good formats from bad ones."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 
@@ -39,43 +41,49 @@ def dead_after(t0):
     return lambda g, t: torch.cat([g[:, EIGHT] * (t <= t0), g[:, 8:]], 1)
 
 
-# Name: how it is trained, what root codes keep: bounds of the norm, the least cosine.
+@dataclass(frozen=True)
+class Setting:
+    """How to train, and what is asked of root codes: bounds of the norm of updates, the least cosine."""
+
+    steps: int
+    beta2: float
+    norm: tuple[float, float]
+    cosine: float
+    more: dict = field(default_factory=dict)
+
+    def shadow(self, moments):
+        return shadow(moments, self.steps, self.beta2, **self.more)
+
+
+def beside_outlier(factor):
+    return {"gradient": outlier(factor), "columns": OUTLIER}
+
+
 SETTINGS = {
-    "steady, .95": (dict(steps=400, beta2=0.95), (0.99, 1.01), 0.997),
-    "steady, .999": (dict(steps=1000, beta2=0.999), (0.985, 1.02), 0.992),
-    "steady, .9999": (dict(steps=1500, beta2=0.9999), (0.98, 1.02), 0.99),
-    "gradients fall": (dict(steps=1500, beta2=0.999, gradient=fall_after(375)), (0.98, 1.02), 0.99),
-    "tiny gradients": (dict(steps=500, beta2=0.999, scale=1e-7), (0.98, 1.02), 0.99),
-    "outlier, 1e2": (
-        dict(steps=500, beta2=0.999, gradient=outlier(1e2), columns=OUTLIER),
-        (0.97, 1.03),
-        0.98,
-    ),
-    "outlier, 1e3": (
-        dict(steps=500, beta2=0.999, gradient=outlier(1e3), columns=OUTLIER),
-        (0.97, 1.06),
-        0.96,
-    ),
-    "outlier, 1e4": (
-        dict(steps=500, beta2=0.999, gradient=outlier(1e4), columns=OUTLIER),
-        (0.97, 1.15),
-        0.92,
-    ),
+    "steady, .95": Setting(400, 0.95, (0.99, 1.01), 0.997),
+    "steady, .999": Setting(1000, 0.999, (0.985, 1.02), 0.992),
+    "steady, .9999": Setting(1500, 0.9999, (0.98, 1.02), 0.99),
+    "gradients fall": Setting(1500, 0.999, (0.98, 1.02), 0.99, {"gradient": fall_after(375)}),
+    "tiny gradients": Setting(500, 0.999, (0.98, 1.02), 0.99, {"scale": 1e-7}),
+    "outlier, 1e2": Setting(500, 0.999, (0.97, 1.03), 0.98, beside_outlier(1e2)),
+    "outlier, 1e3": Setting(500, 0.999, (0.97, 1.06), 0.96, beside_outlier(1e3)),
+    "outlier, 1e4": Setting(500, 0.999, (0.97, 1.15), 0.92, beside_outlier(1e4)),
 }
+LONG = [pytest.param(k, marks=pytest.mark.slow) if s.steps > 500 else k for k, s in SETTINGS.items()]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", LONG)
 def test_root_codes_give_the_updates_of_float32(setting):
-    options, (least, most), cosine = SETTINGS[setting]
-    result = shadow(ROOT, **options)
-    assert least < result.norm < most
-    assert result.cosine > cosine
+    setting = SETTINGS[setting]
+    result = setting.shadow(ROOT)
+    assert setting.norm[0] < result.norm < setting.norm[1]
+    assert result.cosine > setting.cosine
     assert result.largest[0] < 3 * result.largest[1]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", LONG)
 def test_stochastic_bfloat16_gives_the_updates_of_float32(setting):
-    result = shadow(BFLOAT16, **SETTINGS[setting][0])
+    result = SETTINGS[setting].shadow(BFLOAT16)
     assert 0.99 < result.norm < 1.01
     assert result.cosine > 0.999
 
@@ -87,7 +95,7 @@ def test_inputs_that_are_rarely_active_are_learned_from(moments, norm):
     assert result.cosine > 0.985
 
 
-@pytest.mark.parametrize("beta2", [0.95, 0.98])
+@pytest.mark.parametrize("beta2", [pytest.param(0.95, marks=pytest.mark.slow), 0.98])
 def test_weights_without_a_gradient_come_to_rest(beta2):
     """Their signed codes reach 0, and stay there while the others of the block go on."""
     moving = []
@@ -100,6 +108,7 @@ def test_weights_without_a_gradient_come_to_rest(beta2):
     assert not torch.stack(moving).any()
 
 
+@pytest.mark.slow
 def test_second_moments_of_root_codes_are_near_those_of_float32():
     result = shadow(ROOT, steps=1000, beta2=0.999)
     ratio = (result.exact_v / result.fields["exp_avg_sq"].load()).sqrt().flatten()
@@ -109,14 +118,14 @@ def test_second_moments_of_root_codes_are_near_those_of_float32():
     assert high < 1.35
 
 
+@pytest.mark.slow
 def test_rounding_to_nearest_would_show():
     """The measures tell bad schemes from good ones: why second moments and signed codes take noise."""
-    options, (least, most), _ = SETTINGS["steady, .9999"]
-    assert not 0.99 < shadow(("bfloat16", "bfloat16"), **options).norm < 1.01
-    options, (least, most), _ = SETTINGS["gradients fall"]
-    assert shadow(("bfloat16", "bfloat16"), **options).norm < 0.8
-    rare = dict(steps=800, beta2=0.999, gradient=rarely_active(), columns=EIGHT)
-    assert shadow(ROOT, nearest=["exp_avg_sq"], **rare).norm < 0.8
+    nearest = ("bfloat16", "bfloat16")
+    assert not 0.99 < SETTINGS["steady, .9999"].shadow(nearest).norm < 1.01
+    assert SETTINGS["gradients fall"].shadow(nearest).norm < 0.8
+    rare = shadow(ROOT, 800, 0.999, gradient=rarely_active(), columns=EIGHT, nearest=["exp_avg_sq"])
+    assert rare.norm < 0.8
     dead = shadow(ROOT, steps=1600, beta2=0.98, gradient=dead_after(400), nearest=["exp_avg"])
     assert dead.fields["exp_avg"].values[:, EIGHT].any()
 
@@ -126,11 +135,10 @@ def test_every_state_survives_a_checkpoint(moments):
     """Decoding and encoding to nearest gives the same bits, after any step."""
 
     def watch(fields, t):
-        for name in MOMENTS:
-            field = fields[name]
-            again = field.format.encode(field.as_torch(), field.values)
-            assert again.values.equal(field.values)
-            assert field.side is None or again.side.equal(field.side)
+        for kept in (fields[name] for name in MOMENTS):
+            again = kept.format.encode(kept.as_torch(), kept.values)
+            assert again.values.equal(kept.values)
+            assert kept.side is None or again.side.equal(kept.side)
 
     shadow(moments, steps=120, beta2=0.999, gradient=outlier(1e3), watch=watch)
 
@@ -139,12 +147,10 @@ def test_every_state_survives_a_checkpoint(moments):
 
 
 def train(param, moments, steps, lr, after=lambda p, t: None, seed=0):
-    """Steps of a bfloat16 or float32 parameter kept in `param`, on gradients that depend on the step alone."""
+    """Step a parameter, a `Field`, on gradients that depend on the step alone."""
     zero = torch.zeros(24, 40)
-    fields = {
-        "param": param,
-        **{k: FORMATS[name].zeros(zero) for k, name in zip(MOMENTS, moments, strict=True)},
-    }
+    fields = {"param": param}
+    fields |= {k: FORMATS[name].zeros(zero) for k, name in zip(MOMENTS, moments, strict=True)}
     rng = torch.Generator().manual_seed(seed)
     for t in range(1, steps + 1):
         grad = torch.randn(zero.shape, generator=rng).bfloat16()
@@ -163,7 +169,7 @@ def to_bfloat16_ties_away(x):
 
 
 @pytest.mark.parametrize("moments", [("float32", "float32"), ROOT, BFLOAT16])
-@pytest.mark.parametrize("lr", [1e-3, 1e-7])
+@pytest.mark.parametrize("lr", [1e-3, pytest.param(1e-7, marks=pytest.mark.slow)])
 def test_split_parameters_train_as_float32_ones_bit_for_bit(lr, moments):
     """200 steps; the bfloat16 values are at every step those of the float32 weight, rounded."""
     split = FORMATS["bfloat16_split"]
