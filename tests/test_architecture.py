@@ -17,6 +17,7 @@ PACKAGE = ROOT / "fused_adamw"
 ALLOWED = {
     "groups": set(),
     "tables": set(),
+    "formats": set(),
     "extension": set(),
     "memory": {"extension", "distributed"},
     "distributed": set(),

@@ -134,10 +134,10 @@ class Root:
             x = np.sqrt(x, dtype=F32)
         return x
 
-    def store_block(self, x, noise=None):
-        """Codes (int64) and scale of one block, rounded to nearest without noise."""
+    def places(self, x):
+        """Where values are between the codes of their block, float32, and the block's scale."""
         x = np.asarray(x, F32)
-        nothing = np.zeros(x.size, np.int64)
+        nothing = np.zeros(x.size, F32)
         if not np.isfinite(x).all():
             return nothing, F32("nan")
         magnitude = np.abs(x)
@@ -146,14 +146,19 @@ class Root:
             return nothing, F32(0)
         t = max(t, F32(self.levels * self.unit))
         r = F32(self.levels) / t
+        top = F32(self.levels)
+        return np.array([top if w == t else min(F32(w * r), top) for w in self.root(magnitude)], F32), t
+
+    def store_block(self, x, noise=None):
+        """Codes (int64) and scale of one block, rounded to nearest without noise."""
+        places, t = self.places(x)
         codes = []
-        for j, w in enumerate(self.root(magnitude)):
-            z = F32(self.levels) if w == t else min(F32(w * r), F32(self.levels))
+        for j, z in enumerate(places.astype(float)):
             if noise is None:
-                code = round(float(z))  # half to even
+                code = round(z)  # half to even
             else:
-                code = (round(float(z) * 65536) + int(noise[j])) >> 16
-            if not self.signed and x[j] != 0:
+                code = (round(z * 65536) + int(noise[j])) >> 16
+            if not self.signed and x[j] != 0 and t > 0:
                 code = max(code, 1)
             codes.append(-code if self.signed and x[j] < 0 else code)
         return np.array(codes, np.int64), t

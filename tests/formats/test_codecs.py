@@ -301,3 +301,14 @@ def test_root_codes_are_right_on_average(codec, name):
     root = np.abs(x[0]).astype(np.float64) ** (0.5**code.roots)
     z = np.maximum(root / side[0, 0] * code.levels, 0 if code.signed else 1)
     np.testing.assert_allclose(np.abs(values.astype(np.int64)).mean(0), z, rtol=1e-6, atol=2**-16)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+@root_codes
+def test_the_least_noise_that_rounds_up_is_that_of_the_oracle(codec, name, short):
+    """Noise that just suffices, or falls short by one: a quotient that is off in its last bit would show."""
+    x = np.abs(blocks("normal", 200, 128))
+    places = np.stack([ROOTS[name].places(row)[0] for row in x]).astype(np.float64)
+    noise = np.maximum(-np.rint(places * 65536).astype(np.int64) % 65536 - short, 0)
+    values, _ = codec.store(name, x, noise)
+    np.testing.assert_array_equal(values, oracle.store(name, x, noise)[0])

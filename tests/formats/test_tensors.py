@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -97,6 +97,7 @@ def test_formats_of_single_values_keep_any_layout(x, name, noisy):
 
 @settings(max_examples=60, deadline=None)
 @given(tensors(dense_rows=True), st.sampled_from(ROOT_NAMES), st.booleans())
+@example(laid_out(randn(5, 3, 7, 7), [0, 2, 3, 1]), "root_signed", True)
 def test_root_codes_follow_rows_in_memory(x, name, noisy):
     assert has_dense_rows(x)
     x = x.abs() if name == "root_unsigned" else x
