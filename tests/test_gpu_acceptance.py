@@ -58,7 +58,10 @@ def test_acceptance_refuses_without_a_gpu(tmp_path: Path, capsys: pytest.Capture
     assert "no CUDA device" in capsys.readouterr().out
 
 
-def test_acceptance_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_acceptance_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the commands: the tensors are small
     chosen = ["launches", "table", "ncu"]
     arguments = ["--out", str(tmp_path), "--dry-run", "--commit", "abc", "--stages", *chosen]
     assert gpu_acceptance.main(arguments) == 0

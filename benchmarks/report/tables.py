@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..gpu.races import GPU_RACES, GpuRace, Targets
 from ..provenance import ROOT
 from .marked import table
 from .results import Result
-from .sessions import Session, read
+from .sessions import Session, read, read_csv
 
 RESULTS = ROOT / "benchmarks" / "results"
 DASH = "–"
@@ -99,17 +99,21 @@ def _span(values: Sequence[float | None]) -> str:
     return f"{least}×" if least == most else f"{least} to {most}×"
 
 
-def source(found: Sequence[tuple[Path, Session]]) -> str:
+def origin(runs: str, command: str, whence: Mapping[str, Any], first: Path, last: Path | None = None) -> str:
     """Where figures come from, as a line below a table."""
-    (first, session), (last, _) = found[0], found[-1]
-    whence = session.provenance
-    number = {1: "One run", 2: "Two runs", 3: "Three runs", 6: "Six runs"}
-    runs = number.get(len(found), f"{len(found)} runs")
-    files = f"`{first.relative_to(ROOT)}`" + (f" to `{last.name}`" if len(found) > 1 else "")
+    files = f"`{first.relative_to(ROOT)}`" + (f" to `{last.name}`" if last else "")
     return (
-        f"{runs} of `make bench` on {whence['device']} ({whence['cores']} cores), torch {whence['torch']}, "
+        f"{runs} of `{command}` on {whence['device']} ({whence['cores']} cores), torch {whence['torch']}, "
         f"{whence['date'][:10]}, commit {whence['commit'][:10]}: {files}."
     )
+
+
+def source(found: Sequence[tuple[Path, Session]]) -> str:
+    """The origin of sessions."""
+    (first, session), (last, _) = found[0], found[-1]
+    number = {1: "One run", 2: "Two runs", 3: "Three runs", 6: "Six runs"}
+    runs = number.get(len(found), f"{len(found)} runs")
+    return origin(runs, "make bench", session.provenance, first, last if len(found) > 1 else None)
 
 
 def cpu_summary() -> str:
@@ -130,19 +134,28 @@ def cpu_summary() -> str:
 
 
 def cpu_training() -> str:
-    """Ratios of training loops."""
+    """Ratios of training loops: for the README."""
     found = training()
+    counts = sorted({r.threads for _, session in found for r in session.results if r.threads is not None})
     rows = [
         [
             label,
-            *(
-                _span([r.ratio for r in _results(found, f"{case}/clip+step/{threads}t")])
-                for threads in (1, 2)
-            ),
+            *(_span([r.ratio for r in _results(found, f"{case}/clip+step/{n}t")]) for n in counts),
         ]
         for label, case in TRAINING_ROWS
     ]
-    return f"{table(['new gradients at every step', '1 thread', '2 threads'], rows)}\n\n{source(found)}"
+    threads = [f"{n} thread{'s' * (n > 1)}" for n in counts]
+    return f"{table(['new gradients at every step', *threads], rows)}\n\n{source(found)}"
+
+
+def host_parts() -> str:
+    """Where the host's time goes, in microseconds: for docs/performance.md."""
+    path = max(RESULTS.glob("host-*.csv"))
+    whence, lines = read_csv(path)
+    columns = [name for name in lines[0] if name != "part"]
+    rows = [[line["part"], *(f"{float(line[name]):,.0f}" for name in columns)] for line in lines]
+    lines_below = origin("One run", "python -m benchmarks.host", whence, path)
+    return f"{table(['500 tensors, one thread, µs', *columns], rows)}\n\n{lines_below}"
 
 
 def _cell(results: list[Result]) -> str:
@@ -230,6 +243,8 @@ def gpu_targets() -> str:
 #: By the name that marks a table's place in a page.
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-summary": cpu_summary,
+    "cpu-training": cpu_training,
     "cpu-runs": cpu_runs,
+    "host-parts": host_parts,
     "gpu-targets": gpu_targets,
 }
