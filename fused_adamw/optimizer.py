@@ -158,7 +158,7 @@ class FusedHygieneAdamW(torch.optim.AdamW):
         )
         self._show_options()
         if from_model:
-            announce(f"[AdamW Groups] {summarize_param_groups(self.param_groups)}")
+            announce(f"[AdamW Groups] {summarize_param_groups(self.param_groups, params)}")
         elif len(self.param_groups) == 1:
             announce(
                 f"[AdamW Groups] {len(self.param_groups[0]['params'])} params in one group, "

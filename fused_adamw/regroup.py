@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from .checkpoints import check_shapes
-from .groups.walk import canonical
+from .groups.places import canonical
 
 # The parameters of a saved optimizer, by name: what it was given, had it been given names.
 Names: TypeAlias = "Iterable[str | tuple[str, Tensor] | Mapping[str, Any]]"

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from .decide import Decision, Options, decide
 from .lint import warn
 from .overrides import Overrides, Setting
+from .places import tensors_of
 from .policies import Policy, get_policy
 from .roles import Role
-from .walk import tensors_of
+from .walk import walk
 
 
 def build_param_groups(
@@ -39,8 +40,9 @@ def build_param_groups(
         roles: Knobs for whole roles, e.g. `{"embedding": True}` lets token embeddings decay. Values as in
             `overrides`.
         overrides: Selector -> setting. A selector is a glob over names, a compiled regular expression, a
-            module type or a predicate `(name, tensor) -> bool`; a setting is a bool, a weight decay, or a
-            mapping of options (`weight_decay`, `weight_decay_scale`, `lr`, `lr_scale`, any group option).
+            module type or instance, or a predicate `(name, tensor) -> bool`; a setting is a bool, a weight
+            decay, or a mapping of options (`weight_decay`, `weight_decay_scale`, `lr`, `lr_scale`, any group
+            option).
         layer_decay: Factor on the learning rate per layer below the top, e.g. 0.75.
         lr: The base learning rate that `layer_decay` and `lr_scale` scale.
 
@@ -169,19 +171,31 @@ def group_decisions(
     return list(groups.values())
 
 
-def summarize_param_groups(groups: Iterable[Mapping[str, Any]]) -> str:
+def summarize_param_groups(groups: Iterable[Mapping[str, Any]], model: nn.Module | None = None) -> str:
     """Count what decays: `"decay: 48 params, no_decay: 100 params"`.
 
     Args:
         groups: Parameter groups of any origin; without `weight_decay` a group counts as decaying.
+        model: The model; its frozen parameters that are in no group are counted too, with what to do when
+            they are unfrozen.
 
     Returns:
         One line, without prefix or newline.
     """
+    groups = list(groups)
     counts = {True: 0, False: 0}
     for group in groups:
         counts[group.get("weight_decay", 1.0) > 0] += len(tensors_of(group))
-    return f"decay: {counts[True]} params, no_decay: {counts[False]} params"
+    line = f"decay: {counts[True]} params, no_decay: {counts[False]} params"
+    grouped = {id(p) for group in groups for p in tensors_of(group)}
+    located = [] if model is None else walk(model)
+    frozen = [item for item in located if not item.param.requires_grad and id(item.param) not in grouped]
+    if not frozen:
+        return line
+    return (
+        f"{line}; {len(frozen)} frozen params are in no group: once unfrozen, add what "
+        "fused_adamw.groups.new_param_groups returns"
+    )
 
 
 def _hashable(options: Mapping[str, Any]) -> list[tuple[str, Any]]:

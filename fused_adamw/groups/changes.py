@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .walk import tensors_of
+from .places import tensors_of
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .identify import Confidence, Finding, Rule, identify
+from .findings import Confidence, Finding, Rule
+from .identify import identify
 from .layers import layer_depths
 from .marks import Marks, call_hook
-from .overrides import Override, Overrides, Setting, check_number, parse_overrides, parse_setting
+from .overrides import Override, Overrides, Setting, as_number, parse_overrides, parse_setting
+from .places import Located, class_of, unwrap
 from .policies import Policy, Verdict, get_policy
 from .roles import Role, as_role
-from .walk import Located, class_of, trainable, unwrap, walk
+from .walk import trainable, walk
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Decision:
         rule: The kind of evidence that decided: override, mark, adapter, type, structure, name, shape,
             default or policy.
         evidence: The evidence in words.
+        because: The evidence in a word or two, the same for all layers that repeat.
         confidence: `high`, `medium` or `low`.
         options: The group options, `weight_decay` among them.
         lr_scale: Factor on the learning rate.
@@ -63,6 +66,7 @@ class Decision:
     decays: bool
     rule: Rule
     evidence: str
+    because: str
     confidence: Confidence
     options: Mapping[str, Any]
     lr_scale: float
@@ -96,11 +100,12 @@ class _Draft:
     rule: Rule
     evidence: str
     confidence: Confidence
+    because: str
     options: dict[str, Any] = field(default_factory=dict)
     chosen: bool = False
     disputed: bool = False
 
-    def apply(self, options: Mapping[str, Any], rule: Rule, evidence: str) -> None:
+    def apply(self, options: Mapping[str, Any], rule: Rule, evidence: str, because: str) -> None:
         if "weight_decay" in options:
             self.options.pop("weight_decay_scale", None)  # a later absolute value is absolute
         self.options.update(options)
@@ -108,8 +113,8 @@ class _Draft:
         if decays is None:  # speaks about something else, the learning rate say
             self.evidence += f"; {evidence}"
             return
-        self.decays, self.rule, self.evidence, self.confidence = decays, rule, evidence, "high"
-        self.chosen = True
+        self.decays, self.rule, self.evidence, self.because = decays, rule, evidence, because
+        self.confidence, self.chosen = "high", True
 
 
 def decide(model: nn.Module, options: Options, *, allow_none: bool = False) -> list[Decision]:
@@ -130,15 +135,17 @@ def decide(model: nn.Module, options: Options, *, allow_none: bool = False) -> l
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     policy = get_policy(options.policy)
-    check_number(options.weight_decay, "weight_decay")
+    weight_decay = as_number(options.weight_decay, "weight_decay")
+    if options.lr is not None and not isinstance(options.lr, Tensor):
+        as_number(options.lr, "lr")
     located = walk(model)
     chosen = trainable(located)
     if not chosen and not allow_none:
         raise ValueError(_nothing_to_train(model, located))
     table = _role_table(policy, options.roles)
     overrides = parse_overrides(options.overrides, located)
-    findings = {id(item): identify(item) for item in located}
-    depths = _depths(model, options, located, {item.name: findings[id(item)].role for item in located})
+    findings = identify(located)
+    scales = _layer_scales(model, options, located, {item.name: findings[id(item)].role for item in located})
     marks = Marks() if policy.marks else None
     listed = (call_hook(unwrap(model), "no_weight_decay") or ()) if policy.rule else ()
     decisions = []
@@ -147,11 +154,12 @@ def decide(model: nn.Module, options: Options, *, allow_none: bool = False) -> l
         draft = _draft(item, finding, policy, table, tuple(listed))
         mark = marks.find(item) if marks else None
         if mark:
-            draft.apply(mark.options, "mark", mark.evidence)
+            draft.apply(mark.options, "mark", mark.evidence, mark.because)
         for override in overrides:
             if override.matches(item):
-                draft.apply(override.options, "override", _say_override(override))
-        decisions.append(_finish(item, finding.role, draft, options, depths))
+                said = _say_override(override)
+                draft.apply(override.options, "override", said, said)
+        decisions.append(_finish(item, finding.role, draft, weight_decay, scales.get(item.name)))
     if any(d.lr_scale != 1 for d in decisions) and options.lr is None:
         raise ValueError("lr_scale and layer_decay scale a learning rate; expected lr=, got None")
     return decisions
@@ -166,29 +174,32 @@ def _draft(
 ) -> _Draft:
     if policy.rule is not None:
         decays, why = policy.rule(item, listed)
-        return _Draft(decays, "policy", f"{policy.name}: {why}", "high")
+        return _Draft(decays, "policy", f"{policy.name}: {why}", "high", why)
     (decays, why), extra = table[finding.role]
-    if any(table[role][0][0] != decays for role in finding.others):
+    evidence, confidence = f"{finding.evidence}; {why}", finding.confidence
+    disputed = any(table[role][0][0] != decays for role in finding.others)
+    if disputed:
         evidence = f"its places speak for different roles ({finding.places}) and the first decides; {why}"
-        return _Draft(decays, finding.rule, evidence, "low", dict(extra), bool(extra), disputed=True)
+        confidence = "low"
     return _Draft(
-        decays, finding.rule, f"{finding.evidence}; {why}", finding.confidence, dict(extra), bool(extra)
+        decays, finding.rule, evidence, confidence, finding.because, dict(extra), bool(extra), disputed
     )
 
 
 def _finish(
-    item: Located, role: Role, draft: _Draft, options: Options, depths: Mapping[str, int] | None
+    item: Located,
+    role: Role,
+    draft: _Draft,
+    weight_decay: float,
+    layer_and_scale: tuple[int, float] | None,
 ) -> Decision:
     chosen = dict(draft.options)
     decay = chosen.pop("weight_decay", draft.decays)
     if isinstance(decay, bool):
-        decay = options.weight_decay if decay else 0.0
+        decay = weight_decay if decay else 0.0
     chosen["weight_decay"] = float(decay * chosen.pop("weight_decay_scale", 1.0))
-    scale = chosen.pop("lr_scale", 1.0)
-    layer = None
-    if depths is not None and options.layer_decay is not None:
-        layer = depths[item.name]
-        scale *= options.layer_decay ** (max(depths.values()) - layer)
+    layer, layer_scale = layer_and_scale or (None, 1.0)
+    scale = chosen.pop("lr_scale", 1.0) * layer_scale
     return Decision(
         name=item.name,
         param=item.param,
@@ -197,6 +208,7 @@ def _finish(
         decays=draft.decays,
         rule=draft.rule,
         evidence=draft.evidence,
+        because=draft.because,
         confidence=draft.confidence,
         options=chosen,
         lr_scale=1.0 if "lr" in chosen else float(scale),
@@ -235,17 +247,20 @@ def _says(options: Mapping[str, Any], before: bool) -> bool | None:
     return None
 
 
-def _depths(
+def _layer_scales(
     model: nn.Module, options: Options, located: list[Located], roles: Mapping[str, Role]
-) -> dict[str, int] | None:
+) -> dict[str, tuple[int, float]]:
+    """The layer of each tensor and the factor on its learning rate; empty without `layer_decay`."""
     if options.layer_decay is None:
-        return None
-    check_number(options.layer_decay, "layer_decay")
-    if not 0 < options.layer_decay <= 1:
+        return {}
+    factor = as_number(options.layer_decay, "layer_decay")
+    if not 0 < factor <= 1:
         raise ValueError(f"layer_decay: expected a factor in (0, 1], got {options.layer_decay!r}")
     if options.lr is None:
         raise ValueError("layer_decay scales a learning rate; expected lr=, got None")
-    return layer_depths(model, located, roles)
+    depths = layer_depths(model, located, roles)
+    top = max(depths.values())
+    return {name: (depth, factor ** (top - depth)) for name, depth in depths.items()}
 
 
 def _say_override(override: Override) -> str:

@@ -1,119 +1,162 @@
-"""From a tensor to its role, with the evidence: the strongest that applies, one after the other.
+"""From tensors to their roles, with the evidence: the strongest that applies, one after the other.
 
-1. adapter: the tensor hangs in a PEFT adapter container.
+1. adapter: the tensor hangs in an adapter's container.
 2. type: the registry knows the owner's class (seen through parametrizations).
 3. structure: the owner is unknown, but built like a norm, an activation or an embedding.
-4. name: the local name of a raw parameter.
+4. name: the local name of a raw parameter, and those of its siblings.
 5. shape: a vector is a gain or a bias, something larger with no telling name is unknown.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from torch import nn
 
-from .roles import ADAPTERS, NAMES, Role, roles_of_type
-from .walk import Located, Place, class_of, words
+from .findings import Confidence, Finding, say_owner, say_role, with_article
+from .places import Located, Place, class_of, own_names, words
+from .roles import ADAPTERS, EXACT, NAMES, NameRule, Role, roles_of_type
+from .siblings import reconcile
+from .structure import by_structure
 
-Rule = Literal["override", "mark", "adapter", "type", "structure", "name", "shape", "default", "policy"]
-Confidence = Literal["high", "medium", "low"]
-
-_NORM_WORDS = frozenset({"norm", "normalization", "ln", "rms", "grn", "bn", "gn"})
-_ACTIVATION = re.compile(r"(ReLU|GELU|SiLU|Swish|Mish|Snake|TLU|Act|Activation)(Beta|\d*d)?$")
-_EMBEDDING_ENDS = frozenset({("embedding",), ("embeddings",), ("embed",)})
 _POSITION_WORDS = frozenset({"pos", "position", "positional", "cpb", "peg", "rpe", "relpos"})
 _TABLES = frozenset({Role.EMBEDDING, Role.POSITION, Role.QUERY, Role.TOKEN})
+_LAYERS = frozenset({Role.MATRIX, Role.CONVOLUTION, Role.SSM_CONVOLUTION, Role.POSITION_NETWORK})
+
+_ALONE = [
+    rule for rule in NAMES if not (rule.beside or rule.map_only or rule.vector_only)
+]  # those that a module's name may match
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A role, and why.
-
-    Attributes:
-        role: What the tensor is for.
-        rule: Which kind of evidence decided.
-        evidence: The evidence, as a clause for the report.
-        confidence: `high`, `medium` or `low`.
-        others: The roles that other places of a shared tensor speak for.
-        places: What each place of a shared tensor speaks for, in words.
-    """
-
-    role: Role
-    rule: Rule
-    evidence: str
-    confidence: Confidence
-    others: frozenset[Role] = frozenset()
-    places: str = ""
-
-
-def identify(located: Located) -> Finding:
-    """Find the role of a tensor from all its places.
+def identify(located: Sequence[Located]) -> dict[int, Finding]:
+    """Find the role of every tensor from all its places.
 
     Args:
-        located: The tensor.
+        located: The tensors of a model.
 
     Returns:
-        One finding. An embedding that is also the weight of a linear layer is a `TIED_EMBEDDING`; otherwise
-        the first place decides, and the finding lists what the others speak for.
+        A finding per tensor, by `id` of its `Located`. An embedding that is also the weight of a linear layer
+        is a `TIED_EMBEDDING`; otherwise the first place decides, and the finding lists what the others speak
+        for.
     """
-    findings = [_identify_at(place, located) for place in located.places]
-    first = findings[0]
-    roles = {finding.role for finding in findings}
-    if len(roles) == 1:
-        return first
-    places = ", ".join(
-        f"{place.name} is {_article(str(finding.role))} {_say(finding.role)}"
-        for place, finding in zip(located.places, findings, strict=True)
-    )
-    if roles <= _TABLES:  # one library's position is another's embedding: nothing to choose
-        return first
-    if roles <= {*_TABLES, Role.MATRIX}:
-        return Finding(
-            Role.TIED_EMBEDDING, first.rule, f"an embedding and a head share it ({places})", "high"
+    reader = _Reader()
+    return reconcile(located, {id(item): reader.judge(item) for item in located})
+
+
+class _Reader:
+    """Judges tensors one by one; remembers the names that each module holds."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, set[tuple[str, ...]]] = {}
+
+    def judge(self, located: Located) -> Finding:
+        findings = [self._judge_at(place, located) for place in located.places]
+        first = findings[0]
+        roles = {finding.role for finding in findings}
+        if len(roles) == 1:
+            return first
+        places = ", ".join(
+            f"{place.name} is {say_role(finding.role)}"
+            for place, finding in zip(located.places, findings, strict=True)
         )
-    return replace(first, others=frozenset(roles - {first.role}), places=places)
+        if roles <= _TABLES:  # one library's position is another's embedding: nothing to choose
+            return first
+        if roles <= {*_TABLES, Role.MATRIX}:
+            evidence = f"an embedding and a head share it ({places})"
+            return replace(first, role=Role.TIED_EMBEDDING, evidence=evidence, confidence="high")
+        return replace(first, others=frozenset(roles - {first.role}), places=places)
 
+    def _judge_at(self, place: Place, located: Located) -> Finding:
+        if place.is_norm_of_weight:
+            evidence = f"it is the weight-norm gain of {say_owner(place)}"
+            return Finding(Role.WEIGHT_NORM_GAIN, "type", evidence, "high", class_of(place.owner).__name__)
+        found = self._judge_as_if_plain(place, located)
+        if place.is_orthogonalized and found.role in {*_LAYERS, Role.UNKNOWN}:
+            evidence = f"{say_owner(place)} is made orthogonal from it"
+            return replace(found, role=Role.ORTHOGONAL, rule="type", evidence=evidence, confidence="high")
+        return found
 
-def _identify_at(place: Place, located: Located) -> Finding:
-    for find in (_by_adapter, _by_parametrization, _by_type, _by_structure, _by_name):
-        finding = find(place, located)
-        if finding is not None:
-            return finding
-    return _by_shape(place, located)
+    def _judge_as_if_plain(self, place: Place, located: Located) -> Finding:
+        for find in (self._by_adapter, _by_type, _by_structure, self._by_name):
+            finding = find(place, located)
+            if finding is not None:
+                return finding
+        return _by_shape(place, located)
 
+    def _by_adapter(self, place: Place, located: Located) -> Finding | None:
+        if place.local == "bias":
+            return None
+        near = place.ancestors[:-4:-1]
+        for component in (*(name for name, _ in place.held), *(component for component, _ in near)):
+            if component in ADAPTERS:
+                return _adapter(ADAPTERS[component], component, "high")
+        if any(component.startswith("trainable_tokens_") for component, _ in place.ancestors):
+            return _adapter(Role.EMBEDDING, "trainable_tokens", "high")
+        listed = _listed_adapter(place)
+        return self._of_listed_adapter(listed, place, located) if listed else None
 
-def _by_adapter(place: Place, located: Located) -> Finding | None:
-    if place.local == "bias":
+    def _of_listed_adapter(self, component: str, place: Place, located: Located) -> Finding | None:
+        """Decide by type, name and number of dimensions what a tensor of an unknown adapter is."""
+        typed = _by_type(place, located)
+        if typed is not None and typed.role not in _LAYERS:
+            return None
+        named = None if typed else self._by_name(place, located)
+        if named is not None and named.role is Role.BIAS:
+            return None
+        is_gain = len(located.shape) < 2 or (named is not None and named.role is Role.GAIN)
+        return _adapter(Role.ADAPTER_GAIN if is_gain else Role.ADAPTER_MATRIX, component, "medium")
+
+    def _by_name(self, place: Place, located: Located) -> Finding | None:
+        for name, holder in place.held:  # the innermost name that says something
+            role, confidence = EXACT.get(name), "medium"
+            if role is None and not name.isdigit():
+                rule = next((rule for rule in NAMES if self._applies(rule, name, holder, located)), None)
+                role, confidence = (rule.role, rule.confidence) if rule else (None, "")
+            if role is not None:
+                clause = f"{name!r} is a usual name for {say_role(role)}"
+                return Finding(
+                    role, "name", clause, "low" if confidence == "low" else "medium", f"name {name}"
+                )
         return None
-    for component in (place.local, *(component for component, _ in place.ancestors[:-4:-1])):
-        if component in ADAPTERS:
-            role = ADAPTERS[component]
-            return Finding(role, "adapter", f"it belongs to the adapter {component}", "high")
-    if any(component.startswith("trainable_tokens_") for component, _ in place.ancestors):
-        return Finding(Role.EMBEDDING, "adapter", "it replaces rows of an embedding", "high")
+
+    def _applies(self, rule: NameRule, name: str, holder: nn.Module, located: Located) -> bool:
+        if rule.vector_only and not located.is_vector:
+            return False
+        if rule.map_only and located.is_vector and len(located.shape) != 2:
+            return False
+        parts = words(name)
+        if not rule.pattern.fullmatch("_".join(parts)):
+            return False
+        return rule.beside is None or self._holds(holder, parts, *rule.beside)
+
+    def _holds(self, holder: nn.Module, parts: tuple[str, ...], word: str, others: tuple[str, ...]) -> bool:
+        """Whether `holder` has a tensor called like this one, but with another word in place of `word`."""
+        if id(holder) not in self._names:
+            self._names[id(holder)] = own_names(holder)
+        return any(
+            (*parts[:i], *other.split("_"), *parts[i + 1 :]) in self._names[id(holder)]
+            for i, part in enumerate(parts)
+            if part == word
+            for other in others
+        )
+
+
+def _adapter(role: Role, component: str, confidence: Confidence) -> Finding:
+    is_rows = role is Role.EMBEDDING
+    evidence = "it replaces rows of an embedding" if is_rows else f"it belongs to the adapter {component}"
+    return Finding(role, "adapter", evidence, confidence, f"adapter {component}")
+
+
+def _listed_adapter(place: Place) -> str | None:
+    """The entry of PEFT's `adapter_layer_names` of a module above that leads to the tensor."""
+    path = place.name.split(".")
+    for depth, (_, module) in list(enumerate(place.ancestors))[:-5:-1]:
+        listed = vars(module).get("adapter_layer_names", getattr(type(module), "adapter_layer_names", None))
+        if isinstance(listed, (tuple, list)) and path[depth] in listed:
+            return path[depth]
     return None
-
-
-def _by_parametrization(place: Place, located: Located) -> Finding | None:
-    """Split weight norm into gain and direction, torch's parametrizations and the older hooks alike."""
-    siblings = place.owner._parameters
-    if place.parametrization is not None:
-        kinds = {type(step).__name__ for step in place.parametrization}
-        if "_WeightNorm" in kinds and place.part == "original0":
-            return _weight_norm_gain(place)
-        if "_Orthogonal" in kinds:
-            return Finding(Role.ORTHOGONAL, "type", f"{_owner(place)} is made orthogonal from it", "high")
-    elif place.local.endswith("_g") and f"{place.local[:-2]}_v" in siblings:
-        return _weight_norm_gain(place)
-    return None
-
-
-def _weight_norm_gain(place: Place) -> Finding:
-    return Finding(Role.WEIGHT_NORM_GAIN, "type", f"it is the weight-norm gain of {_owner(place)}", "high")
 
 
 def _by_type(place: Place, located: Located) -> Finding | None:
@@ -121,8 +164,7 @@ def _by_type(place: Place, located: Located) -> Finding | None:
     if known is None:
         return None
     base, roles = known
-    local = _plain(place)
-    role = next((role for glob, role in roles.items() if fnmatchcase(local, glob)), None)
+    role = next((role for glob, role in roles.items() if fnmatchcase(place.local, glob)), None)
     if role is None:
         return None
     if role is Role.NORM and getattr(place.owner, "zero_centered_gamma", False):
@@ -133,14 +175,22 @@ def _by_type(place: Place, located: Located) -> Finding | None:
         role = _kind_of_map(place, role)
     name = class_of(place.owner).__name__
     via = "" if name == base else f" (a {base})"
-    return Finding(role, "type", f"{_owner(place)} is {_article(name)} {name}{via}", "high")
+    return Finding(role, "type", f"{say_owner(place)} is {with_article(name)}{via}", "high", name)
+
+
+def _by_structure(place: Place, located: Located) -> Finding | None:
+    found = by_structure(place, located)
+    if found is not None and found.role is Role.EMBEDDING:
+        return replace(found, role=_kind_of_table(place))
+    return found
 
 
 def _kind_of_table(place: Place) -> Role:
     """An embedding of positions, queries or special tokens says so in its class or attribute name."""
     attribute = place.owner_name.rpartition(".")[2]
     for name in (attribute, class_of(place.owner).__name__):
-        rule = next((rule for rule in NAMES if rule.pattern.fullmatch("_".join(words(name)))), None)
+        local = "_".join(words(name))
+        rule = next((rule for rule in _ALONE if rule.pattern.fullmatch(local)), None)
         if rule is not None and rule.role in _TABLES:
             return rule.role
     return Role.EMBEDDING
@@ -151,7 +201,7 @@ def _kind_of_map(place: Place, role: Role) -> Role:
     depth = place.owner_name.count(".") + 1 if place.owner_name else 0
     near = place.ancestors[max(depth - 2, 1) : depth + 1]  # the owner, its parent and its grandparent
     parent = place.ancestors[depth - 1][1] if depth else place.owner
-    if role is Role.CONVOLUTION and {"A_log", "A_logs", "A"} & set(parent._parameters):
+    if role is Role.CONVOLUTION and {("a", "log"), ("a", "logs"), ("a",)} & own_names(parent):
         return Role.SSM_CONVOLUTION
     if any("patch" in words(class_of(module).__name__) for _, module in near):
         return role  # a patch embedding is often called pos_embed
@@ -161,91 +211,16 @@ def _kind_of_map(place: Place, role: Role) -> Role:
     return role
 
 
-def _by_structure(place: Place, located: Located) -> Finding | None:
-    """A class we do not know, without parameterised children, named like a norm, activation or embedding."""
-    owner = place.owner
-    if isinstance(owner, (nn.Linear, nn.Embedding)) or _has_parameterised_children(owner):
-        return None
-    name = class_of(owner).__name__
-    kinds = {
-        word for cls in type(owner).__mro__ if cls.__module__ != "builtins" for word in words(cls.__name__)
-    }
-    kinds -= {"module"}
-    local = set(words(place.local))
-    is_norm = bool(_NORM_WORDS & kinds) or any(word.endswith("norm") for word in kinds)
-    if is_norm and (
-        located.is_vector or (_ends_as_norm(name) and local <= {"weight", "gamma", "scale", "g"})
-    ):
-        role = Role.BIAS if local & {"bias", "beta", "shift", "b"} else Role.NORM
-        if role is Role.NORM and getattr(owner, "zero_centered_gamma", False):
-            role = Role.ZERO_CENTERED_NORM
-        clause = f"{_owner(place)} is {_article(name)} {name}, built like a norm"
-        return Finding(role, "structure", clause, "high" if located.is_vector else "medium")
-    if located.is_vector and _ACTIVATION.search(name):
-        clause = f"{_owner(place)} is {_article(name)} {name}, built like an activation"
-        role = Role.BIAS if "bias" in local else Role.ACTIVATION
-        return Finding(role, "structure", clause, "high")
-    if (
-        words(name)[-1:] in _EMBEDDING_ENDS
-        and place.local == "weight"
-        and sum(n > 1 for n in located.shape) == 2
-    ):
-        clause = f"{_owner(place)} is {_article(name)} {name}, built like an embedding"
-        return Finding(_kind_of_table(place), "structure", clause, "medium")
-    return None
-
-
-def _by_name(place: Place, located: Located) -> Finding | None:
-    local = "_".join(words(_plain(place)))
-    for rule in NAMES:
-        if rule.vector_only and not located.is_vector:
-            continue
-        if rule.map_only and located.is_vector and len(located.shape) != 2:
-            continue
-        held = place.owner._parameters
-        if (rule.beside and rule.beside not in held) or (rule.not_beside and rule.not_beside in held):
-            continue
-        if rule.pattern.fullmatch(local):
-            clause = f"{place.local!r} is a usual name for {_article(str(rule.role))} {_say(rule.role)}"
-            return Finding(rule.role, "name", clause, "medium")
-    return None
-
-
 def _by_shape(place: Place, located: Located) -> Finding:
-    shape, kind = located.shape, f"no rule knows {place.local!r} of {class_of(place.owner).__name__}"
+    shape, name = located.shape, next((n for n, _ in place.held if not n.isdigit()), place.local)
+    kind = f"no rule knows {name!r} of {class_of(place.owner).__name__}"
     if len(shape) <= 1:
-        return Finding(Role.VECTOR, "shape", f"{kind}, and it has {len(shape)} dimensions", "medium")
-    if located.is_vector and shape[0] == 1 and len(shape) > 2:
-        return Finding(Role.VECTOR, "shape", f"{kind}, and its shape {shape} is a broadcast vector", "low")
-    return Finding(Role.UNKNOWN, "default", f"{kind}, and its shape {shape} may be a matrix", "low")
-
-
-def _plain(place: Place) -> str:
-    """The local name without what the older hook-based weight norm and spectral norm append."""
-    for suffix in ("_v", "_orig"):
-        stem = place.local.removesuffix(suffix)
-        partner = stem + {"_v": "_g", "_orig": "_u"}[suffix]
-        if stem != place.local and (partner in place.owner._parameters or partner in place.owner._buffers):
-            return stem
-    return place.local
-
-
-def _ends_as_norm(name: str) -> bool:
-    last = words(name)[-1:]
-    return bool(last) and (last[0] in _NORM_WORDS or last[0].endswith("norm"))
-
-
-def _has_parameterised_children(module: nn.Module) -> bool:
-    return any(True for child in module.children() for _ in child.parameters())
-
-
-def _owner(place: Place) -> str:
-    return place.owner_name or "the model"
-
-
-def _article(noun: str) -> str:
-    return "an" if noun[:1].lower() in "aeiou" or noun[:2] in ("LN", "RM") else "a"
-
-
-def _say(role: Role) -> str:
-    return str(role).replace("_", " ")
+        evidence = f"{kind}, and it has {len(shape)} dimensions"
+        return Finding(Role.VECTOR, "shape", evidence, "medium", f"shape {name}")
+    if located.is_vector:
+        # One row or column may also be a matrix with one output.
+        confidence: Confidence = "low" if len(shape) == 2 and max(shape) > 1 else "medium"
+        evidence = f"{kind}, and only one dimension of its shape {shape} is larger than one"
+        return Finding(Role.VECTOR, "shape", evidence, confidence, f"shape {name}")
+    evidence = f"{kind}, and its shape {shape} may be a matrix"
+    return Finding(Role.UNKNOWN, "default", evidence, "low", f"default {name}")

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from .places import Located, Place, class_of, unwrap
 from .roles import Role
-from .walk import Located, Place, class_of, unwrap
 
 _MATCH_PREVIOUS = 99999  # timm: "belongs to the group before"
 _BOTTOM = frozenset({Role.EMBEDDING, Role.TIED_EMBEDDING, Role.POSITION, Role.TOKEN})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -13,9 +13,9 @@ from torch.fx import GraphModule
 from .decide import Decision, Options
 from .marks import mark_of_tensor
 from .overrides import ParamGroupWarning
+from .places import Located, tensors_of, words
 from .policies import get_policy
 from .roles import Role
-from .walk import Located, tensors_of, words
 
 MAX_GROUPS = 100
 _NORMS = frozenset({Role.NORM, Role.ZERO_CENTERED_NORM})
@@ -31,18 +31,30 @@ class Lint:
         level: `warning` if it is probably a mistake, `note` if it may be meant.
         message: What was seen.
         names: The parameters concerned.
+        kinds: A kind for each name, by which a long list is sorted; empty: there is one.
     """
 
     code: str
     level: Literal["warning", "note"]
     message: str
     names: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        shown = ", ".join(self.names[:5]) + (
-            f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
-        )
-        return f"{self.message}: {shown}" if shown else self.message
+        """`message: a, b and 3 more`, or the same for each kind: `message: unknown: a, b; vector: c`."""
+        if len(set(self.kinds)) < 2:
+            return f"{self.message}: {_shorten(self.names)}" if self.names else self.message
+        pairs = list(zip(self.names, self.kinds, strict=True))
+        lists = [
+            f"{kind}: {_shorten([name for name, k in pairs if k == kind])}"
+            for kind in dict.fromkeys(self.kinds)
+        ]
+        return f"{self.message}: {'; '.join(lists)}"
+
+
+def _shorten(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def lint(decisions: Sequence[Decision], groups: Sequence[Mapping[str, Any]]) -> list[Lint]:
@@ -57,6 +69,7 @@ def lint(decisions: Sequence[Decision], groups: Sequence[Mapping[str, Any]]) -> 
     """
     found = [remark for check in _CHECKS if (remark := check(decisions)) is not None]
     grouped = {id(p) for group in groups for p in tensors_of(group)}
+    found += _decay_of_groups(decisions, groups)
     lost = tuple(d.name for d in decisions if id(d.param) not in grouped)
     if lost:
         found.append(Lint("not-in-a-group", "warning", "trainable, but in no group, so never updated", lost))
@@ -137,7 +150,26 @@ def _is_rebuilt(d: Decision) -> bool:
 
 def _low_confidence(decisions: Sequence[Decision]) -> Lint | None:
     low = [d for d in decisions if d.confidence == "low" and not d.disputed]
-    return _remark("low-confidence", "warning", "not recognised, decided with low confidence", low)
+    remark = _remark("low-confidence", "warning", "not recognised, decided with low confidence", low)
+    return None if remark is None else replace(remark, kinds=tuple(str(d.role) for d in low))
+
+
+def _left_out_below(decisions: Sequence[Decision]) -> Lint | None:
+    left = [d for d in decisions if d.located.left_out_by]
+    message = "parameters() of a submodule leaves out what parameters() of the model yields"
+    return _remark("left-out-below", "warning", message, left)
+
+
+def _decay_of_groups(decisions: Sequence[Decision], groups: Iterable[Mapping[str, Any]]) -> list[Lint]:
+    """Groups in use that decide otherwise: a load replaces their options by those of the checkpoint."""
+    live = {id(p): float(group.get("weight_decay", 0.0)) for group in groups for p in tensors_of(group)}
+    began = [d for d in decisions if not d.decays and live.get(id(d.param), 0.0) > 0]
+    ceased = [d for d in decisions if d.options["weight_decay"] > 0 and live.get(id(d.param), 1.0) == 0]
+    remarks = [
+        _remark("decays-in-its-group", "warning", "exempt, but the group in use decays", began),
+        _remark("exempt-in-its-group", "warning", "decays, but not in the group in use", ceased),
+    ]
+    return [remark for remark in remarks if remark is not None]
 
 
 def _remark(
@@ -153,5 +185,6 @@ _CHECKS: tuple[Callable[[Sequence[Decision]], Lint | None], ...] = (
     _lost_mark,
     _aliases_disagree,
     _lost_types,
+    _left_out_below,
     _low_confidence,
 )

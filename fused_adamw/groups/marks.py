@@ -6,8 +6,8 @@
 * `module.no_weight_decay_patterns()` (open_clip): globs, relative to that module.
 * `module.no_weight_decay_keywords()` (Swin): whole path components below that module.
 
-timm and DeiT call the hooks of the outermost module only. Here a hook counts at any depth, and speaks
-only for the parameters below the module that declares it.
+The hooks may also be properties or plain collections. timm and DeiT call the hooks of the outermost module
+only. Here a hook counts at any depth, and speaks only for the parameters below the module that declares it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .walk import Located, Place, canonical, class_of
+from .places import Located, Place, canonical, class_of
 
 HOOKS = ("no_weight_decay", "no_weight_decay_patterns", "no_weight_decay_keywords")
 
@@ -31,10 +31,12 @@ class Mark:
     Attributes:
         options: Group options; `weight_decay: 0.0` for a plain "no decay".
         evidence: Where it was found, for the report.
+        because: The same in a few words.
     """
 
     options: dict[str, Any]
     evidence: str
+    because: str
 
 
 class Marks:
@@ -63,8 +65,9 @@ class Marks:
                 entry = next((entry for entry in entries if matches(relative, entry)), None)
                 if entry is not None:
                     where = ".".join(components[:depth]) or "the model"
-                    source = f"{class_of(module).__name__}.{hook}() of {where} lists {entry!r}"
-                    return Mark({"weight_decay": 0.0}, source)
+                    said = f"{class_of(module).__name__}.{hook}()"
+                    source = f"{said} of {where} lists {entry!r}"
+                    return Mark({"weight_decay": 0.0}, source, f"{said} lists it")
         return None
 
     def _hooks_of(self, module: nn.Module, name: str) -> list[tuple[str, Collection[str]]]:
@@ -79,14 +82,16 @@ def mark_of_tensor(param: Tensor) -> Mark | None:
     """Read `_optim` and `_no_weight_decay` of one tensor."""
     options = getattr(param, "_optim", None)
     if isinstance(options, dict) and options:
-        return Mark(dict(options), f"the tensor carries _optim={options!r}")
+        said = f"the tensor carries _optim={options!r}"
+        return Mark(dict(options), said, said)
     if getattr(param, "_no_weight_decay", False):
-        return Mark({"weight_decay": 0.0}, "the tensor carries _no_weight_decay")
+        said = "the tensor carries _no_weight_decay"
+        return Mark({"weight_decay": 0.0}, said, said)
     return None
 
 
 def call_hook(module: nn.Module, hook: str, name: str = "") -> Collection[str] | None:
-    """Call a hook of `module`, if it declares one.
+    """Ask a hook of `module`, a method, a property or a plain collection, if it declares one.
 
     Args:
         module: The module.
@@ -105,7 +110,8 @@ def call_hook(module: nn.Module, hook: str, name: str = "") -> Collection[str] |
         return None
     where = f"{hook} of {class_of(module).__name__} ({name or 'the model'})"
     try:
-        entries = getattr(module, hook)() if callable(declared) else declared
+        entries = getattr(module, hook)
+        entries = entries() if callable(entries) else entries
     except Exception as error:
         raise ValueError(
             f"{where} raised {type(error).__name__}: {error}; expected it to list names"

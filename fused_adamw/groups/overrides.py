@@ -1,7 +1,8 @@
 """What the user asks for by hand: a selector, and a setting for everything it selects.
 
 A selector is a glob over the canonical name, a compiled regular expression (searched in the name), a module
-type (every parameter below a module of that type) or a predicate `(name, tensor) -> bool`. Aliases count.
+type (every parameter below a module of that type), a module of the model (every parameter below it) or a
+predicate `(name, tensor) -> bool`. Aliases count.
 
 A setting is a bool (decay or not), a number (this weight decay), or a mapping of options: `weight_decay`,
 `weight_decay_scale`, `lr`, `lr_scale`, and any other group option of the optimizer, such as `betas`.
@@ -11,18 +12,20 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .walk import Located
+from .places import Located, class_of
 
-Selector: TypeAlias = "str | re.Pattern[str] | type | Callable[[str, Tensor], bool]"
+Selector: TypeAlias = "str | re.Pattern[str] | type | nn.Module | Callable[[str, Tensor], bool]"
 Setting: TypeAlias = "bool | float | Mapping[str, Any]"
 Overrides: TypeAlias = "Mapping[Selector, Setting] | Sequence[tuple[Selector, Setting]]"
 
@@ -46,11 +49,19 @@ class Override:
     selector: Selector
     options: dict[str, Any]
 
+    @cached_property
+    def below(self) -> frozenset[int]:
+        """Identities of the tensors below the module that is the selector, however deep it is shared."""
+        modules = self.selector.modules() if isinstance(self.selector, nn.Module) else ()
+        return frozenset(id(p) for module in modules for p in module._parameters.values() if p is not None)
+
     def matches(self, located: Located) -> bool:
         """Whether any place of the tensor is selected."""
         selector = self.selector
         if isinstance(selector, type):
             return any(isinstance(m, selector) for place in located.places for _, m in place.ancestors)
+        if isinstance(selector, nn.Module):
+            return id(located.param) in self.below
         names = [place.name for place in located.places]
         if isinstance(selector, str):
             return any(fnmatchcase(name, selector) for name in names)
@@ -61,7 +72,13 @@ class Override:
     def __str__(self) -> str:
         if isinstance(self.selector, re.Pattern):
             return f"re:{self.selector.pattern}"
-        return self.selector if isinstance(self.selector, str) else self.selector.__name__
+        if isinstance(self.selector, nn.Module):
+            return f"this {class_of(self.selector).__name__}"
+        return (
+            self.selector
+            if isinstance(self.selector, str)
+            else getattr(self.selector, "__name__", repr(self.selector))
+        )
 
 
 def parse_overrides(overrides: Overrides | None, located: Iterable[Located]) -> list[Override]:
@@ -87,10 +104,11 @@ def parse_overrides(overrides: Overrides | None, located: Iterable[Located]) -> 
         selector, setting = pair
         if not (isinstance(selector, (str, re.Pattern, type)) or callable(selector)):
             raise TypeError(
-                f"override {selector!r}: expected a glob, a compiled regular expression, a module type or a "
-                "predicate (name, tensor) -> bool"
+                f"override {selector!r}: expected a glob, a compiled regular expression, a module type or "
+                "instance, or a predicate (name, tensor) -> bool"
             )
-        override = Override(selector, parse_setting(setting, f"override {selector!r}"))
+        where = str(Override(selector, {})) if isinstance(selector, nn.Module) else selector
+        override = Override(selector, parse_setting(setting, f"override {where!r}"))
         matched = [item for item in tensors if override.matches(item)]
         if not matched:
             raise ValueError(_no_match(override, tensors))
@@ -116,24 +134,52 @@ def parse_setting(setting: Setting, where: str) -> dict[str, Any]:
         TypeError: If the setting is none of these.
         ValueError: If a decay or scale is negative or not finite, or an option is reserved.
     """
-    if isinstance(setting, (bool, int, float)):
-        setting = {"weight_decay": setting}
     if not isinstance(setting, Mapping):
-        raise TypeError(f"{where}: expected a bool, a weight decay or a mapping of options, got {setting!r}")
+        if not _is_number(setting):
+            raise TypeError(
+                f"{where}: expected a bool, a weight decay or a mapping of options, got {setting!r}"
+            )
+        setting = {"weight_decay": setting}
+    options = dict(setting)
     for option, value in setting.items():
         if option in _RESERVED:
             raise ValueError(f"{where}: {option!r} is written by the builder and cannot be set")
         if option in _NUMBERS:
-            check_number(value, f"{where}: {option}")
-    return dict(setting)
+            number = as_number(value, f"{where}: {option}")
+            options[option] = bool(value) if _is_bool(value) else number
+    return options
 
 
-def check_number(value: Any, where: str) -> None:
-    """Raise unless `value` is a finite number, zero or more."""
-    if not isinstance(value, (bool, int, float)):
+def as_number(value: Any, where: str) -> float:
+    """Return a decay or scale as a float: a number of any kind, of NumPy or torch too.
+
+    Args:
+        value: The number.
+        where: What it belongs to, for messages.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative or not finite.
+    """
+    if not _is_number(value):
         raise TypeError(f"{where}: expected a number, got {value!r}")
-    if not math.isfinite(value) or value < 0:
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
         raise ValueError(f"{where}: expected a finite number >= 0, got {value!r}")
+    return number
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, numbers.Real):
+        return True
+    if not (hasattr(value, "dtype") and hasattr(value, "__float__")):
+        return False
+    sized = value.numel() if isinstance(value, Tensor) else getattr(value, "size", 1)  # NumPy's arrays
+    return bool(sized == 1) and not str(value.dtype).removeprefix("torch.").startswith("complex")
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def _no_match(override: Override, tensors: Sequence[Located]) -> str:

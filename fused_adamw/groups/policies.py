@@ -13,8 +13,8 @@ from fnmatch import fnmatch, fnmatchcase
 
 from torch import nn
 
+from .places import Located
 from .roles import Role
-from .walk import Located
 
 Verdict = tuple[bool, str]  # (does it decay, why)
 Rule = Callable[[Located, Collection[str]], Verdict]  # the tensor, what the model's no_weight_decay() lists

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -13,17 +13,20 @@ from rich.table import Table
 from rich.text import Text
 
 from .decide import Decision
-
-if TYPE_CHECKING:
-    from .report import ParamGroupReport, PolicyDiff
+from .lint import Lint
 
 
-def report_table(report: ParamGroupReport) -> Group:
-    """Draw a report: a line per parameter or fold of parameters, totals, remarks."""
-    scaled = any(d.lr_scale != 1 for d in report.decisions)
-    table = Table(
-        title=f"{report.model_name}, policy {report.policy.name}", title_justify="left", box=SIMPLE_HEAD
-    )
+def report_table(title: str, decisions: Sequence[Decision], groups: int, remarks: Iterable[Lint]) -> Group:
+    """Draw a report: a line per parameter or fold of parameters, totals, remarks.
+
+    Args:
+        title: What is above the table.
+        decisions: One per tensor.
+        groups: How many parameter groups there are.
+        remarks: What is below the table.
+    """
+    scaled = any(d.lr_scale != 1 for d in decisions)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("parameter", overflow="fold")
     table.add_column("shape", overflow="fold")
     table.add_column("decay", justify="right")
@@ -31,28 +34,29 @@ def report_table(report: ParamGroupReport) -> Group:
         table.add_column("lr scale", justify="right")
     table.add_column("role")
     table.add_column("decided by", overflow="fold")
-    for rows in fold(
-        report.decisions, lambda d: (d.decays, d.role, d.rule, _because(d), d.options["weight_decay"])
-    ):
+    for rows in fold(decisions, lambda d: (d.decays, d.role, d.rule, d.because, d.options["weight_decay"])):
         first = rows[0]
         cells: list[str | Text] = [_name(rows), _shape(rows), _decay(first)]
         if scaled:
             cells.append(_range([d.lr_scale for d in rows]))
-        table.add_row(*cells, str(first.role), _because(first) + _doubt(first))
-    remarks = [
-        Text(f"{r.level}: {r}", style="yellow" if r.level == "warning" else "dim") for r in report.lints
-    ]
-    return Group(table, *(Text(line) for line in _totals(report)), *remarks)
+        table.add_row(*cells, str(first.role), first.because + _doubt(first))
+    styles = {"warning": "yellow", "note": "dim"}
+    lines = [Text(f"{remark.level}: {remark}", style=styles[remark.level]) for remark in remarks]
+    return Group(table, Text(_totals(decisions, groups)), *lines)
 
 
-def diff_table(diff: PolicyDiff) -> Group:
-    """Draw where two policies disagree."""
-    ours, theirs = diff.report.policy.name, diff.policy.name
-    total = len(diff.report.decisions)
-    title = f"{diff.report.model_name}: {ours} and {theirs} disagree on {len(diff)} of {total} tensors"
-    if not diff.pairs:
+def diff_table(title: str, ours: str, theirs: str, pairs: Sequence[tuple[Decision, Decision]]) -> Group:
+    """Draw where two policies disagree.
+
+    Args:
+        title: What is above the table.
+        ours: Name of the first policy.
+        theirs: Name of the second policy.
+        pairs: (first decision, second decision) for each tensor on which they disagree.
+    """
+    if not pairs:
         return Group(Text(title))
-    other = {mine.name: their for mine, their in diff.pairs}
+    other = {mine.name: their for mine, their in pairs}
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("parameter", overflow="fold")
     table.add_column("shape", overflow="fold")
@@ -60,15 +64,15 @@ def diff_table(diff: PolicyDiff) -> Group:
     table.add_column(theirs, overflow="fold")
 
     def key(d: Decision) -> tuple[Any, ...]:
-        return d.decays, d.role, d.rule, _because(d), other[d.name].evidence
+        return d.decays, d.role, d.rule, d.because, other[d.name].because
 
-    for rows in fold([mine for mine, _ in diff.pairs], key):
+    for rows in fold([mine for mine, _ in pairs], key):
         mine, their = rows[0], other[rows[0].name]
         table.add_row(
             _name(rows),
             _shape(rows),
-            Text.assemble(_verdict(mine), f": {mine.role}, {_because(mine)}"),
-            Text.assemble(_verdict(their), f": {their.evidence.partition(': ')[2] or their.evidence}"),
+            Text.assemble(_verdict(mine), f": {mine.role}, {mine.because}"),
+            Text.assemble(_verdict(their), f": {their.because}"),
         )
     return Group(table)
 
@@ -141,21 +145,6 @@ def _verdict(decision: Decision) -> Text:
     return Text("decays", style="green") if decision.decays else Text("no decay", style="cyan")
 
 
-def _because(decision: Decision) -> str:
-    """The evidence in a few words; the same for all layers that repeat."""
-    place = decision.located.places[0]
-    if decision.rule in ("type", "structure"):
-        return decision.owner
-    if decision.rule in ("name", "shape", "default"):
-        return f"{decision.rule} {place.local}"
-    if decision.rule == "adapter":
-        return f"adapter {place.name.removeprefix(place.owner_name).strip('.') or place.local}"
-    if decision.rule == "mark":
-        what, _, rest = decision.evidence.partition(" lists ")
-        return what.partition(" of ")[0] + (" lists it" if rest else "")
-    return decision.evidence
-
-
 def _doubt(decision: Decision) -> str:
     return " (low confidence)" if decision.confidence == "low" else ""
 
@@ -165,10 +154,9 @@ def _range(values: Sequence[float]) -> str:
     return f"{low:.3g}" if low == high else f"{low:.2g}–{high:.2g}"
 
 
-def _totals(report: ParamGroupReport) -> list[str]:
+def _totals(decisions: Sequence[Decision], groups: int) -> str:
     lines = []
     for label, decays in (("decay", True), ("no_decay", False)):
-        chosen = [d.param.numel() for d in report.decisions if d.decays is decays]
+        chosen = [d.param.numel() for d in decisions if d.decays is decays]
         lines.append(f"{label}: {len(chosen)} params, {sum(chosen):,} values")
-    groups = len(report.groups)
-    return [f"{'; '.join(lines)}; {groups} group{'' if groups == 1 else 's'}"]
+    return f"{'; '.join(lines)}; {groups} group{'' if groups == 1 else 's'}"

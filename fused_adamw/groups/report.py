@@ -14,9 +14,9 @@ from .build import group_decisions
 from .decide import Decision, Options, decide
 from .lint import Lint, lint
 from .overrides import Overrides, Setting
+from .places import canonical, class_of, tensors_of, unwrap
 from .policies import Policy, get_policy
 from .roles import Role
-from .walk import canonical, class_of, unwrap
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -91,7 +91,7 @@ class ParamGroupReport:
         return {
             "model": self.model_name,
             "policy": self.policy.name,
-            "weight_decay": self.options.weight_decay,
+            "weight_decay": float(self.options.weight_decay),
             "groups": [_group(group) for group in self.groups],
             "parameters": [_parameter(decision) for decision in self.decisions],
             "lint": [
@@ -112,7 +112,8 @@ class ParamGroupReport:
     def __rich__(self) -> RenderableType:
         from .render import report_table
 
-        return report_table(self)
+        title = f"{self.model_name}, policy {self.policy.name}"
+        return report_table(title, self.decisions, len(self.groups), self.lints)
 
     def __str__(self) -> str:
         from .render import plain
@@ -164,7 +165,9 @@ class PolicyDiff:
     def __rich__(self) -> RenderableType:
         from .render import diff_table
 
-        return diff_table(self)
+        ours, theirs, total = self.report.policy.name, self.policy.name, len(self.report.decisions)
+        title = f"{self.report.model_name}: {ours} and {theirs} disagree on {len(self)} of {total} tensors"
+        return diff_table(title, ours, theirs, self.pairs)
 
     def __str__(self) -> str:
         from .render import plain
@@ -217,8 +220,8 @@ def explain_param_groups(
 
 def _group(group: Mapping[str, Any]) -> dict[str, Any]:
     options = {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
-    values = sum(param.numel() for param in group["params"])
-    return {"params": len(group["params"]), "values": values, **options}
+    params = tensors_of(group)
+    return {"params": len(params), "values": sum(param.numel() for param in params), **options}
 
 
 def _parameter(decision: Decision) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .walk import canonical
+from .places import canonical
 
 
 def compare_param_names(

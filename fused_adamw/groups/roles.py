@@ -1,10 +1,10 @@
 """What a parameter is for: the roles, and the tables that map module types and local names to them.
 
-Three tables, data only, from strong evidence to weak:
+Tables, data only, from strong evidence to weak:
 
 * `TYPES`: module type -> role of each of its own tensors. Subclasses are included.
 * `ADAPTERS`: names of adapter containers (PEFT) -> role.
-* `NAMES`: local name of a raw parameter -> role. The name inside the owner, never the path.
+* `EXACT`, `NAMES`: local name of a raw parameter -> role. The name inside the owner, never the path.
 
 A type is a class, or the name of a class of a library that is not imported here. `register_type` adds one.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -110,18 +110,28 @@ TYPES: dict[type | str, Mapping[str, Role]] = {
     "Step3p7RMSNorm": _ZERO_CENTERED,
 }
 
-# PEFT keeps an adapter's tensors under these names, below the layer that they adapt.
+# PEFT and LyCORIS keep an adapter's tensors under these names, below the layer that they adapt. PEFT's other
+# adapters are found by the `adapter_layer_names` of their layer.
 ADAPTERS: dict[str, Role] = {
     "lora_A": Role.ADAPTER_MATRIX,
     "lora_B": Role.ADAPTER_MATRIX,
+    "lora_down": Role.ADAPTER_MATRIX,
+    "lora_mid": Role.ADAPTER_MATRIX,
+    "lora_up": Role.ADAPTER_MATRIX,
     "lora_embedding_A": Role.ADAPTER_MATRIX,
     "lora_embedding_B": Role.ADAPTER_MATRIX,
     "lora_E": Role.ADAPTER_GAIN,  # AdaLoRA: the singular values
     "lora_magnitude_vector": Role.ADAPTER_GAIN,  # DoRA
+    "boft_s": Role.ADAPTER_GAIN,
     "ia3_l": Role.ADAPTER_GAIN,
     "vera_lambda_b": Role.ADAPTER_GAIN,
     "vera_lambda_d": Role.ADAPTER_GAIN,
 }
+
+
+# Names that mean one thing when they are written exactly so. TransformerLens: every other W_* is a matrix and
+# b_* its bias, as in any other library.
+EXACT: dict[str, Role] = {"W_E": Role.EMBEDDING, "W_pos": Role.POSITION, "W_token_type": Role.EMBEDDING}
 
 
 class NameRule(NamedTuple):
@@ -132,16 +142,17 @@ class NameRule(NamedTuple):
         pattern: Matched against the whole name, lower case, words joined by `_`, numbers dropped.
         vector_only: Only for tensors with at most one dimension larger than one.
         map_only: Only for tensors that may be a matrix: two dimensions, or two larger than one.
-        beside: Only if the owner holds a tensor of this name too.
-        not_beside: Only if the owner holds no tensor of this name.
+        beside: `(word, others)`: only if the owner holds a tensor of the same name with one of the others in
+            that word's place.
+        confidence: How much such a name says.
     """
 
     role: Role
     pattern: re.Pattern[str]
     vector_only: bool = False
     map_only: bool = False
-    beside: str = ""
-    not_beside: str = ""
+    beside: tuple[str, tuple[str, ...]] | None = None
+    confidence: Literal["medium", "low"] = "medium"
 
 
 def _name(role: Role, pattern: str, **conditions: Any) -> NameRule:
@@ -150,13 +161,30 @@ def _name(role: Role, pattern: str, **conditions: Any) -> NameRule:
 
 _EMBED = "(emb|embs|embed|embeds|embedding|embeddings|encoding|encodings|enc)"
 _POS = "(pos|position|positions|positional|rel|relative|rpe|ape)"
+_PLAIN = (
+    "bias|b|scales?|gain|gamma|beta|norm|mask|zero|log|sigma|rho"  # not matrices, after w or weight either
+)
 
 # The first rule that matches decides, so the order matters: `relative_position_bias_table` is a
 # position although it says bias, `layer_norm_weight` a norm although it says weight.
 NAMES: tuple[NameRule, ...] = (
+    # what the name of a sibling settles: the bias of W_q is b_q, that of gamma is beta; a query beside a key
+    # is the matrix of an attention, an encoder beside a decoder that of an autoencoder
+    _name(Role.BIAS, r"(.*_)?b(_.*)?", beside=("b", ("w", "weight"))),
+    _name(Role.BIAS, r"(.*_)?beta(_.*)?", beside=("beta", ("gamma",))),
+    _name(Role.BIAS, r"(.*_)?shift(_.*)?", beside=("shift", ("scale",))),
+    _name(Role.MATRIX, r"(.*_)?query", map_only=True, beside=("query", ("key",))),
+    _name(Role.MATRIX, r"(.*_)?key", map_only=True, beside=("key", ("query",))),
+    _name(Role.MATRIX, r"(.*_)?value", map_only=True, beside=("value", ("query", "key"))),
+    _name(Role.MATRIX, r"(.*_)?enc", map_only=True, beside=("enc", ("dec",))),
+    _name(Role.MATRIX, r"(.*_)?dec", map_only=True, beside=("dec", ("enc",))),
+    # a leading w or weight, or a map as the last word, makes a matrix, whatever it maps
+    _name(Role.MATRIX, rf"w(eights?)?_(.*_)?({_EMBED}|{_POS}|tokens?)", map_only=True, confidence="low"),
+    _name(Role.MATRIX, rf"w(eights?)?_(?!(.*_)?({_PLAIN})(_|$)).*", map_only=True),
+    _name(Role.MATRIX, r"(.*_)?(proj|projection|kernel|matrix)(_(w|weight))?", map_only=True),
     # state-space and linear-recurrence dynamics: Mamba, VMamba, S4, LRU, RG-LRU, RWKV
     _name(Role.RECURRENCE, r"(.*_)?a_logs?|ds|log_a(_.*)?|a_(real|imag)|(inv|log)_dt|dt_bias"),
-    _name(Role.RECURRENCE, r"d", beside="A_log"),
+    _name(Role.RECURRENCE, r"d", beside=("d", ("a_log",))),
     _name(Role.RECURRENCE, r"d|recurrent_param|(nu|theta|gamma)_log", vector_only=True),
     _name(Role.RECURRENCE, r"time_(decay|first|faaaa)"),
     _name(Role.RECURRENCE, r"time_(mix|maa|shift)(_[a-z]+)?", vector_only=True),
@@ -166,7 +194,10 @@ NAMES: tuple[NameRule, ...] = (
     _name(Role.POSITION, rf"(.*_)?(row|col|column|height|width|time|temporal|spatial)_(rel|{_EMBED})(_.*)?"),
     _name(Role.POSITION, rf"({_EMBED}|rel)_{_POS}(_.*)?"),
     _name(Role.POSITION, r"(.*_)?relative_(.*_)?(bias|table|embeddings?)(_.*)?|(.*_)?bias_table"),
-    _name(Role.POSITION, rf"(.*_)?({_POS}|freqs|pos_frequencies|wpe)|att(entio)?n_biases|(.*_)?rope(_.*)?"),
+    _name(
+        Role.POSITION,
+        rf"(.*_)?({_POS}|freqs|pos_frequencies|wpe(_weight)?)|att(entio)?n_biases|(.*_)?rope(_.*)?",
+    ),
     # norms and biases inside a larger module
     _name(Role.NORM, r"(.*_)?([a-z]*norm|ln|bn|gn)(_(weight|scale|gamma|gain|g|w))?", vector_only=True),
     _name(Role.BIAS, r"(.*_)?bias(es)?(_(?!.*(weight|proj|kernel)).*)?"),
@@ -178,7 +209,7 @@ NAMES: tuple[NameRule, ...] = (
     ),
     # learned rows: queries, special tokens, tables
     _name(Role.QUERY, r"(.*_)?(queries|latents?|object_query)(_.*)?"),
-    _name(Role.QUERY, r"(.*_)?query", not_beside="key"),  # beside a key it is an attention's matrix
+    _name(Role.QUERY, r"(.*_)?query"),
     _name(
         Role.TOKEN,
         r"(?!(word_)?(emb|embed|embedding)_)(.*_)?(tokens?|probe|registers?|newline|separator|prompts?)",
@@ -188,9 +219,9 @@ NAMES: tuple[NameRule, ...] = (
     ),
     _name(Role.TOKEN, r"(.*_)?tokens?_.*|image_(begin|end|sep)", vector_only=True),
     _name(Role.TOKEN, r"(mem|memory|null)_(k|v|kv)"),
-    _name(Role.EMBEDDING, rf"(.*_)?({_EMBED}|table|codebook|codevectors)|modulation|embed_.*|wte"),
+    _name(Role.EMBEDDING, rf"(.*_)?({_EMBED}|table|codebook|codevectors)|modulation|embed_.*|wte(_weight)?"),
     _name(Role.EMBEDDING, r"(.*_)?embeddings_(?!.*(weight|proj|kernel)).*"),
-    _name(Role.ADAPTER_MATRIX, r"lora_[ab]"),
+    _name(Role.ADAPTER_MATRIX, r"lora_[ab]|(lora|hada|lokr)_(.*_)?([abtw]|down|mid|up)", map_only=True),
     # gains: layer scale, residual gates, ReZero, NFNet
     _name(Role.GAIN, r"(.*_)?(layer_?scale|gamma|lambdas?|alphas?|scale|gain)"),
     _name(Role.GAIN, r"(.*_)?(layer_?scale|gamma|lambda|alpha|scale|gain)_.*", vector_only=True),

@@ -1,104 +1,124 @@
-"""One pass over a model: every tensor once, with every place where it hangs.
-
-A *place* is a name in the module tree. Two things stand between a name and the module that gives the
-tensor its meaning, and this file sees through both: wrappers, which add a path component
-(`_orig_mod`, `module`, ...), and holders, which stand between a module and its own tensor
-(`ParametrizationList`, `ParameterList`, `ParameterDict`).
-"""
+"""Which tensors make up a model: those that it yields itself, each once, with all its places."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import ParametrizationList
 
-# Components that only a wrapper ever adds: torch.compile, FSDP1, torch's checkpoint_wrapper.
-WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-
-# `module` is also a fine name for a user's own attribute, so it is dropped only under these classes.
-WRAPPERS_WITH_MODULE = frozenset(
-    {
-        "AveragedModel",  # torch.optim.swa_utils
-        "DataParallel",
-        "DeepSpeedEngine",
-        "DistributedDataParallel",
-        "Float16Module",  # Megatron-LM
-        "FullyShardedDataParallel",
-    }
-)
-
-# Holders keep tensors for the module above them and mean nothing by themselves.
-HOLDERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a tensor hangs.
-
-    Attributes:
-        name: Canonical name: the path without wrapper components.
-        local: The tensor's name inside its owner, e.g. `weight`.
-        owner: The module the tensor belongs to; holders and parametrizations are looked through.
-        owner_name: Canonical path of the owner ("" is the model itself).
-        ancestors: `(component, module)` from the model down to the module that holds the tensor,
-            wrappers left out.
-        parametrization: The list that produces the tensor, when the owner's tensor is parametrized.
-        part: The tensor's name inside that list: `original`, `original0`, ...
-    """
-
-    name: str
-    local: str
-    owner: nn.Module
-    owner_name: str
-    ancestors: tuple[tuple[str, nn.Module], ...]
-    parametrization: ParametrizationList | None = None
-    part: str = ""
-
-
-@dataclass(eq=False)
-class Located:
-    """A tensor and its places; the first one gives it its name, the others are aliases."""
-
-    param: Tensor
-    places: list[Place]
-    shape: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return self.places[0].name
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        return tuple(place.name for place in self.places[1:])
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether at most one dimension is larger than one: a vector, however it is broadcast."""
-        return sum(size != 1 for size in self.shape) <= 1
+from .places import Located, Place, is_wrapping, place_of, places, shape_of, shapes_before_fsdp1, unwrap
 
 
 def walk(model: nn.Module) -> list[Located]:
-    """List every parameter of `model` once, in the order of `model.named_parameters()`.
+    """List every parameter that `model.parameters()` yields, once and in that order.
 
     Args:
-        model: Any module, wrapped or not.
+        model: Any module, wrapped or not. If it overrides `parameters()` or `named_parameters()`, its word
+            counts: what it does not yield is left out, what only it knows is found in its plain attributes.
 
     Returns:
         One `Located` per tensor, frozen ones included; a tied tensor has several places.
     """
+    sharded = shapes_before_fsdp1(model)
     found: dict[int, Located] = {}
-    sharded = _shapes_before_fsdp1(model)
-    for place, param in _places(model):
-        if id(param) not in found:
-            found[id(param)] = Located(param, [], sharded.get(id(param)) or _shape(param))
-        found[id(param)].places.append(place)
-    return list(found.values())
+    for place, param in places(model):
+        _add(found, place, param, sharded)
+    inner = unwrap(model)
+    kept = _yielded_through_wrappers(model, inner, found)
+    for place, param in _unregistered(inner, [param for param in kept if id(param) not in found]):
+        _add(found, place, param, sharded)
+    result = [found[id(param)] for param in kept]
+    _note_what_submodules_leave_out(model, inner, result)
+    return result
+
+
+def _add(
+    found: dict[int, Located], place: Place, param: Tensor, sharded: Mapping[int, tuple[int, ...]]
+) -> None:
+    if id(param) not in found:
+        found[id(param)] = Located(param, [], sharded.get(id(param)) or shape_of(param))
+    found[id(param)].places.append(place)
+
+
+def _yielded_through_wrappers(
+    model: nn.Module, inner: nn.Module, found: Mapping[int, Located]
+) -> list[Tensor]:
+    """What the wrapped model yields, without what a wrapper of it leaves out."""
+    kept: list[Tensor] = list({id(param): param for param in inner.parameters()}.values())
+    while model is not inner:
+        outer = {id(param) for param in model.parameters()}
+        kept = [param for param in kept if id(param) in outer or id(param) not in found]
+        model = next(m for key, m in model._modules.items() if m is not None and is_wrapping(model, key))
+    return kept
+
+
+def _unregistered(inner: nn.Module, missing: list[Tensor]) -> list[tuple[Place, Tensor]]:
+    """Places of tensors that a model yields from plain attributes, lists of modules say, or from nowhere."""
+    if not missing:
+        return []
+    wanted = {id(param) for param in missing}
+    found = [
+        (place, param)
+        for attribute, value in vars(inner).items()
+        if attribute not in ("_parameters", "_modules", "_buffers")
+        for place, param in _places_in(inner, attribute, value)
+        if id(param) in wanted
+    ]
+    wanted -= {id(param) for _, param in found}
+    names = {id(param): name for name, param in inner.named_parameters()}
+    for i, param in enumerate(missing):
+        if id(param) in wanted:
+            name = names.get(id(param), f"parameters.{i}")
+            found.append((replace(place_of(name.rpartition(".")[2], (("", inner),)), name=name), param))
+    return found
+
+
+def _places_in(inner: nn.Module, attribute: str, value: Any) -> Iterator[tuple[Place, Tensor]]:
+    root = ("", inner)
+    if isinstance(value, nn.Module):
+        yield from places(value, (root, (attribute, value)))
+    elif isinstance(value, nn.Parameter):
+        yield place_of(attribute, (root,)), value
+    elif isinstance(value, (list, tuple, dict)):
+        holder = nn.ModuleList()  # stands for the container, which says as little
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(item, nn.Module):
+                yield from places(item, (root, (attribute, holder), (str(key), item)))
+            elif isinstance(item, nn.Parameter):
+                yield place_of(str(key), (root, (attribute, holder))), item
+
+
+def _note_what_submodules_leave_out(model: nn.Module, inner: nn.Module, result: list[Located]) -> None:
+    said: dict[int, set[int] | None] = {id(model): None, id(inner): None}
+    for item in result:
+        for place in item.places:
+            for depth, (_, module) in enumerate(place.ancestors):
+                if id(module) not in said:
+                    said[id(module)] = _yielded_by_own_word(module)
+                kept = said[id(module)]
+                if kept is not None and id(item.param) not in kept:
+                    item.left_out_by = ".".join(component for component, _ in place.ancestors[1 : depth + 1])
+
+
+def _yielded_by_own_word(module: nn.Module) -> set[int] | None:
+    """Identities of what a module yields by a `parameters()` of its own; None if it has none."""
+    if not _overrides_parameters(module):
+        return None
+    try:
+        return {id(param) for param in module.parameters()}
+    except Exception:  # it needs arguments, or yields no tensors: it says nothing here
+        return None
+
+
+def _overrides_parameters(module: nn.Module) -> bool:
+    for method in ("parameters", "named_parameters"):
+        owner = next(cls for cls in type(module).__mro__ if method in vars(cls))
+        if method in vars(module) or not owner.__module__.startswith("torch."):
+            return True
+    return False
 
 
 def is_model(params: object) -> bool:
@@ -115,120 +135,6 @@ def is_model(params: object) -> bool:
         return True
     first = next(iter(params), None)  # type: ignore[call-overload]
     return not isinstance(first, (Tensor, dict, tuple))
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP, FSDP1, `torch.compile` and checkpoint wrappers."""
-    while True:
-        inner = next(
-            (m for key, m in model._modules.items() if m is not None and _is_wrapping(model, key)), None
-        )
-        if inner is None:
-            return model
-        model = inner
-
-
-def canonical(path: str) -> str:
-    """Drop the components that only wrappers add from a name found outside a model.
-
-    A leading `module.` is dropped too: it is what DDP writes into checkpoints.
-    """
-    parts = [part for part in path.split(".") if part not in WRAPPER_COMPONENTS]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
-
-
-def class_of(module: nn.Module) -> type:
-    """Return the class its author wrote: `fully_shard` and parametrize subclass it on the fly."""
-    for cls in type(module).__mro__:
-        if not cls.__module__.startswith(("torch.nn.utils.parametrize", "torch.distributed.fsdp")):
-            return cls
-    return type(module)
-
-
-def tensors_of(group: Mapping[str, Any]) -> list[Tensor]:
-    """Return the tensors of a parameter group, which may hold a single one instead of a list."""
-    params = group["params"]
-    return [params] if isinstance(params, Tensor) else list(params)
-
-
-@lru_cache(maxsize=4096)
-def words(name: str) -> tuple[str, ...]:
-    """Split an identifier into lower-case words: `A_log`, `LayerNorm2d`, `pos_embed1` lose their numbers."""
-    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name))
-    found = (re.sub(r"(?<=[a-z])\d+d?$|^\d+d?$", "", word) for word in name.lower().split("_"))
-    return tuple(word for word in found if word)
-
-
-def _shape(param: Tensor) -> tuple[int, ...]:
-    if isinstance(param, UninitializedParameter):
-        return ()
-    # DeepSpeed ZeRO-3 empties the tensor and keeps its shape aside.
-    return tuple(getattr(param, "ds_shape", param.shape))
-
-
-def _shapes_before_fsdp1(model: nn.Module) -> dict[int, tuple[int, ...]]:
-    """FSDP1 with `use_orig_params=True` flattens every parameter; its flat parameter remembers the shapes."""
-    shapes: dict[int, tuple[int, ...]] = {}
-    for module in model.modules():
-        flat = getattr(vars(module).get("_handle"), "flat_param", None)
-        params, kept = getattr(flat, "_params", None), getattr(flat, "_shapes", None)
-        if params and kept:
-            shapes.update({id(p): tuple(shape) for p, shape in zip(params, kept, strict=False)})
-    return shapes
-
-
-def _is_wrapping(module: nn.Module, component: str) -> bool:
-    if component in WRAPPER_COMPONENTS:
-        return True
-    return component == "module" and any(cls.__name__ in WRAPPERS_WITH_MODULE for cls in type(module).__mro__)
-
-
-def _places(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
-    """Walk the tree in pre-order. Shared modules are visited at every place, cycles once."""
-    active: set[int] = set()
-
-    def visit(module: nn.Module, path: tuple[tuple[str, nn.Module], ...]) -> Iterator[tuple[Place, Tensor]]:
-        if id(module) in active:
-            return
-        active.add(id(module))
-        for key, param in module._parameters.items():
-            if param is not None:
-                yield _place(key, path), param
-        for key, child in module._modules.items():
-            if child is None:
-                continue
-            if _is_wrapping(module, key):  # the wrapped module takes its wrapper's place in the path
-                yield from visit(child, (*path[:-1], (path[-1][0], child)))
-            else:
-                yield from visit(child, (*path, (key, child)))
-        active.discard(id(module))
-
-    yield from visit(model, (("", model),))
-
-
-def _place(key: str, path: tuple[tuple[str, nn.Module], ...]) -> Place:
-    name = ".".join((*(component for component, _ in path[1:]), key))
-    depth, local, part = len(path) - 1, key, ""
-    parametrization = None
-    holder = path[depth][1]
-    # host -> ModuleDict "parametrizations" -> ParametrizationList "weight" -> "original"
-    if isinstance(holder, ParametrizationList) and depth >= 2 and path[depth - 1][0] == "parametrizations":
-        parametrization, part, local = holder, key, path[depth][0]
-        depth -= 2
-    while depth > 0 and isinstance(path[depth][1], HOLDERS):
-        local = path[depth][0]
-        depth -= 1
-    return Place(
-        name=name,
-        local=local,
-        owner=path[depth][1],
-        owner_name=".".join(component for component, _ in path[1 : depth + 1]),
-        ancestors=path,
-        parametrization=parametrization,
-        part=part,
-    )
 
 
 def trainable(located: list[Located]) -> list[Located]:

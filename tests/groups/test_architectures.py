@@ -2,8 +2,9 @@
 
 import pytest
 
+from fused_adamw.cli import main
+from fused_adamw.cli.targets import load_target
 from fused_adamw.groups import build_param_groups, explain_param_groups
-from fused_adamw.groups.targets import load_target
 
 from .architectures import CASES
 from .helpers import assert_partition, decays
@@ -76,3 +77,22 @@ def test_accuracy(build, capsys):
         print(f"\n{total} tricky parameters of {len(CASES)} models: {said}")
     assert shares["hygiene"] >= 0.99
     assert shares["hygiene"] > max(share for policy, share in shares.items() if policy != "hygiene")
+
+
+class TestLibraryTargets:
+    def test_timm(self, timm, capsys):
+        assert main(["explain", "timm:resnet50"]) == 0
+        assert "decay: 54 params" in capsys.readouterr().out
+        assert main(["explain", "timm:resnet5"]) == 2
+        assert "timm has no such model; did you mean resnet" in capsys.readouterr().err
+
+    def test_transformers(self, transformers, capsys):
+        assert main(["explain", "transformers:gpt2"]) == 0
+        assert "decay: 48 params, 84,934,656 values" in capsys.readouterr().out
+        assert main(["explain", "transformers:gpt17"]) == 2
+        assert "transformers has no such model type" in capsys.readouterr().err
+
+    def test_diffusers(self, diffusers, capsys):
+        assert main(["explain", "diffusers:UNet2DModel"]) == 0
+        assert main(["explain", "diffusers:Nothing"]) == 2
+        assert "diffusers has no such model class" in capsys.readouterr().err

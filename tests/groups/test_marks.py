@@ -1,6 +1,7 @@
 """Marks on tensors and hooks of modules, at any depth, scoped to the module that declares them."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -168,6 +169,44 @@ def test_bad_hooks(returned, message):
 
     with pytest.raises(ValueError, match=message):
         build_param_groups(Model())
+
+
+FORMS = {
+    "method": lambda self: {"mystery"},
+    "property": property(lambda self: {"mystery"}),
+    "property that reads the instance": property(lambda self: self.listed),
+    "class method": classmethod(lambda cls: ("mystery",)),
+    "static method": staticmethod(lambda: ["mystery"]),
+    "set": {"mystery"},
+    "tuple": ("mystery",),
+    "partial": functools.partial(list, ["mystery"]),
+}
+
+
+@pytest.mark.parametrize("hook", ["no_weight_decay", "no_weight_decay_patterns", "no_weight_decay_keywords"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_a_hook(hook, form):
+    model = type("Model", (Attention,), {hook: FORMS[form]})()
+    model.listed = ["mystery"]
+    assert answers(nn.Sequential(model)) == {"0.mystery": False, "0.proj.weight": True}
+
+
+def test_a_hook_on_the_instance():
+    for value in (lambda: {"mystery"}, {"mystery"}):
+        model = Attention()
+        model.no_weight_decay = value
+        assert answers(model) == {"mystery": False, "proj.weight": True}
+
+
+def test_timms_policy_reads_a_property_too():
+    model = type("Model", (Attention,), {"no_weight_decay": property(lambda self: {"mystery"})})()
+    assert answers(model, policy="timm") == {"mystery": False, "proj.weight": True}
+
+
+def test_a_property_that_fails():
+    model = type("Model", (Attention,), {"no_weight_decay": property(lambda self: 1 / 0)})()
+    with pytest.raises(ValueError, match=r"no_weight_decay of Model .* raised ZeroDivisionError"):
+        answers(model)
 
 
 def test_empty_hooks():

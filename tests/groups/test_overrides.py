@@ -55,6 +55,33 @@ class TestSelectors:
         groups = build_param_groups(model, 0.1, overrides=[(lambda name, p: p.ndim == 1, True)])
         assert set(decays(groups).values()) == {True}
 
+    def test_module_instance_covers_what_is_below_it(self, model):
+        assert not any(decays(build_param_groups(model, 0.1, overrides={model: False})).values())
+        groups = build_param_groups(
+            model, 0.1, overrides={model[2]: False, model[2][0]: {"weight_decay": 0.3}}
+        )
+        assert options(groups, "0.weight") == {"weight_decay": 0.1}
+        assert options(groups, "2.0.bias") == {"weight_decay": 0.3}
+        assert options(groups, "2.1.weight") == {"weight_decay": 0.0}
+        report = explain_param_groups(model, overrides={model[2][1]: True})
+        assert (
+            report["2.1.weight"]
+            == "2.1.weight decays (0.01): override 'this RMSNorm' sets weight_decay=True."
+        )
+
+    def test_module_instance_reaches_shared_and_parametrized_tensors(self):
+        model = nn.ModuleDict({"embed": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)})
+        model["head"].weight = model["embed"].weight
+        assert decays(build_param_groups(model, overrides={model["head"]: True})) == {"embed.weight": True}
+        layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+        assert not any(decays(build_param_groups(layer, overrides={layer: False})).values())
+        wrapped = torch.compile(model)
+        assert decays(build_param_groups(wrapped, overrides={wrapped: True})) == {"embed.weight": True}
+
+    def test_module_of_another_model_matches_nothing(self, model):
+        with pytest.raises(ValueError, match="override 'this Linear' matches no parameter"):
+            build_param_groups(model, overrides={nn.Linear(2, 2): False})
+
     def test_alias_matches(self):
         groups = build_param_groups(on_meta(GPT2, layers=1), 0.1, overrides={"lm_head.weight": 0.05})
         assert options(groups, "transformer.wte.weight") == {"weight_decay": 0.05}
@@ -193,7 +220,7 @@ class TestRefusals:
             (
                 {3: 0.0},
                 TypeError,
-                "override 3: expected a glob, a compiled regular expression, a module type or",
+                "override 3: expected a glob, a compiled regular expression, a module type or instance, or a",
             ),
             (["0.weight"], TypeError, r"override '0.weight': expected a pair \(selector, setting\)"),
             ({"*": "no"}, TypeError, "expected a bool, a weight decay or a mapping of options, got 'no'"),

@@ -1,9 +1,7 @@
 """The report, the diff, the remarks and the command line."""
 
-import argparse
 import ast
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from fused_adamw.groups import ParamGroupWarning, build_param_groups, cli, explain_param_groups
+import fused_adamw.groups
+from fused_adamw.groups import ParamGroupWarning, build_param_groups, explain_param_groups
 
-from .models import GPT2, ResNet50, RMSNorm, on_meta
+from .models import GPT2, ResNet50, on_meta
 
 
 @pytest.fixture(scope="module")
@@ -21,18 +20,7 @@ def report():
     return explain_param_groups(on_meta(GPT2), 0.1)
 
 
-def run(*arguments, **kwargs):
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    return cli.run(parser.parse_args(arguments))
-
-
 INDICES = torch.tensor([0, 1])
-
-
-def tiny():
-    """The factory that the tests of the command line name."""
-    return nn.Sequential(nn.Linear(2, 2), RMSNorm(2))
 
 
 class TestSentences:
@@ -250,6 +238,30 @@ class TestLint:
         remark = self.codes(model, groups=optimizer.param_groups)["not-in-a-group"]
         assert (remark.level, remark.names) == ("warning", ("1.weight", "1.bias"))
 
+    @pytest.mark.parametrize("shape", ["as built", "one group", "single tensors"])
+    def test_groups_in_use_that_decay_what_is_exempt(self, shape):
+        model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+        groups = build_param_groups(model, 0.1)
+        if shape == "as built":
+            groups[1]["weight_decay"] = 0.01  # as a load of torch's own checkpoint leaves it
+        elif shape == "one group":
+            groups = [{"params": list(model.parameters()), "weight_decay": 0.01}]
+        else:
+            groups = [{"params": p, "weight_decay": 0.01} for p in model.parameters()]
+        report = explain_param_groups(model, 0.1, groups=groups)
+        (remark,) = report.lints
+        assert (remark.code, remark.level) == ("decays-in-its-group", "warning")
+        assert remark.names == ("0.bias", "1.weight", "1.bias")
+        assert "exempt, but the group in use decays: 0.bias" in str(report)
+        assert report.to_dict()["lint"][0]["code"] == "decays-in-its-group"
+
+    def test_groups_in_use_that_exempt_what_decays(self):
+        model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+        groups = build_param_groups(model, 0.0)
+        remark = self.codes(model, groups=groups)["exempt-in-its-group"]
+        assert (remark.level, remark.names) == ("warning", ("0.weight",))
+        assert explain_param_groups(model, 0.0, groups=groups).lints == []
+
     def test_too_many_groups(self):
         model = nn.ParameterList(nn.Parameter(torch.ones(2, 2)) for _ in range(100))
         overrides = {str(i): {"weight_decay": i / 1000 + 0.001} for i in range(100)}
@@ -258,70 +270,29 @@ class TestLint:
         assert len(groups) == 100
 
     def test_long_lists_are_cut(self):
-        model = nn.ModuleList(nn.ModuleList() for _ in range(8))
+        model = nn.ModuleList(nn.ModuleList() for _ in range(11))
         for module in model:
             module.zeta = nn.Parameter(torch.ones(2, 3))
-        assert "4.zeta and 3 more" in str(self.codes(model)["low-confidence"])
+        assert "6.zeta, 7.zeta and 3 more" in str(self.codes(model)["low-confidence"])
 
-
-class TestCommandLine:
-    def test_table(self, capsys):
-        assert run(f"{__name__}:tiny", "--width", "100") == 0
-        assert "Sequential, policy hygiene" in capsys.readouterr().out
-
-    def test_diff(self, capsys):
-        assert run(f"{__name__}:tiny", "--diff", "huggingface") == 0
-        assert "Sequential: hygiene and huggingface disagree on 1 of 3 tensors" in capsys.readouterr().out
-
-    def test_json(self, capsys):
-        assert run(f"{__name__}:tiny", "--json", "--weight-decay", "0.3", "--override", "0.bias=true") == 0
-        data = json.loads(capsys.readouterr().out)
-        assert [group["params"] for group in data["groups"]] == [2, 1]
-        assert data["weight_decay"] == 0.3
-
-    def test_json_of_a_diff(self, capsys):
-        assert run(f"{__name__}:tiny", "--json", "--diff", "all") == 0
-        assert json.loads(capsys.readouterr().out)["policies"] == ["hygiene", "all"]
-
-    def test_sentences(self, capsys):
-        assert run(f"{__name__}:tiny", "1.weight", "0.weight", "--role", "norm=0.5") == 0
-        first, second = capsys.readouterr().out.splitlines()
-        assert first == (
-            "1.weight decays (0.5): 1 is an RMSNorm, built like a norm; roles= says so for norm."
-        )
-        assert second == "0.weight decays (0.01): 0 is a Linear; matrices decay."
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["resnet50"], "error: target 'resnet50': expected package.module:factory, timm:NAME"),
-            (["no.such.module:f"], "error: target 'no.such.module:f': No module named 'no'"),
-            (["json:loads2"], "has no attribute 'loads2'"),
-            (["os:getcwd"], "error: target 'os:getcwd': expected a torch.nn.Module, got str"),
-            ([f"{__name__}:tiny", "2.weight"], "error: no trainable parameter is called '2.weight'"),
-            ([f"{__name__}:tiny", "--override", "x=1"], "error: override 'x' matches no parameter"),
-            ([f"{__name__}:tiny", "--override", "x=yes"], "error: --override 'x=yes': expected NAME=true"),
-            ([f"{__name__}:tiny", "--role", "x=1"], "error: unknown role 'x'"),
-        ],
-    )
-    def test_errors(self, capsys, arguments, message):
-        assert run(*arguments) == 2
-        assert message in capsys.readouterr().err
-
-    @pytest.mark.slow
-    def test_as_a_program(self):
-        command = [sys.executable, "-m", "fused_adamw", "explain", "torch.nn:Linear", "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert "error: target 'torch.nn:Linear'" in done.stderr
+    def test_doubtful_parameters_are_listed_by_role(self):
+        model = nn.ModuleList(nn.ModuleList() for _ in range(10))
+        for module in model:
+            module.zeta = nn.Parameter(torch.ones(2, 3))
+            module.row = nn.Parameter(torch.ones(1, 3))
+        with pytest.warns(ParamGroupWarning) as caught:
+            build_param_groups(model)
+        (text,) = [str(w.message) for w in caught]
+        zetas, rows = (", ".join(f"{i}.{name}" for i in range(8)) for name in ("zeta", "row"))
+        assert f"low confidence: unknown: {zetas} and 2 more; vector: {rows} and 2 more." in text
 
 
 def test_groups_is_a_leaf():
     """Torch and the standard library at import; rich only where tables are drawn, and imported late."""
-    package = Path(cli.__file__).parent
+    package = Path(fused_adamw.groups.__file__).parent
     allowed = {"torch", *sys.stdlib_module_names}
     for path in package.glob("*.py"):
-        drawing = {"rich"} if path.name in ("render.py", "cli.py") else set()
+        drawing = {"rich"} if path.name == "render.py" else set()
         tree = ast.parse(path.read_text())
         imported = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
         froms = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
@@ -329,25 +300,21 @@ def test_groups_is_a_leaf():
         assert {name.partition(".")[0] for name in imported} <= allowed | drawing, path.name
         siblings = {node.module for node in froms if node.level}
         assert all(node.level <= 1 for node in froms), path.name
-        if path.name not in ("cli.py",):
-            assert not siblings & {"render", "cli"}, path.name
+        assert "render" not in siblings, path.name
 
 
-@pytest.mark.slow
-class TestLibraryTargets:
-    def test_timm(self, timm, capsys):
-        assert run("timm:resnet50") == 0
-        assert "decay: 54 params" in capsys.readouterr().out
-        assert run("timm:resnet5") == 2
-        assert "timm has no such model; did you mean resnet" in capsys.readouterr().err
-
-    def test_transformers(self, transformers, capsys):
-        assert run("transformers:gpt2") == 0
-        assert "decay: 48 params, 84,934,656 values" in capsys.readouterr().out
-        assert run("transformers:gpt17") == 2
-        assert "transformers has no such model type" in capsys.readouterr().err
-
-    def test_diffusers(self, diffusers, capsys):
-        assert run("diffusers:UNet2DModel") == 0
-        assert run("diffusers:Nothing") == 2
-        assert "diffusers has no such model class" in capsys.readouterr().err
+def test_no_circle_among_the_files_of_groups():
+    """Imports inside functions and for types count too."""
+    package = Path(fused_adamw.groups.__file__).parent
+    imports = {
+        path.stem: {
+            node.module or alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.level == 1
+            for alias in node.names
+        }
+        for path in package.glob("*.py")
+    }
+    while ready := {name for name, needs in imports.items() if not needs & set(imports)}:
+        imports = {name: needs for name, needs in imports.items() if name not in ready}
+    assert not imports

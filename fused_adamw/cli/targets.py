@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def load_target(target: str) -> nn.Module:
 
     Raises:
         ValueError: If the target is malformed or names nothing; the message says what was expected.
+        Exception: Whatever the module or the factory raises.
     """
     source, colon, name = target.partition(":")
     if not (colon and source and name):
@@ -41,21 +43,55 @@ def load_target(target: str) -> nn.Module:
 
 
 def _from_factory(source: str, name: str) -> nn.Module:
+    target = f"{source}:{name}"
+    _refuse_paths(source, name)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
+    found: Any = _import(source, target)
     try:
-        found: Any = importlib.import_module(source)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"target '{source}:{name}': {error}") from error
-    try:
-        model = found() if callable(found) and not isinstance(found, nn.Module) else found
-    except TypeError as error:
-        raise ValueError(f"target '{source}:{name}': {error}") from error
+    except AttributeError as error:
+        raise ValueError(f"target {target!r}: {error}") from error
+    model = _call(found, target) if callable(found) and not isinstance(found, nn.Module) else found
     if not isinstance(model, nn.Module):
-        raise ValueError(f"target '{source}:{name}': expected a torch.nn.Module, got {type(model).__name__}")
+        raise ValueError(f"target {target!r}: expected a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _refuse_paths(source: str, name: str) -> None:
+    """Explain that a target names a module, where a path was given."""
+    if not (source.endswith(".py") or "/" in source or source.startswith(".")):
+        return
+    path = PurePath(source.removesuffix(".py"))
+    parts = [part for part in path.parts if part not in ("..", path.anchor)]
+    hint = f"; try {'.'.join(parts)}:{name}" if parts else ""
+    where = " in the folder that holds it" if ".." in path.parts or path.anchor else ""
+    raise ValueError(f"target '{source}:{name}': expected a module, not a file{hint}{where}")
+
+
+def _import(source: str, target: str) -> Any:
+    """Import a module. An error that its own code raises passes through, with its traceback."""
+    try:
+        return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{source}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"target {target!r}: {error}") from error
+    except SystemExit as error:
+        raise ValueError(f"target {target!r}: importing it calls sys.exit({error.code!r})") from error
+
+
+def _call(factory: Callable[[], Any], target: str) -> Any:
+    """Call a factory. An error that its own code raises passes through, with its traceback."""
+    try:
+        return factory()
+    except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise
+        raise ValueError(f"target {target!r}: {error}") from error  # it wants arguments
+    except SystemExit as error:
+        raise ValueError(f"target {target!r}: it calls sys.exit({error.code!r})") from error
 
 
 def _library(name: str) -> Any:
@@ -93,7 +129,10 @@ def _transformers(name: str) -> nn.Module:
     try:
         config = transformers.AutoConfig.for_model(name)
     except ValueError as error:
-        raise ValueError(f"target 'transformers:{name}': transformers has no such model type") from error
+        raise ValueError(
+            f"target 'transformers:{name}': transformers has no such model type "
+            "(a type such as gpt2, not the name of a checkpoint)"
+        ) from error
     for head in _HEADS:
         mapping = getattr(transformers, head, {})
         if type(config) in mapping:

@@ -1,0 +1,35 @@
+"""The command line: `python -m fused_adamw info | explain`."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import explain, info
+from .errors import show_error
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments; None: those of the process.
+
+    Returns:
+        The exit status: 0, or 2 if the request cannot be met; the reason goes to stderr.
+    """
+    parser = argparse.ArgumentParser(prog="python -m fused_adamw")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in (info, explain):
+        name = command.__name__.rpartition(".")[2]
+        about = commands.add_parser(name, help=command.HELP)
+        command.add_arguments(about)
+        about.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except Exception as error:
+        show_error(error, args.target)
+        return 2
+    return 0
