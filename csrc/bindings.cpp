@@ -214,14 +214,15 @@ bool supports(std::string device_type, int64_t param_dtype, int64_t grad_dtype, 
 }
 
 std::string build_info() {
-  std::string version, archs;
+  std::string version, archs, switches;
 #ifdef FUSED_ADAMW_CUDA
   version = cuda_version();
   archs = cuda_archs();
+  switches = cuda_switches();
 #endif
   return "{\"cpu_capability\": \"" + std::string(cpu_kernels().capability) + "\", \"compiler\": \"" +
          FUSED_ADAMW_COMPILER + "\", \"cuda_version\": \"" + version + "\", \"cuda_archs\": \"" + archs +
-         "\"}";
+         "\", \"cuda_switches\": \"" + switches + "\"}";
 }
 
 }  // namespace

@@ -63,8 +63,11 @@ ALLOWED_INCLUDES = {
     "cuda/layouts.h": {"formats.h"},
     "cuda/walk.cuh": {"formats.h"},
     "cuda/norm.cu": {"cuda/kernels.h", "cuda/walk.cuh"},
-    "cuda/update.cu": {"adamw.h", "cuda/kernels.h", "cuda/layouts.h", "cuda/walk.cuh"},
-    "cuda/dispatch.cu": {"cuda/kernels.h", "cuda/layouts.h"},
+    "cuda/switches.h": set(),
+    "cuda/fast_math.h": {"formats.h"},
+    "cuda/update.cu": {"adamw.h", "cuda/walk.cuh"}
+    | {f"cuda/{part}.h" for part in ("fast_math", "kernels", "layouts", "switches")},
+    "cuda/dispatch.cu": {"cuda/kernels.h", "cuda/layouts.h", "cuda/switches.h"},
     "guard.h": set(),
     "guard.cpp": {"guard.h"},
     "bindings.cpp": {"adamw.h", "cpu/kernels.h", "cuda/kernels.h", "guard.h", "tables.h"},

@@ -87,14 +87,25 @@ def build(folder: Path, *flags: str) -> Path:
     return folder / "library.so"
 
 
-@pytest.fixture(scope="session")
-def cuda(tmp_path_factory):
-    """The library. Emulated device d holds d + 1 blocks at once; `cuda.device` tells what was launched."""
-    cuda = ctypes.CDLL(str(build(tmp_path_factory.mktemp("cuda_emulation"))))
+def load(library: Path) -> ctypes.CDLL:
+    cuda = ctypes.CDLL(str(library))
     cuda.norm.restype = cuda.update.restype = ctypes.c_char_p
     cuda.emulated_device.restype = ctypes.POINTER(Device)
     cuda.device = cuda.emulated_device().contents
     return cuda
+
+
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory):
+    """The library. Emulated device d holds d + 1 blocks at once; `cuda.device` tells what was launched."""
+    return load(build(tmp_path_factory.mktemp("cuda_emulation")))
+
+
+@pytest.fixture(scope="session")
+def switched(tmp_path_factory):
+    """The library with every switch of csrc/cuda/switches.h that changes how results are computed."""
+    flags = ("-DFUSED_ADAMW_FAST_MATH=1", "-DFUSED_ADAMW_REVERSE_UPDATE=1")
+    return load(build(tmp_path_factory.mktemp("cuda_emulation_switched"), *flags))
 
 
 # ---- Memory with guards around it
@@ -318,6 +329,34 @@ def test_update_at_every_alignment(cuda, dtypes, amsgrad):
         for s in (1, 2, 3, 4, 6)
     ]
     Model(together + one_off, dtypes, chunk_size=256).update(cuda, device=2)
+
+
+def with_special_values(model: Model) -> Model:
+    """Put zeros, dying and huge numbers and NaN among the others, alone and in whole vectors."""
+    for tensors in model.buffers:
+        for buffer in tensors[1:5]:
+            values = buffer.values.copy()
+            values[:64] = values[70::7] = 0.0
+            values[71::31], values[64:68] = np.finfo(values.dtype).tiny / 8, 1e-30
+            values[75::29] *= values.dtype.type(1e25 if buffer.dtype in (F32, BF16) else 1.0)
+            values[79::37] = np.nan
+            buffer.bytes[:] = buffer.encode(values)
+    return model
+
+
+@combinations
+@pytest.mark.parametrize("error", [-2, 2])
+def test_switches_change_no_bit(switched, dtypes, error):
+    switched.set_approximation_error(error)
+    params = [Param(n, step=3.0 * (n % 2), amsgrad=n % 3 == 0, shifts=(n % 2,) * 5) for n in sizes(C)]
+    Model(params, dtypes).update(switched, device=1, sums=[9.0, 16.0], max_grad_norm=2.5)
+    with_special_values(Model(params[-4:], dtypes)).update(switched, device=2)
+
+
+def test_switched_kernels_do_use_the_approximations(switched):
+    switched.set_approximation_error(1 << 22)
+    with pytest.raises(AssertionError, match="p of Param"):
+        Model([Param(C)]).update(switched)
 
 
 @combinations

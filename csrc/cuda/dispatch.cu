@@ -1,6 +1,7 @@
 // CUDA: which object file has the update of a parameter format, and what the kernels were built for.
 #include "kernels.h"
 #include "layouts.h"
+#include "switches.h"
 
 #ifndef FUSED_ADAMW_CUDA_ARCHS
 #define FUSED_ADAMW_CUDA_ARCHS ""
@@ -26,5 +27,10 @@ const char* launch_update(const UpdateArgs& args, bool hypers_on_host, int devic
 const char* cuda_version() { return STRING(__CUDACC_VER_MAJOR__) "." STRING(__CUDACC_VER_MINOR__); }
 
 const char* cuda_archs() { return FUSED_ADAMW_CUDA_ARCHS; }
+
+const char* cuda_switches() {
+  return "fast_math=" STRING(FUSED_ADAMW_FAST_MATH) " reverse_update=" STRING(
+      FUSED_ADAMW_REVERSE_UPDATE) " blocks_per_processor=" STRING(FUSED_ADAMW_BLOCKS_PER_PROCESSOR);
+}
 
 }  // namespace fused_adamw

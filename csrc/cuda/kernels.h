@@ -24,4 +24,7 @@ bool cuda_supports(DType param, DType grad, DType state);
 const char* cuda_version();
 const char* cuda_archs();
 
+// How switches.h was set.
+const char* cuda_switches();
+
 }  // namespace fused_adamw

@@ -1,7 +1,9 @@
 // CUDA: the update of parameters of one format, FUSED_ADAMW_PARAM. No torch: plain nvcc compiles this file.
 #include "../adamw.h"
+#include "fast_math.h"
 #include "kernels.h"
 #include "layouts.h"
+#include "switches.h"
 #include "walk.cuh"
 
 namespace fused_adamw {
@@ -39,23 +41,41 @@ struct Pointers {
   typename L::State::Stored *m, *v, *v_max;
 };
 
+template <bool kAmsgrad, typename L, int N>
+__device__ __forceinline__ void load_elements(Elements<L, N>* x, const Pointers<L>& at, int i) {
+  load(&x->p, at.p + i);
+  load(&x->g, at.g + i);
+  load(&x->m, at.m + i);
+  load(&x->v, at.v + i);
+  if (kAmsgrad) load(&x->v_max, at.v_max + i);
+}
+
+template <bool kAmsgrad, typename L, int N>
+__device__ __forceinline__ void store_elements(const Pointers<L>& at, int i, const Elements<L, N>& x) {
+  store(at.p + i, x.p);
+  store(at.m + i, x.m);
+  store(at.v + i, x.v);
+  if (kAmsgrad) store(at.v_max + i, x.v_max);
+}
+
 // Applies the rule to the n elements at `start`, N at a time.
 template <int N, bool kAmsgrad, typename L, typename T>
 __device__ __forceinline__ void update_vectors(const Pointers<L>& at, int start, int n,
                                                const Coefficients<T>& c) {
+  constexpr bool kFast = FUSED_ADAMW_FAST_MATH && sizeof(T) == sizeof(float);
   for (int i = start + threadIdx.x * N; i < start + n; i += kThreads * N) {
     Elements<L, N> x;
-    load(&x.p, at.p + i);
-    load(&x.g, at.g + i);
-    load(&x.m, at.m + i);
-    load(&x.v, at.v + i);
-    if (kAmsgrad) load(&x.v_max, at.v_max + i);
-    IeeeMath math;
+    load_elements<kAmsgrad>(&x, at, i);
+    std::conditional_t<kFast, FastMath, IeeeMath> math;
     update_elements<kAmsgrad>(x, c, math);
-    store(at.p + i, x.p);
-    store(at.m + i, x.m);
-    store(at.v + i, x.v);
-    if (kAmsgrad) store(at.v_max + i, x.v_max);
+    if constexpr (kFast) {
+      if (!math.exact) {  // from memory again: registers that kept the elements would be spilled
+        load_elements<kAmsgrad>(&x, at, i);
+        IeeeMath ieee;
+        update_elements<kAmsgrad>(x, c, ieee);
+      }
+    }
+    store_elements<kAmsgrad>(at, i, x);
   }
 }
 
@@ -88,10 +108,13 @@ struct UpdateParams {
 };
 static_assert(sizeof(UpdateParams) <= 4096, "kernel parameters are limited to 4 KiB");
 
-// Three blocks of a processor have 48 KB of loads in flight, and a thread of theirs 80 registers (in double:
-// two blocks, 32 KB, 128 registers), which hold its vectors without spilling.
+// Doubles take twice the registers: two blocks, 32 KB of loads in flight, 128 registers.
 template <typename L>
-__global__ void __launch_bounds__(kThreads, sizeof(typename L::Param::Register) == 8 ? 2 : 3)
+constexpr int kBlocksPerProcessor =
+    sizeof(typename L::Param::Register) == sizeof(double) ? 2 : FUSED_ADAMW_BLOCKS_PER_PROCESSOR;
+
+template <typename L>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<L>)
     update_kernel(const __grid_constant__ UpdateParams params) {
   using T = typename L::Param::Register;
   __shared__ StepScalars scalars;
@@ -115,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename L::Param::Register) 
   int64_t hyper = -1;
   float step = -1.0f;
   for (int64_t i = blockIdx.x; i < args.table.n_chunks; i += gridDim.x) {
-    const Chunk chunk = args.table.chunks[i];
+    const Chunk chunk = args.table.chunks[FUSED_ADAMW_REVERSE_UPDATE ? args.table.n_chunks - 1 - i : i];
     const Row& row = args.table.rows[chunk.row];
     if (!row.grad) continue;
     const float row_step = *reinterpret_cast<const float*>(row.step) + 1.0f;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 
 import torch
@@ -12,10 +13,11 @@ from ..extension import load_extension
 from ..tables import DTYPE_CODE
 
 # Elements per chunk: large enough that the walk costs nothing, small enough to share out one tensor. On a
-# GPU, below so many elements in all, smaller ones, so that every processor has some.
+# GPU, below so many elements in all, smaller ones, so that every processor has some: which ones is not yet
+# measured, and FUSED_ADAMW_SMALL_CHUNKS="16384,67108864" tries others.
 _CHUNK_SIZE = 1 << 15
-_SMALL_CHUNK_SIZE = 1 << 13
-_SMALL_MODEL = 1 << 24
+_SMALL_CHUNKS = os.environ.get("FUSED_ADAMW_SMALL_CHUNKS", "8192,16777216")
+_SMALL_CHUNK_SIZE, _SMALL_MODEL = map(int, _SMALL_CHUNKS.split(","))
 # kMaxInlineHypers: these travel as kernel parameters.
 _MAX_INLINE_HYPERS = 64
 
@@ -36,8 +38,8 @@ def build_info() -> dict[str, str]:
     """How the extension was built; nothing if it does not load.
 
     Returns:
-        `cpu_capability`, `compiler`, and `cuda_version` ("13.0") and `cuda_archs` ("sm_90 compute_90"), both
-        empty without CUDA.
+        `cpu_capability`, `compiler`, and `cuda_version` ("13.0"), `cuda_archs` ("sm_90 compute_90") and
+        `cuda_switches` (csrc/cuda/switches.h), which are empty without CUDA.
     """
     if _load_error():
         return {}

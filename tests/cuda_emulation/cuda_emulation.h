@@ -205,6 +205,28 @@ void __stwb(T* p, T x) {
   std::memcpy(checked(p), &x, sizeof x);
 }
 
+// ---- Arithmetic
+
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+
+namespace emulation {
+// How many units in the last place the approximations below are off.
+inline int approximation_error = 1;
+
+inline float off(double exact) {
+  float x = static_cast<float>(exact);
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits += approximation_error;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+}  // namespace emulation
+
+inline float approximate_reciprocal(float x) { return emulation::off(1.0 / x); }
+inline float approximate_reciprocal_root(float x) { return emulation::off(1.0 / std::sqrt(double(x))); }
+
 // ---- The host's side
 
 using cudaStream_t = void*;
