@@ -3,9 +3,13 @@
 //
 // A format has `Stored`, one element of a tensor; `Register`, the type of its arithmetic; load and store,
 // which round to nearest even as torch does. The walks of cpu/ and cuda/ know formats by these four names
-// alone. To add one, write its struct and its line in visit_format.
+// alone. To add one, write its struct and its place on the list.
+//
+// Formats that take noise (noise.h) or keep a `Side`, one per value or per block of values of a row, follow
+// these; no walk uses them yet. fused_adamw/formats.py defines them for whole tensors.
 #pragma once
 
+#include <math.h>
 #include <string.h>
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -108,6 +112,116 @@ struct Float16 {
   }
 };
 
+// Rounds up as often as the dropped bits say: right on average, however small the change. `noise`: 16 bits.
+struct StochasticBFloat16 {
+  using Stored = uint16_t;
+  using Register = float;
+
+  ADAMW_FN float load(uint16_t x) { return BFloat16::load(x); }
+
+  ADAMW_FN uint16_t store(float x, uint32_t noise) {
+    const uint32_t bits = as_bits(x);
+    const uint32_t magnitude = bits & 0x7fffffff;
+    uint32_t upper = (magnitude + noise) >> 16;
+    upper = upper < 0x7f7f ? upper : 0x7f7fu;  // a finite number stays finite
+    upper = magnitude < 0x7f800000 ? upper : 0x7f80u;
+    upper = magnitude > 0x7f800000 ? 0x7fc0u : upper;
+    return static_cast<uint16_t>(upper | (bits >> 16 & 0x8000));
+  }
+};
+
+// A float32 in two halves: bfloat16, rounded with ties away from zero, and the low 16 bits as a signed
+// difference. The bfloat16 has the last word: a residual that no store gives for it counts as 0.
+struct SplitBFloat16 {
+  using Stored = uint16_t;
+  using Side = int16_t;
+  using Register = float;
+
+  ADAMW_FN float load(uint16_t x, int16_t residual) {
+    const uint32_t magnitude = x & 0x7fffu;
+    const bool stale = magnitude > 0x7f80 || (residual < 0 ? magnitude == 0 : magnitude == 0x7f80);
+    const uint32_t low = static_cast<uint32_t>(static_cast<int32_t>(stale ? 0 : residual));
+    return as_float((static_cast<uint32_t>(x) << 16) + low);
+  }
+
+  ADAMW_FN uint16_t store(float x, int16_t& residual) {
+    uint32_t bits = as_bits(x);
+    bits = x == x ? bits : (bits & 0x80000000) | 0x7fc00000u;
+    residual = static_cast<int16_t>(bits & 0xffff);
+    return static_cast<uint16_t>((bits + 0x8000) >> 16);
+  }
+};
+
+// Values of one block share a side.
+constexpr int64_t kCodeBlock = 128;
+
+// 8 bits per value: its root as a fraction of the block's, whose root is the side. The largest value has the
+// top code, so what was loaded is stored as it was. Unsigned codes are 0 for zeros alone. A block with an
+// infinity or a NaN is NaN everywhere. Products, quotients and roots are rounded once each.
+template <typename Code, int kRoots, int kLevels, int kUnitBits>
+struct RootCode {
+  using Stored = Code;
+  using Side = float;
+  using Register = float;
+  static constexpr bool kSigned = static_cast<Code>(-1) < 0;
+  static constexpr float kTop = kLevels;
+  static constexpr float kUnit = 1.0f / static_cast<float>(1u << kUnitBits);
+
+  // Orders NaN > infinity > finite: the maximum over a block, as an integer, is what `side` takes.
+  ADAMW_FN uint32_t magnitude(float x) { return as_bits(x) & 0x7fffffff; }
+
+  // At least kTop * kUnit, so that every code stands for a normal number; 0 for a block of zeros.
+  ADAMW_FN float side(uint32_t largest) {
+    const float t = root(as_float(largest));
+    const bool zeros = kSigned ? t < kUnit : t == 0.0f;
+    const float floored = t < kTop * kUnit ? kTop * kUnit : t;
+    return largest >= 0x7f800000 ? as_float(0x7fc00000) : zeros ? 0.0f : floored;
+  }
+
+  // The factors of a block, one division each.
+  ADAMW_FN float root_per_code(float side) { return side / kTop; }
+  ADAMW_FN float codes_per_root(float side) { return kTop / side; }
+
+  ADAMW_FN float load(Code code, float side, float root_per_code) {
+    const int32_t magnitude = code < 0 ? -static_cast<int32_t>(code) : static_cast<int32_t>(code);
+    float x = magnitude == kLevels ? side : static_cast<float>(magnitude) * root_per_code;
+    for (int i = 0; i < kRoots; ++i) x = x * x;
+    return code < 0 ? -x : x;
+  }
+
+  // Stochastic: `noise` has 16 bits.
+  ADAMW_FN Code store(float x, float side, float codes_per_root, uint32_t noise) {
+    const float z = place(x, side, codes_per_root);
+    return finish((static_cast<int32_t>(rintf(z * 65536.0f)) + static_cast<int32_t>(noise)) >> 16, x, side);
+  }
+
+  // To nearest, ties to even: when a state is loaded.
+  ADAMW_FN Code store(float x, float side, float codes_per_root) {
+    return finish(static_cast<int32_t>(rintf(place(x, side, codes_per_root))), x, side);
+  }
+
+ private:
+  ADAMW_FN float root(float x) {
+    for (int i = 0; i < kRoots; ++i) x = sqrtf(x);
+    return x;
+  }
+
+  // Between the codes: 0 to kTop.
+  ADAMW_FN float place(float x, float side, float codes_per_root) {
+    const float w = root(as_float(magnitude(x)));
+    const float z = w * codes_per_root;
+    return !(side > 0.0f) ? 0.0f : w == side || z > kTop ? kTop : z;
+  }
+
+  ADAMW_FN Code finish(int32_t code, float x, float side) {
+    if (kSigned) return static_cast<Code>(x < 0.0f ? -code : code);
+    return static_cast<Code>(code == 0 && x != 0.0f && side > 0.0f ? 1 : code);
+  }
+};
+
+using SignedRoot = RootCode<int8_t, 2, 127, 31>;
+using UnsignedRoot = RootCode<uint8_t, 3, 255, 15>;
+
 template <typename... Formats>
 struct FormatList {
   // Calls f with the format of this number. False: there is none.
@@ -117,7 +231,7 @@ struct FormatList {
   }
 };
 
-// Every format there is.
+// Every format that the walks know.
 using Formats = FormatList<Float32, BFloat16, Float16, Float64>;
 
 // Of the arithmetic of the format that has this number; 0: none has.

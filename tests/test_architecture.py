@@ -54,6 +54,7 @@ CSRC = ROOT / "csrc"
 ALLOWED_INCLUDES = {
     "tables.h": set(),
     "inline.h": set(),
+    "noise.h": {"inline.h"},
     "adamw.h": {"inline.h", "tables.h"},
     "formats.h": {"inline.h", "tables.h"},
     "cpu/kernels.h": {"formats.h", "tables.h"},

@@ -1,5 +1,9 @@
 """What stores and loads under test, all with the functions of `oracle`: numpy in, numpy out."""
 
+import ctypes
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -47,3 +51,66 @@ class Torch:
         index = torch.tensor(np.asarray(index).astype(np.int64), device=self.device)
         step = torch.tensor(step, dtype=torch.float64, device=self.device)
         return noise_hash(noise_word(seed, ordinal), step, index).cpu().numpy().astype(np.uint32)
+
+
+class Cpp:
+    """csrc/formats.h and csrc/noise.h, compiled by g++ as the kernels are."""
+
+    def __init__(self, compiler, folder):
+        library = folder / "formats.so"
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "-fPIC",
+            "-shared",
+            "-fno-math-errno",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Werror",
+        ]
+        source = Path(__file__).with_name("library.cpp")
+        subprocess.run([compiler, *flags, "-o", library, source], check=True)
+        self.library = ctypes.CDLL(str(library))
+
+    def store(self, name, x, noise=None):
+        x = np.ascontiguousarray(x, np.float32)
+        noise = None if noise is None else np.ascontiguousarray(noise, np.int32)
+        format = FORMATS[name]
+        values = np.empty(x.shape, stored_dtype(format.dtype))
+        side = None
+        if format.side_dtype is not None:
+            side = np.empty(format.side_shape(x.shape), stored_dtype(format.side_dtype))
+        rows, columns = map(ctypes.c_int64, x.shape)
+        self.library[f"store_{name}"](*map(address, (x, noise)), rows, columns, *map(address, (values, side)))
+        return values, side
+
+    def load(self, name, values, side):
+        format = FORMATS[name]
+        shape = values.shape
+        values = np.atleast_2d(np.ascontiguousarray(values, stored_dtype(format.dtype)))
+        if side is not None:
+            side = np.ascontiguousarray(side, stored_dtype(format.side_dtype))
+        x = np.empty(values.shape, np.float32)
+        rows, columns = map(ctypes.c_int64, values.shape)
+        self.library[f"load_{name}"](*map(address, (values, side)), rows, columns, address(x))
+        return x.reshape(shape)
+
+    def noise_hash(self, seed, ordinal, step, index):
+        index = np.ascontiguousarray(index, np.uint64)
+        out = np.empty(index.shape, np.uint32)
+        word, step, n = (
+            ctypes.c_int64(noise_word(seed, ordinal)),
+            ctypes.c_uint64(step),
+            ctypes.c_int64(index.size),
+        )
+        self.library.noise_hash(word, step, address(index), n, address(out))
+        return out
+
+
+def stored_dtype(dtype):
+    """How numpy sees a dtype of torch."""
+    return VIEW[dtype][1] if dtype in VIEW else torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def address(a):
+    return None if a is None else ctypes.c_void_p(a.ctypes.data)

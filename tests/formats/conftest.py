@@ -1,5 +1,6 @@
 """The codecs under test, and answers that none of them made."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from . import oracle
-from .codecs import Torch
+from .codecs import Cpp, Torch
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +17,16 @@ def one_thread(threads):
     threads(1)
 
 
-CODECS = ["torch-cpu", pytest.param("torch-cuda", marks=pytest.mark.gpu)]
+@pytest.fixture(scope="session")
+def cpp(tmp_path_factory):
+    """The formats in C++."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    return Cpp(compiler, tmp_path_factory.mktemp("formats"))
+
+
+CODECS = ["torch-cpu", pytest.param("torch-cuda", marks=pytest.mark.gpu), "cpp"]
 
 
 @pytest.fixture(params=CODECS)
@@ -34,6 +44,8 @@ def any_codec(request):
 def _codec(request):
     if request.param == "oracle":
         return oracle
+    if request.param == "cpp":
+        return request.getfixturevalue("cpp")
     device = request.param.removeprefix("torch-")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

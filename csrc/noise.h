@@ -1,0 +1,43 @@
+// The noise of stochastic rounding, for host and device: a hash of seed, parameter, step and element, so that
+// every walk, replica and shard draws the same bits, without a generator or its state.
+#pragma once
+
+#include <stdint.h>
+
+#include "inline.h"
+
+namespace fused_adamw {
+
+ADAMW_FN uint64_t splitmix64(uint64_t x) {
+  uint64_t z = x + 0x9e3779b97f4a7c15u;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+  return z ^ z >> 31;
+}
+
+ADAMW_FN uint32_t lowbias32(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+// What one step's noise for one parameter begins with.
+struct NoiseKey {
+  uint32_t low, high;
+};
+
+// `word` is seed ^ 0x9e3779b97f4a7c15 * ordinal, for the ordinal of the parameter among all of them; `step`
+// counts this update, 1 for the first.
+ADAMW_FN NoiseKey noise_key(uint64_t word, uint64_t step) {
+  const uint64_t key = splitmix64(splitmix64(word) + step);
+  return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
+}
+
+// 32 bits for the element at this place, in memory order, of the whole tensor. The low 16 are for the
+// parameter and exp_avg, in which the update is linear, the high 16 for exp_avg_sq.
+ADAMW_FN uint32_t noise_bits(NoiseKey key, uint64_t index) {
+  const uint32_t low = static_cast<uint32_t>(index), high = static_cast<uint32_t>(index >> 32);
+  return lowbias32(lowbias32(low ^ key.low) + key.high + high * 0x9e3779b9u);
+}
+
+}  // namespace fused_adamw
