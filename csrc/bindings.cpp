@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -49,20 +50,24 @@ T* check_vector(const Tensor& t, const char* name, ScalarType dtype, int64_t num
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-Table check_tables(const Tensor& rows, const Tensor& chunks, int64_t chunk_size) {
+Table check_tables(const Tensor& rows, const Tensor& grads, const Tensor& chunks, int64_t chunk_size) {
   check_table(rows, "rows", ScalarType::Long, kRowWords);
   check_table(chunks, "chunks", ScalarType::Int, kChunkWords);
   STD_TORCH_CHECK(chunks.device() == rows.device(), "fused_adamw: chunks must be on the device of rows");
   STD_TORCH_CHECK(chunk_size > 0, "fused_adamw: chunk_size must be positive, got ", chunk_size);
-  return {static_cast<const Row*>(rows.const_data_ptr()), rows.size(0),
-          static_cast<const Chunk*>(chunks.const_data_ptr()), chunks.size(0), chunk_size};
+  return {static_cast<const Row*>(rows.const_data_ptr()),
+          rows.size(0),
+          check_vector<const uint64_t>(grads, "grads", ScalarType::Long, 0, rows),
+          static_cast<const Chunk*>(chunks.const_data_ptr()),
+          chunks.size(0),
+          chunk_size};
 }
 
 // workspace: float64 (1 + n_chunks): a ticket, then a partial sum per chunk.
-NormArgs norm_args(const Tensor& rows, const Tensor& chunks, int64_t chunk_size, int64_t grad_dtype,
-                   const Tensor& workspace, const Tensor& sum) {
+NormArgs norm_args(const Tensor& rows, const Tensor& grads, const Tensor& chunks, int64_t chunk_size,
+                   int64_t grad_dtype, const Tensor& workspace, const Tensor& sum) {
   NormArgs args{};
-  args.table = check_tables(rows, chunks, chunk_size);
+  args.table = check_tables(rows, grads, chunks, chunk_size);
   args.grad_dtype = static_cast<DType>(grad_dtype);
   double* work =
       check_vector<double>(workspace, "workspace", ScalarType::Double, 1 + args.table.n_chunks, rows);
@@ -72,29 +77,25 @@ NormArgs norm_args(const Tensor& rows, const Tensor& chunks, int64_t chunk_size,
   return args;
 }
 
-UpdateArgs update_args(const Tensor& rows, const Tensor& chunks, int64_t chunk_size, const Tensor& hypers,
-                       int64_t param_dtype, int64_t grad_dtype, int64_t state_dtype,
-                       const std::optional<Tensor>& sums, double max_grad_norm, bool skip_nonfinite,
-                       const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                       const Tensor& status, const Tensor& workspace) {
+// dtypes: of parameters, gradients and moments. inputs: int64, the words of a StepInputs, on the host.
+UpdateArgs update_args(const Tensor& rows, const Tensor& grads, const Tensor& chunks, int64_t chunk_size,
+                       const Tensor& hypers, const std::vector<int64_t>& dtypes, const Tensor& inputs,
+                       const Tensor& workspace) {
   UpdateArgs args{};
-  args.table = check_tables(rows, chunks, chunk_size);
+  args.table = check_tables(rows, grads, chunks, chunk_size);
   check_table(hypers, "hypers", ScalarType::Double, kHyperWords);
   args.hypers = static_cast<const Hyper*>(hypers.const_data_ptr());
   args.n_hypers = hypers.size(0);
-  args.param_dtype = static_cast<DType>(param_dtype);
-  args.grad_dtype = static_cast<DType>(grad_dtype);
-  args.state_dtype = static_cast<DType>(state_dtype);
-  StepInputs& in = args.inputs;
-  if (sums) {
-    in.sums = check_vector<double>(*sums, "sums", ScalarType::Double, 1, rows);
-    in.n_sums = sums->numel();
-  }
-  in.max_grad_norm = max_grad_norm;
-  in.skip_nonfinite = skip_nonfinite;
-  if (grad_scale) in.grad_scale = check_vector<float>(*grad_scale, "grad_scale", ScalarType::Float, 1, rows);
-  if (found_inf) in.found_inf = check_vector<float>(*found_inf, "found_inf", ScalarType::Float, 1, rows);
-  in.status = check_vector<double>(status, "status", ScalarType::Double, 2, rows);
+  STD_TORCH_CHECK(dtypes.size() == 3, "fused_adamw: dtypes must be three, got ", dtypes.size());
+  args.param_dtype = static_cast<DType>(dtypes[0]);
+  args.grad_dtype = static_cast<DType>(dtypes[1]);
+  args.state_dtype = static_cast<DType>(dtypes[2]);
+  STD_TORCH_CHECK(inputs.is_cpu() && inputs.scalar_type() == ScalarType::Long && inputs.is_contiguous() &&
+                      inputs.numel() * sizeof(int64_t) == sizeof(StepInputs),
+                  "fused_adamw: inputs must be ", sizeof(StepInputs) / sizeof(int64_t),
+                  " contiguous words on the host");
+  std::memcpy(&args.inputs, inputs.const_data_ptr(), sizeof args.inputs);
+  STD_TORCH_CHECK(args.inputs.status, "fused_adamw: inputs must have a status");
   args.ticket =
       reinterpret_cast<uint32_t*>(check_vector<double>(workspace, "workspace", ScalarType::Double, 1, rows));
   return args;
@@ -132,9 +133,9 @@ void for_chunks(const Table& table, const F& body) {
   });
 }
 
-void sum_of_squares_cpu(Tensor rows, Tensor chunks, int64_t chunk_size, int64_t grad_dtype, Tensor workspace,
-                        Tensor sum) {
-  const NormArgs args = norm_args(rows, chunks, chunk_size, grad_dtype, workspace, sum);
+void sum_of_squares_cpu(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, int64_t grad_dtype,
+                        Tensor workspace, Tensor sum) {
+  const NormArgs args = norm_args(rows, grads, chunks, chunk_size, grad_dtype, workspace, sum);
   STD_TORCH_CHECK(register_bytes(args.grad_dtype), "fused_adamw: no norm kernel for gradient dtype ",
                   grad_dtype);
   for_chunks(args.table, [&](int64_t begin, int64_t end) { cpu_kernels().norm_chunks(args, begin, end); });
@@ -144,16 +145,11 @@ void sum_of_squares_cpu(Tensor rows, Tensor chunks, int64_t chunk_size, int64_t 
   *args.sum = total;
 }
 
-void update_cpu(Tensor rows, Tensor chunks, int64_t chunk_size, Tensor hypers, int64_t param_dtype,
-                int64_t grad_dtype, int64_t state_dtype, std::optional<Tensor> sums, double max_grad_norm,
-                bool skip_nonfinite, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                Tensor status, Tensor workspace) {
-  const UpdateArgs args =
-      update_args(rows, chunks, chunk_size, hypers, param_dtype, grad_dtype, state_dtype, sums, max_grad_norm,
-                  skip_nonfinite, grad_scale, found_inf, status, workspace);
+void update_cpu(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, Tensor hypers,
+                std::vector<int64_t> dtypes, Tensor inputs, Tensor workspace) {
+  const UpdateArgs args = update_args(rows, grads, chunks, chunk_size, hypers, dtypes, inputs, workspace);
   STD_TORCH_CHECK(share_arithmetic(args.param_dtype, args.grad_dtype, args.state_dtype),
-                  "fused_adamw: no update kernel for dtypes ", param_dtype, ", ", grad_dtype, ", ",
-                  state_dtype);
+                  "fused_adamw: no update kernel for dtypes ", dtypes[0], ", ", dtypes[1], ", ", dtypes[2]);
   const StepScalars scalars = step_scalars(args.inputs);
   args.inputs.status[0] = scalars.grad_norm;
   if (scalars.skip) {
@@ -165,7 +161,7 @@ void update_cpu(Tensor rows, Tensor chunks, int64_t chunk_size, Tensor hypers, i
   });
   for (int64_t i = 0; i < args.table.n_rows; ++i) {
     const Row& row = args.table.rows[i];
-    if (row.grad) *reinterpret_cast<float*>(row.step) += 1.0f;
+    if (args.table.grads[row.slot]) *reinterpret_cast<float*>(row.step) += 1.0f;
   }
 }
 
@@ -177,21 +173,17 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-void sum_of_squares_cuda(Tensor rows, Tensor chunks, int64_t chunk_size, int64_t grad_dtype, Tensor workspace,
-                         Tensor sum) {
-  const NormArgs args = norm_args(rows, chunks, chunk_size, grad_dtype, workspace, sum);
+void sum_of_squares_cuda(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, int64_t grad_dtype,
+                         Tensor workspace, Tensor sum) {
+  const NormArgs args = norm_args(rows, grads, chunks, chunk_size, grad_dtype, workspace, sum);
   const int32_t device = rows.get_device_index();
   const char* error = launch_norm(args, device, current_stream(device));
   STD_TORCH_CHECK(!error, "fused_adamw: norm kernel: ", error);
 }
 
-void update_cuda(Tensor rows, Tensor chunks, int64_t chunk_size, Tensor hypers, int64_t param_dtype,
-                 int64_t grad_dtype, int64_t state_dtype, std::optional<Tensor> sums, double max_grad_norm,
-                 bool skip_nonfinite, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                 Tensor status, Tensor workspace) {
-  const UpdateArgs args =
-      update_args(rows, chunks, chunk_size, hypers, param_dtype, grad_dtype, state_dtype, sums, max_grad_norm,
-                  skip_nonfinite, grad_scale, found_inf, status, workspace);
+void update_cuda(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, Tensor hypers,
+                 std::vector<int64_t> dtypes, Tensor inputs, Tensor workspace) {
+  const UpdateArgs args = update_args(rows, grads, chunks, chunk_size, hypers, dtypes, inputs, workspace);
   const bool on_host = hypers.is_cpu();
   STD_TORCH_CHECK(!on_host || args.n_hypers <= kMaxInlineHypers,
                   "fused_adamw: a hypers table on the host holds at most ", kMaxInlineHypers, " rows, got ",
@@ -232,12 +224,11 @@ std::string build_info() {
 // mutated keeps the calls from being dropped or reordered.
 STABLE_TORCH_LIBRARY(fused_adamw, m) {
   m.def(
-      "sum_of_squares(Tensor rows, Tensor chunks, int chunk_size, int grad_dtype, Tensor(a!) workspace, "
-      "Tensor(b!) sum) -> ()");
+      "sum_of_squares(Tensor rows, Tensor grads, Tensor chunks, int chunk_size, int grad_dtype, "
+      "Tensor(a!) workspace, Tensor(b!) sum) -> ()");
   m.def(
-      "update(Tensor rows, Tensor chunks, int chunk_size, Tensor hypers, int param_dtype, int grad_dtype, "
-      "int state_dtype, Tensor? sums, float max_grad_norm, bool skip_nonfinite, Tensor? grad_scale, "
-      "Tensor? found_inf, Tensor(a!) status, Tensor(b!) workspace) -> ()");
+      "update(Tensor rows, Tensor grads, Tensor chunks, int chunk_size, Tensor hypers, int[] dtypes, "
+      "Tensor inputs, Tensor(a!) workspace) -> ()");
   m.def("supports(str device_type, int param_dtype, int grad_dtype, int state_dtype) -> bool");
   m.def("build_info() -> str");
 }

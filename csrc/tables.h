@@ -8,17 +8,31 @@
 
 namespace fused_adamw {
 
+// Where one tensor is kept: its values and, if its format needs one, what it keeps beside them. 0: nowhere.
+struct Field {
+  uint64_t values;
+  uint64_t side;
+};
+
 // Where one parameter lives. Addresses are of the first element; all tensors of a row are dense and share one
-// memory layout, so a flat index names the same element in each. 64 bytes.
+// memory layout, so a flat index names the same element in each. 128 bytes: two cache lines, fetched as a
+// pair.
 struct Row {
-  uint64_t param;
-  uint64_t grad;  // 0: no gradient this step, the row is left alone
-  uint64_t exp_avg;
-  uint64_t exp_avg_sq;
-  uint64_t max_exp_avg_sq;  // 0: the group does not use amsgrad
-  uint64_t step;            // one float32: updates made so far
+  Field param;
+  Field exp_avg;
+  Field exp_avg_sq;
+  Field max_exp_avg_sq;  // nowhere: the group does not use amsgrad
+  Field average;         // nowhere: none is kept
+  uint64_t step;         // one float32: updates made so far
   int64_t numel;
-  int64_t hyper;  // index into the Hyper table
+  int32_t hyper;    // index into the Hyper table
+  int32_t slot;     // index into the table of gradients
+  int64_t ordinal;  // the parameter's number in the whole model
+  // Where the elements of a shard lie in the whole tensor: element i is number
+  // offset + i / local_columns * columns + i % local_columns there. Of a whole tensor: 0, 1, 1.
+  int64_t offset;
+  uint32_t local_columns;
+  uint32_t columns;
 };
 
 // The unit of work everywhere (CPU task, CUDA block iteration, Triton program): elements
@@ -39,14 +53,15 @@ struct Hyper {
   uint64_t lr_address;  // one float32 on the device that overrides lr; 0: none
 };
 
-// What is known only when the step runs. Pointers are to the memory of the device that runs the kernel.
+// What is known only when the step runs. Pointers are to the memory of the device that runs the kernel. Eight
+// bytes each, so that Python can fill it as it fills the tables.
 struct StepInputs {
   const double* sums;       // parts of the sum of squares of all gradients; null: no norm, no clipping
   int64_t n_sums;           // number of parts
   double max_grad_norm;     // read where sums is given
   const float* grad_scale;  // loss scale that the gradients still carry; null: 1
   const float* found_inf;   // not 0: skip the step; null: 0
-  bool skip_nonfinite;      // skip the step where the norm is not finite
+  int64_t skip_nonfinite;   // not 0: skip the step where the norm is not finite
   double* status;           // written: {gradient norm, += 1 if the step was skipped}
 };
 
@@ -56,6 +71,7 @@ enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 }
 struct Table {
   const Row* rows;
   int64_t n_rows;
+  const uint64_t* grads;  // address of each slot's gradient; 0: none this step, its row is left alone
   const Chunk* chunks;
   int64_t n_chunks;
   int64_t chunk_size;

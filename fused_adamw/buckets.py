@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,13 +11,14 @@ from torch import Tensor
 from .memory import PLAIN, is_dense, same_layout
 from .tables import (
     DTYPE_CODE,
-    GRAD,
-    HYPER_WORDS,
     DeviceTable,
     Entry,
     Hyper,
     StepInputs,
+    Tables,
     chunk_table,
+    hyper_table,
+    row_table,
 )
 
 
@@ -37,13 +36,11 @@ class KernelBackend(Protocol):
     def max_host_hypers(self, device: torch.device) -> int:
         """Up to how many hyper rows may stay in host memory."""
 
-    @property
-    def sum_of_squares(self) -> Callable[..., None]:
-        """The operator `fused_adamw::sum_of_squares`."""
+    def sum_of_squares(self, tables: Tables, chunks: Tensor, out: Tensor) -> None:
+        """Write the sum of squares of the gradients in these chunks of the tables to `out`."""
 
-    @property
-    def update(self) -> Callable[..., None]:
-        """The operator `fused_adamw::update`."""
+    def update(self, tables: Tables, inputs: StepInputs) -> None:
+        """Step every row that has a gradient."""
 
 
 class ReferenceBackend(Protocol):
@@ -90,77 +87,60 @@ class TableBucket:
         first = entries[0]
         self.device = first.param.device
         self.slots = [entry.slot for entry in entries]
-        self._slots = torch.tensor(self.slots, device="cpu")
         self.dtypes = (first.param.dtype, first.grad_dtype, first.exp_avg.dtype)
-        self._codes = tuple(DTYPE_CODE[dtype] for dtype in self.dtypes)
         self._backend = backend
         numels = [entry.param.numel() for entry in entries]
-        self._chunk_size = backend.chunk_size(self.device, sum(numels))
+        chunk_size = backend.chunk_size(self.device, sum(numels))
         self._hypers_on_host = n_hypers <= backend.max_host_hypers(self.device)
-        self._rows_host = torch.tensor(
-            [entry.addresses() for entry in entries], dtype=torch.int64, device="cpu"
+        self._hypers_table = DeviceTable(self.device)
+        chunks = chunk_table(numels, chunk_size)
+        self._tables = Tables(
+            rows=DeviceTable(self.device).upload(_rows(entries)),
+            grads=torch.empty(0, dtype=torch.int64, device=self.device),
+            chunks=DeviceTable(self.device).upload(chunks),
+            chunk_size=chunk_size,
+            hypers=torch.empty(0, device="cpu"),
+            dtypes=tuple(DTYPE_CODE[dtype] for dtype in self.dtypes),
+            workspace=torch.zeros(1 + len(chunks), dtype=torch.float64, device=self.device),
         )
-        self._rows = self._rows_host
-        self._rows_table, self._hypers_table = DeviceTable(self.device), DeviceTable(self.device)
-        chunks = chunk_table(numels, self._chunk_size)
-        self._chunks = DeviceTable(self.device).upload(chunks)
         self.domains = _domains(entries)
-        self._chunks_of = [self._chunks]  # of each domain
+        self._chunks_of = [self._tables.chunks]  # of each domain
         if len(self.domains) > 1:
             domain_of = torch.tensor([entry.domain for entry in entries], device="cpu")[chunks[:, 0]]
             parts = [chunks[domain_of == domain] for domain in self.domains]
             self._chunks_of = [DeviceTable(self.device).upload(part) for part in parts]
-        self._workspace = torch.zeros(1 + len(self._chunks), dtype=torch.float64, device=self.device)
-        self._hypers = torch.empty(0, device="cpu")
         self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
 
-    def set_grads(self, addresses: array[int]) -> None:
-        """Write the gradient address of every row: `addresses` has one for each slot of the plan."""
-        self._rows_host[:, GRAD] = torch.frombuffer(addresses, dtype=torch.int64)[self._slots]
-        self._rows = self._rows_table.upload(self._rows_host)
+    def set_grads(self, addresses: Tensor) -> None:
+        """Note the table of gradients, int64 on the device: an address for each slot of the plan."""
+        self._tables.grads = addresses
 
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
         """Write the table of hyper-parameters, one row per group."""
-        on_device = self.device.type != "cpu"
-        flat = array("d")
         self._lrs = []
-        for hyper in hypers:
-            lr, address = hyper.lr, 0
-            if isinstance(lr, Tensor):
-                if on_device:
-                    self._lrs.append(lr.to(self.device))
-                    lr, address = 0.0, self._lrs[-1].data_ptr()
-                else:
-                    lr = float(lr)
-            sign = -1.0 if hyper.maximize else 1.0
-            flat.extend((lr, *hyper[1:5], sign))
-            flat.frombytes(address.to_bytes(8, sys.byteorder))
-        table = torch.frombuffer(flat, dtype=torch.float64).view(len(hypers), HYPER_WORDS)
-        self._hypers = table if self._hypers_on_host else self._hypers_table.upload(table)
+        table = hyper_table([self._hyper_row(hyper) for hyper in hypers])
+        self._tables.hypers = table if self._hypers_on_host else self._hypers_table.upload(table)
+
+    def _hyper_row(self, hyper: Hyper) -> dict[str, float | int]:
+        """The fields of struct Hyper; keeps what they point to."""
+        row = hyper._asdict()
+        row["grad_sign"] = -1.0 if row.pop("maximize") else 1.0
+        if isinstance(hyper.lr, Tensor):
+            if self.device.type == "cpu":
+                row["lr"] = float(hyper.lr)
+            else:
+                self._lrs.append(hyper.lr.to(self.device))
+                row["lr"], row["lr_address"] = 0.0, self._lrs[-1].data_ptr()
+        return row
 
     def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
         """Write the sum of squares of each domain's gradients to its tensor of one float64."""
         for chunks, out in zip(self._chunks_of, sums, strict=True):
-            self._backend.sum_of_squares(
-                self._rows, chunks, self._chunk_size, self._codes[1], self._workspace, out
-            )
+            self._backend.sum_of_squares(self._tables, chunks, out)
 
     def update(self, grads: Sequence[Tensor | None], inputs: StepInputs) -> None:
         """Step every row that has a gradient: mutates parameters, moments and step counts."""
-        self._backend.update(
-            self._rows,
-            self._chunks,
-            self._chunk_size,
-            self._hypers,
-            *self._codes,
-            inputs.sums,
-            inputs.max_grad_norm,
-            inputs.skip_nonfinite,
-            inputs.grad_scale,
-            inputs.found_inf,
-            inputs.status,
-            self._workspace,
-        )
+        self._backend.update(self._tables, inputs)
 
 
 class TensorBucket:
@@ -179,7 +159,7 @@ class TensorBucket:
         self._hypers: Sequence[Hyper] = ()
         self._backend = backend
 
-    def set_grads(self, addresses: array[int]) -> None:
+    def set_grads(self, addresses: Tensor) -> None:
         """Nothing to note: gradients are taken as tensors."""
 
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
@@ -199,6 +179,25 @@ class TensorBucket:
 
 
 Bucket = TableBucket | TensorBucket
+
+
+def _rows(entries: Sequence[Entry]) -> Tensor:
+    """The rows of the entries, on the host."""
+    maxima = [entry.max_exp_avg_sq for entry in entries]
+    slots = [entry.slot for entry in entries]
+    return row_table(
+        len(entries),
+        param=[entry.param.data_ptr() for entry in entries],
+        exp_avg=[entry.exp_avg.data_ptr() for entry in entries],
+        exp_avg_sq=[entry.exp_avg_sq.data_ptr() for entry in entries],
+        # Never nowhere under amsgrad, even if it is empty.
+        max_exp_avg_sq=[0 if v_max is None else v_max.data_ptr() or 1 for v_max in maxima],
+        step=[entry.step.data_ptr() for entry in entries],
+        numel=[entry.param.numel() for entry in entries],
+        hyper=[entry.group for entry in entries],
+        slot=slots,
+        ordinal=slots,
+    )
 
 
 def _domains(entries: Iterable[Entry]) -> list[int]:

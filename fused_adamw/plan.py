@@ -22,7 +22,7 @@ from torch import Tensor
 from .buckets import Bucket, KernelBackend, ReferenceBackend, TableBucket, TensorBucket, why_not_tabular
 from .distributed import NormGroup, Reduction, is_dtensor, is_flattened, local_tensors
 from .memory import Gradients, Guard, State, overlapping
-from .tables import Entry, Hyper, scalar_dtype
+from .tables import DeviceTable, Entry, Hyper, scalar_dtype
 
 
 class Launch(NamedTuple):
@@ -77,6 +77,7 @@ class Plan:
         entries = self._entries(groups, state)
         self.launches: list[Launch] = []
         self._sums: dict[torch.device, Tensor] = {}
+        self._grad_tables: dict[torch.device, DeviceTable] = {}
         self._sums_of: list[list[Tensor]] = [[] for _ in range(self._reduction.n_domains)]
         for device, buckets in self._buckets(entries, grads, len(groups), kernels_for, reference).items():
             if status is None:
@@ -153,6 +154,7 @@ class Plan:
             mine = [i for i, part in enumerate(parts) if part[0] == domain]
             self._sums_of[domain].append(sums[mine[0] : mine[-1] + 1])
         self._sums[device] = sums
+        self._grad_tables[device] = DeviceTable(device)
         for i, bucket in enumerate(buckets):
             places = [place[domain, i] for domain in bucket.domains]
             self.launches.append(Launch(bucket, places, status.to(device, sums.dtype, copy=True)))
@@ -203,8 +205,10 @@ class Plan:
         """Bring gradient addresses and hyper-parameters up to date, where they changed."""
         if grads.addresses != self._grad_addresses:
             addresses = array("q", grads.addresses)
+            table = torch.frombuffer(addresses or array("q", [0]), dtype=torch.int64)
+            on_device = {device: tables.upload(table) for device, tables in self._grad_tables.items()}
             for bucket, _, _ in self.launches:
-                bucket.set_grads(addresses)
+                bucket.set_grads(on_device[bucket.device])
             stepped = list(compress(self._params, addresses))
             self.stepped = stepped + local_tensors(filter(is_dtensor, stepped))
             self._grad_addresses = grads.addresses

@@ -1,10 +1,13 @@
-"""The tables that kernels walk: their columns, and what fills them.
+"""The tables that kernels walk: what their rows hold, and what fills them.
 
-csrc/tables.h has the same layouts in C++, with what each field means; a test holds the two together.
+csrc/tables.h has the same structs in C++, with what each field means; a test holds the two together. Fields
+are read and written by name only, so that a struct can grow.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,12 +15,79 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Columns of a row: int64 [n_rows, 8], struct Row.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, NUMEL, HYPER = range(8)
-ROW_WORDS = 8
-# Columns of a hyper row: float64 [n_groups, 7], struct Hyper; the last one holds the bits of an address.
-HYPER_WORDS = 7
-LR_ADDRESS = 6
+_Address, _Int64, _Double = ctypes.c_uint64, ctypes.c_int64, ctypes.c_double
+
+
+class FieldStruct(ctypes.Structure):
+    """Where one tensor is kept."""
+
+    _fields_ = (("values", _Address), ("side", _Address))
+
+
+class RowStruct(ctypes.Structure):
+    """Where one parameter lives."""
+
+    _fields_ = (
+        ("param", FieldStruct),
+        ("exp_avg", FieldStruct),
+        ("exp_avg_sq", FieldStruct),
+        ("max_exp_avg_sq", FieldStruct),
+        ("average", FieldStruct),
+        ("step", _Address),
+        ("numel", _Int64),
+        ("hyper", ctypes.c_int32),
+        ("slot", ctypes.c_int32),
+        ("ordinal", _Int64),
+        ("offset", _Int64),
+        ("local_columns", ctypes.c_uint32),
+        ("columns", ctypes.c_uint32),
+    )
+
+
+class ChunkStruct(ctypes.Structure):
+    """The unit of work."""
+
+    _fields_ = (("row", ctypes.c_int32), ("index", ctypes.c_int32))
+
+
+class HyperStruct(ctypes.Structure):
+    """How one parameter group is stepped."""
+
+    _fields_ = (
+        ("lr", _Double),
+        ("beta1", _Double),
+        ("beta2", _Double),
+        ("eps", _Double),
+        ("weight_decay", _Double),
+        ("grad_sign", _Double),
+        ("lr_address", _Address),
+    )
+
+
+class StepInputsStruct(ctypes.Structure):
+    """What is known only when the step runs."""
+
+    _fields_ = (
+        ("sums", _Address),
+        ("n_sums", _Int64),
+        ("max_grad_norm", _Double),
+        ("grad_scale", _Address),
+        ("found_inf", _Address),
+        ("skip_nonfinite", _Int64),
+        ("status", _Address),
+    )
+
+
+def words(struct: type[ctypes.Structure]) -> int:
+    """How many words of eight bytes a struct takes."""
+    return ctypes.sizeof(struct) // 8
+
+
+def word_of(struct: type[ctypes.Structure], field: str) -> int:
+    """At which word of a struct a field starts."""
+    offset: int = getattr(struct, field).offset
+    return offset // 8
+
 
 # How a tensor is kept, as the kernels number it, enum DType.
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -54,26 +124,55 @@ class Hyper(NamedTuple):
         return (lr, *self[1:])
 
 
-@dataclass(slots=True)
-class StepInputs:
+class StepInputs(NamedTuple):
     """What is known only when the step runs (struct StepInputs). Tensors are on the bucket's device.
 
     Attributes:
+        status: float64 (2,), written: the gradient norm, and 1 added if the step was skipped.
         sums: float64 (n,), parts of the sum of squares of all gradients as they are stored, before unscaling;
             None: no norm, no clipping.
         max_grad_norm: clip to this global norm; read where `sums` is given.
         grad_scale: float32, one element: the loss scale that the gradients still carry.
         found_inf: float32, one element: not 0 means skip the step.
         skip_nonfinite: skip the step where the norm is not finite.
-        status: float64 (2,), written: the gradient norm, and 1 added if the step was skipped.
     """
 
-    sums: Tensor | None
-    max_grad_norm: float
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    skip_nonfinite: bool
     status: Tensor
+    sums: Tensor | None = None
+    max_grad_norm: float = math.inf
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    skip_nonfinite: bool = False
+
+    def record(self) -> Tensor:
+        """The words of struct StepInputs, on the host. It holds addresses: keep the tensors through the call.
+
+        Raises:
+            ValueError: A tensor has another dtype or device than the kernels expect, or too few elements.
+        """
+
+        def address(name: str, dtype: torch.dtype, numel: int = 1) -> int:
+            t: Tensor | None = getattr(self, name)
+            if t is None:
+                return 0
+            device = self.status.device
+            if t.dtype != dtype or t.numel() < numel or not t.is_contiguous() or t.device != device:
+                raise ValueError(
+                    f"{name} must be contiguous, of {dtype}, with at least {numel} elements on "
+                    f"{device}, got {tuple(t.shape)} of {t.dtype} on {t.device}"
+                )
+            return t.data_ptr()
+
+        struct = StepInputsStruct(
+            sums=address("sums", torch.float64),
+            n_sums=0 if self.sums is None else self.sums.numel(),
+            max_grad_norm=self.max_grad_norm,
+            grad_scale=address("grad_scale", torch.float32),
+            found_inf=address("found_inf", torch.float32),
+            skip_nonfinite=self.skip_nonfinite,
+            status=address("status", torch.float64, 2),
+        )
+        return torch.frombuffer(struct, dtype=torch.int64)
 
 
 @dataclass(slots=True)
@@ -90,19 +189,59 @@ class Entry:
     step: Tensor
     grad_dtype: torch.dtype
 
-    def addresses(self) -> list[int]:
-        """This entry's Row, without a gradient."""
-        v_max = self.max_exp_avg_sq
-        return [
-            self.param.data_ptr(),
-            0,
-            self.exp_avg.data_ptr(),
-            self.exp_avg_sq.data_ptr(),
-            0 if v_max is None else v_max.data_ptr() or 1,
-            self.step.data_ptr(),
-            self.param.numel(),
-            self.group,
-        ]
+
+@dataclass(slots=True)
+class Tables:
+    """What the kernels of one launch walk; all on its device, except that `hypers` may be on the host.
+
+    Attributes:
+        rows: int64 (n_rows, words), struct Row.
+        grads: int64 (n_slots,): the address of each slot's gradient; 0: none in this step.
+        chunks: int32 (n_chunks, 2), struct Chunk.
+        chunk_size: Elements of a chunk.
+        hypers: float64 (n_hypers, words), struct Hyper.
+        dtypes: `DTYPE_CODE` of the parameters, the gradients and the moments.
+        workspace: float64 (1 + n_chunks,); the first four bytes are 0 before and after every call.
+    """
+
+    rows: Tensor
+    grads: Tensor
+    chunks: Tensor
+    chunk_size: int
+    hypers: Tensor
+    dtypes: tuple[int, ...]
+    workspace: Tensor
+
+
+def row_table(n: int, **columns: Sequence[int] | Tensor) -> Tensor:
+    """Lay out rows.
+
+    Args:
+        n: The number of rows.
+        columns: Fields of struct Row by name, a number for each row; of a Field, the address of its values.
+            Those that are left out are 0, and shards are taken for whole tensors.
+
+    Returns:
+        int64 (n, words), on the host.
+    """
+    rows = torch.zeros(n, words(RowStruct), dtype=torch.int64, device="cpu")
+    for name, numbers in {"local_columns": [1] * n, "columns": [1] * n, **columns}.items():
+        set_column(rows, name, numbers)
+    return rows
+
+
+def set_column(rows: Tensor, name: str, numbers: Sequence[int] | Tensor) -> None:
+    """Write one field of all rows, as in `row_table`: mutates `rows`."""
+    field = getattr(RowStruct, name)
+    dtype = torch.int32 if field.size == 4 else torch.int64
+    column = rows.view(dtype)[:, field.offset // dtype.itemsize]
+    column.copy_(torch.as_tensor(numbers, dtype=torch.int64, device="cpu"))
+
+
+def hyper_table(rows: Sequence[Mapping[str, float | int]]) -> Tensor:
+    """Lay out the rows of struct Hyper, float64 (n, words) on the host, from their fields by name."""
+    table = (HyperStruct * max(1, len(rows)))(*(HyperStruct(**row) for row in rows))
+    return torch.frombuffer(table, dtype=torch.float64).view(-1, words(HyperStruct))[: len(rows)]
 
 
 def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:

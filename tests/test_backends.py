@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fused_adamw import FusedHygieneAdamW, available_backends, backends
 from fused_adamw.backends import native, reference
-from fused_adamw.tables import chunk_table
+from fused_adamw.tables import StepInputs, chunk_table, hyper_table, row_table
 
 CPU = torch.device("cpu")
 
@@ -258,32 +258,37 @@ def tables(chunk_size=4):
     params = [torch.ones(6), torch.ones(3)]
     grads = [torch.full((6,), 2.0), torch.full((3,), -1.0)]
     states = [[torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())] for p in params]
-    rows = torch.tensor(
-        [
-            [p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), 0, step.data_ptr(), p.numel(), 0]
-            for p, g, (m, v, step) in zip(params, grads, states, strict=True)
-        ]
+    rows = row_table(
+        2,
+        param=[p.data_ptr() for p in params],
+        exp_avg=[m.data_ptr() for m, _, _ in states],
+        exp_avg_sq=[v.data_ptr() for _, v, _ in states],
+        step=[step.data_ptr() for _, _, step in states],
+        numel=[6, 3],
+        slot=[0, 1],
     )
+    hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "grad_sign": 1.0}
     return {
         "rows": rows,
+        "grads": torch.tensor([g.data_ptr() for g in grads]),
         "chunks": chunk_table([6, 3], chunk_size),
         "chunk_size": chunk_size,
-        "hypers": torch.tensor([[0.1, 0.9, 0.999, 1e-8, 0.0, 1.0, 0.0]], dtype=torch.float64),
+        "hypers": hyper_table([hyper]),
+        "dtypes": (0, 0, 0),
         "workspace": torch.zeros(4, dtype=torch.float64),
         "sum": torch.zeros(1, dtype=torch.float64),
         "status": torch.zeros(2, dtype=torch.float64),
     }, (params, grads, states)
 
 
-def sum_args(t):
-    return t["rows"], t["chunks"], t["chunk_size"], 0, t["workspace"], t["sum"]
+def sum_args(t, dtype=0):
+    return t["rows"], t["grads"], t["chunks"], t["chunk_size"], dtype, t["workspace"], t["sum"]
 
 
-def update_args(t, dtypes=(0, 0, 0), sums=None, grad_scale=None, found_inf=None):
-    return (
-        *(t["rows"], t["chunks"], t["chunk_size"], t["hypers"]),
-        *(*dtypes, sums, 1.0, False, grad_scale, found_inf, t["status"], t["workspace"]),
-    )
+def update_args(t, **inputs):
+    record = t["inputs"] if "inputs" in t else StepInputs(t["status"], max_grad_norm=1.0, **inputs).record()
+    tables = t["rows"], t["grads"], t["chunks"], t["chunk_size"], t["hypers"], t["dtypes"]
+    return *tables, record, t["workspace"]
 
 
 @pytest.fixture
@@ -314,18 +319,23 @@ def test_opcheck(ops):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("rows", torch.zeros(2, 8)),
-        ("rows", torch.zeros(2, 7, dtype=torch.int64)),
-        ("rows", torch.zeros(16, dtype=torch.int64)),
-        ("rows", torch.zeros(8, 2, dtype=torch.int64).t()),
+        ("rows", torch.zeros(2, 16)),
+        ("rows", torch.zeros(2, 15, dtype=torch.int64)),
+        ("rows", torch.zeros(32, dtype=torch.int64)),
+        ("rows", torch.zeros(16, 2, dtype=torch.int64).t()),
+        ("grads", torch.zeros(2)),
+        ("grads", torch.zeros(4, dtype=torch.int64)[::2]),
+        ("dtypes", (0, 0)),
+        ("inputs", torch.zeros(7)),
+        ("inputs", torch.zeros(6, dtype=torch.int64)),
+        ("inputs", torch.zeros(14, dtype=torch.int64)[::2]),
+        ("inputs", torch.zeros(7, dtype=torch.int64)),  # nowhere to report to
         ("chunks", torch.zeros(3, 2, dtype=torch.int64)),
         ("chunks", torch.zeros(3, 3, dtype=torch.int32)),
         ("hypers", torch.zeros(1, 7)),
         ("hypers", torch.zeros(1, 6, dtype=torch.float64)),
         ("workspace", torch.zeros(4)),
         ("workspace", torch.zeros(0, dtype=torch.float64)),
-        ("status", torch.zeros(2)),
-        ("status", torch.zeros(1, dtype=torch.float64)),
         ("sum", torch.zeros(1)),
         ("sum", torch.zeros(0, dtype=torch.float64)),
         ("chunk_size", 0),
@@ -352,21 +362,32 @@ def test_a_workspace_without_a_place_for_every_chunk_is_refused(ops):
         ops.sum_of_squares(*sum_args(t))
 
 
-def test_scalars_of_another_type_are_refused(ops):
-    t, _ = tables()
-    for name in ("grad_scale", "found_inf"):
-        with pytest.raises(RuntimeError, match=f"fused_adamw: {name}"):
-            ops.update(*update_args(t, **{name: torch.zeros((), dtype=torch.float64)}))
-    with pytest.raises(RuntimeError, match="fused_adamw: sums"):
-        ops.update(*update_args(t, sums=torch.zeros(1)))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("grad_scale", torch.zeros((), dtype=torch.float64)),
+        ("grad_scale", torch.zeros((), device="meta")),
+        ("found_inf", torch.zeros(0)),
+        ("sums", torch.zeros(1)),
+        ("sums", torch.zeros(4, dtype=torch.float64)[::2]),
+        ("status", torch.zeros(2)),
+        ("status", torch.zeros(1, dtype=torch.float64)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_inputs_of_another_kind_are_refused(name, value):
+    """They reach kernels as addresses, which say nothing of what is there."""
+    inputs = StepInputs(torch.zeros(2, dtype=torch.float64))._replace(**{name: value})
+    with pytest.raises(ValueError, match=f"{name} must be contiguous, of torch.float"):
+        inputs.record()
 
 
 def test_dtypes_without_a_kernel_are_refused(ops):
     t, (params, _, states) = tables()
     with pytest.raises(RuntimeError, match="no update kernel for dtypes 0, 3, 0"):
-        ops.update(*update_args(t, dtypes=(0, 3, 0)))
+        ops.update(*update_args({**t, "dtypes": (0, 3, 0)}))
     with pytest.raises(RuntimeError, match="no norm kernel for gradient dtype 9"):
-        ops.sum_of_squares(t["rows"], t["chunks"], 4, 9, t["workspace"], t["sum"])
+        ops.sum_of_squares(*sum_args(t, 9))
     assert params[0].eq(1).all()
     assert all(step.item() == 0 for _, _, step in states)
 

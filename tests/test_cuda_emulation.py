@@ -15,6 +15,8 @@ import torch
 from common import thin_zeros
 from dtype_codes import BF16, CUDA_LAYOUTS, F16, F32, F64
 
+from fused_adamw.tables import StepInputsStruct, chunk_table, hyper_table, row_table, set_column
+
 ROOT = Path(__file__).parent.parent
 CXX = shutil.which("g++")
 pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++")
@@ -38,31 +40,12 @@ def struct(name: str, **fields: type) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-I32, I64, U64, F, P = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_double, ctypes.c_void_p
-Row = struct(
-    "Row",
-    param=U64,
-    grad=U64,
-    exp_avg=U64,
-    exp_avg_sq=U64,
-    max_exp_avg_sq=U64,
-    step=U64,
-    numel=I64,
-    hyper=I64,
-)
-Chunk = struct("Chunk", row=I32, index=I32)
-Hyper = struct(
-    "Hyper", lr=F, beta1=F, beta2=F, eps=F, weight_decay=F, grad_sign=F, lr_address=U64
-)  # fmt: skip
-StepInputs = struct(
-    "StepInputs",
-    sums=P, n_sums=I64, max_grad_norm=F, grad_scale=P, found_inf=P, skip_nonfinite=ctypes.c_bool, status=P,
-)  # fmt: skip
-Table = struct("Table", rows=P, n_rows=I64, chunks=P, n_chunks=I64, chunk_size=I64)
+I64, P = ctypes.c_int64, ctypes.c_void_p
+Table = struct("Table", rows=P, n_rows=I64, grads=P, chunks=P, n_chunks=I64, chunk_size=I64)
 UpdateArgs = struct(
     "UpdateArgs",
-    table=Table, hypers=P, n_hypers=I64, param_dtype=I64, grad_dtype=I64, state_dtype=I64, inputs=StepInputs,
-    ticket=P,
+    table=Table, hypers=P, n_hypers=I64, param_dtype=I64, grad_dtype=I64, state_dtype=I64,
+    inputs=StepInputsStruct, ticket=P,
 )  # fmt: skip
 NormArgs = struct("NormArgs", table=Table, grad_dtype=I64, partials=P, sum=P, ticket=P)
 Device = struct("Device", seed=ctypes.c_uint, launches=ctypes.c_int, last_grid=ctypes.c_int)
@@ -220,23 +203,33 @@ class Model:
                 Buffer(v * random.uniform(0.5, 2.0, x.n), s_dtype, x.shifts[4]),
                 Buffer([x.step], F32),
             ))  # fmt: skip
-        self.rows = (Row * max(1, len(params)))()
-        chunks = []
-        for i, (x, (p, g, m, v, v_max, step)) in enumerate(zip(params, self.buffers, strict=True)):
-            self.rows[i] = Row(
-                p.address, g.address * x.grad, m.address, v.address, v_max.address * x.amsgrad, step.address,
-                x.n, x.group,
-            )  # fmt: skip
-            chunks += [(i, index) for index in range(-(-x.n // chunk_size))]
-        self.chunks = (Chunk * max(1, len(chunks)))(*chunks)
-        self.table = Table(
-            ctypes.addressof(self.rows), len(params), ctypes.addressof(self.chunks), len(chunks), chunk_size
+        p, g, m, v, v_max, step = ([row[i].address for row in self.buffers] for i in range(6))
+        slots = list(reversed(range(len(params))))
+        self.rows = row_table(
+            len(params),
+            param=p,
+            exp_avg=m,
+            exp_avg_sq=v,
+            max_exp_avg_sq=[address * x.amsgrad for address, x in zip(v_max, params, strict=True)],
+            step=step,
+            numel=[x.n for x in params],
+            hyper=[x.group for x in params],
+            slot=slots,
         )
+        self.grads = torch.tensor([g[slot] * params[slot].grad for slot in slots], dtype=torch.int64)
+        self.chunks = chunk_table([x.n for x in params], chunk_size)
+        self.table = Table(
+            self.rows.data_ptr(), len(params), self.grads.data_ptr(), self.chunks.data_ptr(),
+            len(self.chunks), chunk_size,
+        )  # fmt: skip
         self.lrs = [Buffer([x.lr_tensor or 0.0], F32) for x in groups]
-        self.hypers = (Hyper * len(groups))(*(
-            (x.lr, x.beta1, x.beta2, x.eps, x.weight_decay, x.sign, lr.address * (x.lr_tensor is not None))
+        self.hypers = hyper_table([
+            {
+                "lr": x.lr, "beta1": x.beta1, "beta2": x.beta2, "eps": x.eps, "weight_decay": x.weight_decay,
+                "grad_sign": x.sign, "lr_address": lr.address * (x.lr_tensor is not None),
+            }
             for x, lr in zip(groups, self.lrs, strict=True)
-        ))  # fmt: skip
+        ])  # fmt: skip
         self.ticket = Buffer([0.0], F64)
 
     def norm(self, cuda, device=0):
@@ -275,15 +268,15 @@ class Model:
         vectors = [sums or [], [loss_scale or 1.0], [found_inf or 0.0]]
         sums_, scale_, found_ = (Buffer(x, d) for x, d in zip(vectors, (F64, F32, F32), strict=True))
         status = Buffer([math.nan, 5.0], F64)
-        inputs = StepInputs(
-            sums_.address if sums is not None else None, len(sums or []), max_grad_norm,
-            scale_.address if loss_scale is not None else None,
-            found_.address if found_inf is not None else None,
+        inputs = StepInputsStruct(
+            sums_.address if sums is not None else 0, len(sums or []), max_grad_norm,
+            scale_.address if loss_scale is not None else 0,
+            found_.address if found_inf is not None else 0,
             skip_nonfinite, status.address,
         )  # fmt: skip
         args = UpdateArgs(
             self.table,
-            ctypes.addressof(self.hypers),
+            self.hypers.data_ptr(),
             len(self.groups),
             *self.dtypes,
             inputs,
@@ -506,18 +499,19 @@ def test_positions_that_32_bits_do_not_hold(cuda):
     numel, far = 2**32 + 1, [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32]
     c = 2**12
     index = sorted({place // c for place in far})
-    p, g, m, v = tensors = [thin_zeros(numel, torch.float32).numpy() for _ in range(4)]
+    p, g, m, v = [thin_zeros(numel, torch.float32).numpy() for _ in range(4)]
     g[far] = 1.0
     model = Model([Param(1)], chunk_size=c)
-    row = model.rows[0]
-    row.param, row.grad, row.exp_avg, row.exp_avg_sq = (t.ctypes.data for t in tensors)
-    row.numel = numel
-    model.chunks = (Chunk * len(index))(*((0, i) for i in index))
-    model.table.chunks, model.table.n_chunks = ctypes.addressof(model.chunks), len(index)
+    for name, t in (("param", p), ("exp_avg", m), ("exp_avg_sq", v)):
+        set_column(model.rows, name, [t.ctypes.data])
+    set_column(model.rows, "numel", [numel])
+    model.grads[0] = g.ctypes.data
+    model.chunks = torch.tensor([[0, i] for i in index], dtype=torch.int32)
+    model.table.chunks, model.table.n_chunks = model.chunks.data_ptr(), len(index)
     assert model.norm(cuda)[0] == len(far)
     status = Buffer([0.0, 0.0], F64)
-    inputs = StepInputs(max_grad_norm=1.0, status=status.address)
-    hypers = ctypes.addressof(model.hypers)
+    inputs = StepInputsStruct(max_grad_norm=1.0, status=status.address)
+    hypers = model.hypers.data_ptr()
     args = UpdateArgs(model.table, hypers, 1, F32, F32, F32, inputs, model.ticket.address)
     assert cuda.update(ctypes.byref(args), True, 0) is None
     for t, value in ((p, -1e-2), (m, 0.1), (v, 1e-3)):

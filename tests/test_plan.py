@@ -1,5 +1,6 @@
 """The plan: its tables, and that it is rebuilt when, and only when, it is no longer true."""
 
+import ctypes
 import itertools
 import logging
 import shutil
@@ -76,41 +77,79 @@ def test_chunk_table_of_more_elements_than_32_bits_count():
     assert len(table) == 2**17 + 2
 
 
+STRUCTS = {
+    "Field": tables.FieldStruct,
+    "Row": tables.RowStruct,
+    "Chunk": tables.ChunkStruct,
+    "Hyper": tables.HyperStruct,
+    "StepInputs": tables.StepInputsStruct,
+}
+DTYPES = {
+    "kFloat32": torch.float32,
+    "kBFloat16": torch.bfloat16,
+    "kFloat16": torch.float16,
+    "kFloat64": torch.float64,
+}
+
+
 def test_layouts_are_those_of_the_c_structs(tmp_path):
-    """Compiles tables.h and asks it where everything is."""
+    """Compiles tables.h and asks it where every field is, and which type it has."""
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler, "the tests need the C++ compiler that the extension was built with"
-    rows = ["param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "numel", "hyper"]
-    hypers = ["lr", "beta1", "beta2", "eps", "weight_decay", "grad_sign", "lr_address"]
-    dtypes = ["kFloat32", "kBFloat16", "kFloat16", "kFloat64"]
-    prints = [
-        *(f'std::printf("{s} %zu\\n", sizeof({s}));' for s in ("Row", "Chunk", "Hyper")),
-        *(f'std::printf("Row.{f} %zu\\n", offsetof(Row, {f}));' for f in rows),
-        *(f'std::printf("Hyper.{f} %zu\\n", offsetof(Hyper, {f}));' for f in hypers),
-        *(f'std::printf("Chunk.{f} %zu\\n", offsetof(Chunk, {f}));' for f in ("row", "index")),
-        *(f'std::printf("{d} %d\\n", static_cast<int>({d}));' for d in dtypes),
-    ]
+    c_types = {
+        ctypes.c_uint64: "uint64_t",
+        ctypes.c_int64: "int64_t",
+        ctypes.c_uint32: "uint32_t",
+        ctypes.c_int32: "int32_t",
+        ctypes.c_double: "double",
+        tables.FieldStruct: "Field",
+    }
+    lines = []
+    for name, struct in STRUCTS.items():
+        bound = ", ".join(f"f{i}" for i in range(len(struct._fields_)))
+        lines.append(f"{{ [[maybe_unused]] auto [{bound}] = {name}(); }}")  # as many fields
+        lines.append(f'std::printf("{name} %zu\\n", sizeof({name}));')
+        for field, c_type in struct._fields_:
+            lines.append(f'std::printf("{name}.{field} %zu\\n", offsetof({name}, {field}));')
+            is_pointer = f"std::is_pointer_v<decltype({name}::{field})>"
+            is_same = f"std::is_same_v<decltype({name}::{field}), {c_types[c_type]}>"
+            lines.append(f"static_assert({is_pointer} || {is_same});")
+    lines += [f'std::printf("{d} %d\\n", static_cast<int>({d}));' for d in DTYPES]
     source = tmp_path / "layout.cpp"
     source.write_text(
-        '#include <cstddef>\n#include <cstdio>\n#include "tables.h"\n'
-        "using namespace fused_adamw;\nint main() {\n" + "\n".join(prints) + "\n}\n"
+        '#include <cstddef>\n#include <cstdio>\n#include <type_traits>\n#include "tables.h"\n'
+        "using namespace fused_adamw;\nint main() {\n" + "\n".join(lines) + "\n}\n"
     )
     subprocess.run([compiler, "-std=c++17", f"-I{CSRC}", source, "-o", tmp_path / "layout"], check=True)
     output = subprocess.run([tmp_path / "layout"], check=True, capture_output=True, text=True).stdout
-    pairs = [line.split() for line in output.splitlines()]
-    facts = {key: int(value) for key, value in pairs}
+    found = {key: int(value) for key, value in (line.split() for line in output.splitlines())}
+    expected = {name: ctypes.sizeof(struct) for name, struct in STRUCTS.items()}
+    for name, struct in STRUCTS.items():
+        expected |= {f"{name}.{field}": getattr(struct, field).offset for field, _ in struct._fields_}
+    assert found == expected | {name: tables.DTYPE_CODE[dtype] for name, dtype in DTYPES.items()}
+    assert found["Row"] == 128
+    assert ctypes.sizeof(tables.ChunkStruct) == 4 * tables.chunk_table([1], 1).shape[1]
 
-    assert facts["Row"] == 8 * tables.ROW_WORDS
-    assert facts["Hyper"] == 8 * tables.HYPER_WORDS
-    assert facts["Chunk"] == 4 * tables.chunk_table([1], 1).shape[1]
-    assert [facts[f"Row.{f}"] for f in rows] == [8 * getattr(tables, f.upper()) for f in rows]
-    assert [facts[f"Hyper.{f}"] for f in hypers] == [8 * i for i in range(tables.HYPER_WORDS)]
-    assert facts["Hyper.lr_address"] == 8 * tables.LR_ADDRESS
-    assert (facts["Chunk.row"], facts["Chunk.index"]) == (0, 4)
-    # The order in which Python fills a row of hypers.
-    assert tables.Hyper._fields[:5] == tuple(hypers[:5])
-    codes = dict(zip((torch.float32, torch.bfloat16, torch.float16, torch.float64), dtypes, strict=True))
-    assert {dtype: facts[name] for dtype, name in codes.items()} == tables.DTYPE_CODE
+
+def test_row_table():
+    """Fields by name, others 0, and halves of a word beside each other."""
+    rows = tables.row_table(2, param=[1, 2], hyper=[3, 4], slot=[5, -1], columns=[2**32 - 1, 7])
+    structs = (tables.RowStruct * 2).from_buffer_copy(rows.numpy().tobytes())
+    assert [row.param.values for row in structs] == [1, 2]
+    assert [(row.hyper, row.slot) for row in structs] == [(3, 5), (4, -1)]
+    assert [(row.local_columns, row.columns) for row in structs] == [(1, 2**32 - 1), (1, 7)]
+    assert not any(row.param.side or row.exp_avg.values or row.average.values or row.step for row in structs)
+    tables.set_column(rows, "exp_avg_sq", torch.tensor([8, 2**63 - 1]))
+    structs = (tables.RowStruct * 2).from_buffer_copy(rows.numpy().tobytes())
+    assert [row.exp_avg_sq.values for row in structs] == [8, 2**63 - 1]
+    assert [row.slot for row in structs] == [5, -1]
+
+
+def test_hyper_table():
+    rows = tables.hyper_table([{"lr": 0.5, "grad_sign": -1.0}, {"lr_address": 2**63, "eps": 3.0}])
+    structs = (tables.HyperStruct * 2).from_buffer_copy(rows.numpy().tobytes())
+    assert [(x.lr, x.eps, x.grad_sign, x.lr_address) for x in structs] == [(0.5, 0, -1, 0), (0, 3, 0, 2**63)]
+    assert tables.hyper_table([]).shape == (0, tables.words(tables.HyperStruct))
 
 
 def test_one_bucket_for_all_groups(built):

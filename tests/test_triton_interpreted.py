@@ -15,7 +15,9 @@ from dtype_codes import BF16, CUDA_LAYOUTS, F16, F32, F64
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
+from fused_adamw.backends import native
 from fused_adamw.backends import triton as backend
+from fused_adamw.tables import StepInputs, Tables, chunk_table, hyper_table, row_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # enum DType
 GUARD = 16  # elements before and after every tensor, which no kernel may touch
@@ -51,10 +53,10 @@ class Hyper(NamedTuple):
     weight_decay: float = 0.1
     grad_sign: float = 1.0
 
-    def words(self) -> list[float]:
+    def fields(self) -> dict[str, float | int]:
         if not isinstance(self.lr, Tensor):
-            return [*self, 0.0]
-        return [math.nan, *self[1:], np.int64(self.lr.data_ptr()).view(np.float64).item()]
+            return self._asdict()
+        return {**self._asdict(), "lr": math.nan, "lr_address": self.lr.data_ptr()}
 
 
 def guarded(values: Tensor, dtype: int, shift: int) -> Tensor:
@@ -109,39 +111,50 @@ class Param:
     def remember(self) -> None:
         self.before = {name: tensor.clone() for name, tensor in self.tensors.items()}
 
-    def row(self) -> list[int]:
-        p, g, m, v, v_max, step = (tensor.data_ptr() for tensor in self.tensors.values())
-        g = (g or step) if self.has_grad else 0  # an empty tensor may have no address
-        return [p, g, m, v, v_max if self.amsgrad else 0, step, self.numel, self.hyper]
+    def row(self) -> dict[str, int]:
+        row = {name: tensor.data_ptr() for name, tensor in self.tensors.items() if name != "grad"}
+        row["max_exp_avg_sq"] *= self.amsgrad
+        return {**row, "numel": self.numel, "hyper": self.hyper}
+
+    def grad_address(self) -> int:
+        g, step = self.tensors["grad"].data_ptr(), self.tensors["step"].data_ptr()
+        return (g or step) if self.has_grad else 0  # an empty tensor may have no address
 
 
-class Tables:
+class Model:
     """What an operator is called with."""
 
     def __init__(self, params: list[Param], hypers: tuple[Hyper, ...] = (Hyper(),), chunk_size: int = 1024):
         self.params, self.hyper_rows, self.chunk_size = params, hypers, chunk_size
-        chunks = [
-            (r, i) for r, p in enumerate(params) for i in range((p.numel + chunk_size - 1) // chunk_size)
-        ]
-        self.rows = torch.tensor([p.row() for p in params], dtype=torch.int64).view(-1, 8)
-        self.chunks = torch.tensor(chunks, dtype=torch.int32).view(-1, 2)
-        self.hypers = torch.tensor([h.words() for h in hypers], dtype=torch.float64).view(-1, 7)
-        self.workspace = torch.full((1 + len(chunks),), 5.0, dtype=torch.float64)
-        self.workspace[0] = 0.0
+        rows = [p.row() for p in params]
+        slots = list(reversed(range(len(params))))  # not those of the rows
+        grads = [params[slot].grad_address() for slot in slots]
+        chunks = chunk_table([p.numel for p in params], chunk_size)
+        self.tables = Tables(
+            rows=row_table(
+                len(rows),
+                slot=slots,
+                **{key: [row[key] for row in rows] for key in (rows[0] if rows else ())},
+            ),
+            grads=torch.tensor(grads, dtype=torch.int64),
+            chunks=chunks,
+            chunk_size=chunk_size,
+            hypers=hyper_table([h.fields() for h in hypers]),
+            dtypes=params[0].dtypes if params else (F32, F32, F32),
+            workspace=torch.full((1 + len(chunks),), 5.0, dtype=torch.float64),
+        )
+        self.tables.workspace[0] = 0.0
         self.status = torch.zeros(2, dtype=torch.float64)
 
     def norm_sum(self, kernels=backend) -> Tensor:
         total = torch.full((1,), math.nan, dtype=torch.float64)
-        dtype = self.params[0].dtypes[1] if self.params else F32
-        kernels.sum_of_squares(self.rows, self.chunks, self.chunk_size, dtype, self.workspace, total)
-        assert self.workspace[0] == 0
+        kernels.sum_of_squares(self.tables, self.tables.chunks, total)
+        assert self.tables.workspace[0] == 0
         return total
 
     def update(self, sums=None, max_norm=1.0, skip=False, grad_scale=None, found_inf=None, kernels=backend):
-        dtypes = self.params[0].dtypes if self.params else (F32, F32, F32)
-        tables = (self.rows, self.chunks, self.chunk_size, self.hypers, *dtypes)
-        kernels.update(*tables, sums, max_norm, skip, grad_scale, found_inf, self.status, self.workspace)
-        assert self.workspace[0] == 0
+        kernels.update(self.tables, StepInputs(self.status, sums, max_norm, grad_scale, found_inf, skip))
+        assert self.tables.workspace[0] == 0
 
     def check(self, scale: float = 1.0, rtol: float = 0.0) -> None:
         """Compare all tensors with the chain's; bitwise unless rtol is given."""
@@ -222,104 +235,104 @@ def test_every_type_and_size(dtypes):
         for i, n in enumerate(sizes)
     ]
     params.insert(3, Param(BLOCK, dtypes, has_grad=False))
-    tables = Tables(params, GROUPS, chunk)
-    total = tables.norm_sum()
+    model = Model(params, GROUPS, chunk)
+    total = model.norm_sum()
     assert total.item() == pytest.approx(squares(params), rel=1e-13)
-    tables.update(total, max_norm=0.1)
+    model.update(total, max_norm=0.1)
     norm = math.sqrt(total.item())
-    assert tables.status.tolist() == [norm, 0.0]
-    tables.check(0.1 / (norm + 1e-6), rtol=1e-12 if dtypes == (F64, F64, F64) else 0.0)
+    assert model.status.tolist() == [norm, 0.0]
+    model.check(0.1 / (norm + 1e-6), rtol=1e-12 if dtypes == (F64, F64, F64) else 0.0)
 
 
 @pytest.mark.parametrize("chunk_size", [3, BLOCK, BLOCK + 1, 1000, 1 << 14])
 def test_any_chunk_size(chunk_size):
-    tables = Tables([Param(min(4 * chunk_size, 1300) + 1)], chunk_size=chunk_size)
-    assert tables.norm_sum().item() == pytest.approx(squares(tables.params), rel=1e-13)
-    tables.update()
-    tables.check()
+    model = Model([Param(min(4 * chunk_size, 1300) + 1)], chunk_size=chunk_size)
+    assert model.norm_sum().item() == pytest.approx(squares(model.params), rel=1e-13)
+    model.update()
+    model.check()
 
 
 @pytest.mark.parametrize("name", ["param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
 def test_one_misaligned_tensor(name):
     param = Param(BLOCK + 5, amsgrad=True)
     param.tensors[name] = guarded(param.tensors[name], F32, shift=1)
-    tables = Tables([param])
-    assert tables.norm_sum().item() == pytest.approx(squares(tables.params), rel=1e-13)
-    tables.update()
-    tables.check()
+    model = Model([param])
+    assert model.norm_sum().item() == pytest.approx(squares(model.params), rel=1e-13)
+    model.update()
+    model.check()
 
 
 def test_whole_blocks_of_aligned_tensors_are_not_masked(vector_accesses):
-    Tables([Param(2 * BLOCK + 1)]).update()
+    Model([Param(2 * BLOCK + 1)]).update()
     assert vector_accesses == [BLOCK] * (2 * 7)  # four tensors are read, three written
     vector_accesses.clear()
-    Tables([Param(2 * BLOCK + 1, shift=1)]).update()
+    Model([Param(2 * BLOCK + 1, shift=1)]).update()
     assert not vector_accesses
 
 
 def test_sums_of_several_tables():
-    tables = Tables([Param(100)])
-    tables.update(torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64), max_norm=0.5)
-    tables.check(0.5 / (3.0 + 1e-6))
-    assert tables.status.tolist() == [3.0, 0.0]
+    model = Model([Param(100)])
+    model.update(torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64), max_norm=0.5)
+    model.check(0.5 / (3.0 + 1e-6))
+    assert model.status.tolist() == [3.0, 0.0]
 
 
 def test_small_norm_is_not_clipped():
-    tables = Tables([Param(100)])
-    tables.update(scalar(0.25, torch.float64), max_norm=1.0)
-    tables.check(1.0)
+    model = Model([Param(100)])
+    model.update(scalar(0.25, torch.float64), max_norm=1.0)
+    model.check(1.0)
 
 
 def test_no_norm():
-    tables = Tables([Param(100)])
-    tables.update(None, max_norm=0.0, skip=True)
-    tables.check()
-    assert tables.status.tolist() == [0.0, 0.0]
+    model = Model([Param(100)])
+    model.update(None, max_norm=0.0, skip=True)
+    model.check()
+    assert model.status.tolist() == [0.0, 0.0]
 
 
 def test_max_grad_norm_is_not_rounded():
-    tables = Tables([Param(100, (F64, F64, F64))])
-    tables.update(scalar(4.0, torch.float64), max_norm=0.1)
-    tables.check(0.1 / (2.0 + 1e-6), rtol=1e-12)
+    model = Model([Param(100, (F64, F64, F64))])
+    model.update(scalar(4.0, torch.float64), max_norm=0.1)
+    model.check(0.1 / (2.0 + 1e-6), rtol=1e-12)
 
 
 def test_loss_scale():
-    tables = Tables([Param(100)])
-    tables.update(scalar(9.0, torch.float64), max_norm=0.5, grad_scale=scalar(2.0), found_inf=scalar(0.0))
-    tables.check(0.5 * (0.5 / (1.5 + 1e-6)))
-    assert tables.status.tolist() == [1.5, 0.0]
+    model = Model([Param(100)])
+    model.update(scalar(9.0, torch.float64), max_norm=0.5, grad_scale=scalar(2.0), found_inf=scalar(0.0))
+    model.check(0.5 * (0.5 / (1.5 + 1e-6)))
+    assert model.status.tolist() == [1.5, 0.0]
 
 
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
 def test_found_inf_skips(skip_nonfinite):
-    tables = Tables([Param(100), Param(0)])
+    model = Model([Param(100), Param(0)])
     for skipped in (1.0, 2.0):
-        tables.update(scalar(4.0, torch.float64), skip=skip_nonfinite, found_inf=scalar(1.0))
-        tables.check_untouched()
-        assert tables.status.tolist() == [2.0, skipped]
-    tables.update(found_inf=scalar(0.0))
-    tables.check()
-    assert tables.status.tolist() == [0.0, 2.0]
+        model.update(scalar(4.0, torch.float64), skip=skip_nonfinite, found_inf=scalar(1.0))
+        model.check_untouched()
+        assert model.status.tolist() == [2.0, skipped]
+    model.update(found_inf=scalar(0.0))
+    model.check()
+    assert model.status.tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_nonfinite_gradient(value):
-    tables = Tables([Param(BLOCK + 9), Param(20)])
-    tables.params[0].tensors["grad"][BLOCK + 3] = value
-    tables.params[0].remember()
-    total = tables.norm_sum()
+    model = Model([Param(BLOCK + 9), Param(20)])
+    model.params[0].tensors["grad"][BLOCK + 3] = value
+    model.params[0].remember()
+    total = model.norm_sum()
     norm = math.sqrt(total.item())
     assert not math.isfinite(norm)
 
-    tables.update(total, skip=True)
-    tables.check_untouched()
-    np.testing.assert_array_equal(tables.status, [norm, 1.0])
+    model.update(total, skip=True)
+    model.check_untouched()
+    np.testing.assert_array_equal(model.status, [norm, 1.0])
 
-    tables.update(
+    model.update(
         total, skip=False
     )  # as torch.nn.utils.clip_grad_norm_: an infinite norm makes 0, NaN makes NaN
-    tables.check(math.nan if math.isnan(norm) else 0.0)
-    np.testing.assert_array_equal(tables.status, [norm, 1.0])
+    model.check(math.nan if math.isnan(norm) else 0.0)
+    np.testing.assert_array_equal(model.status, [norm, 1.0])
 
 
 def test_amsgrad_keeps_nan():
@@ -327,9 +340,9 @@ def test_amsgrad_keeps_nan():
     param.tensors["max_exp_avg_sq"][2] = math.nan
     param.tensors["exp_avg_sq"][3] = math.nan
     param.remember()
-    tables = Tables([param])
-    tables.update()
-    tables.check()
+    model = Model([param])
+    model.update()
+    model.check()
     assert param.tensors["max_exp_avg_sq"][2:4].isnan().all()
 
 
@@ -337,88 +350,89 @@ def test_amsgrad_keeps_nan():
 @pytest.mark.parametrize("steps", [0, 1, 10**6])
 def test_bias_correction(betas, steps):
     """To 1e-12 in float64, where exp(n * log(beta)) stands for beta ** n."""
-    tables = Tables([Param(4, (F64, F64, F64), steps=steps)], (Hyper(beta1=betas[0], beta2=betas[1]),))
+    model = Model([Param(4, (F64, F64, F64), steps=steps)], (Hyper(beta1=betas[0], beta2=betas[1]),))
     with np.errstate(divide="ignore"):  # log(0)
-        tables.update()
-    tables.check(rtol=1e-12)
+        model.update()
+    model.check(rtol=1e-12)
 
 
 def test_learning_rate_is_read_at_each_step():
     lr = scalar(1e-3)
-    tables = Tables([Param(10)], (Hyper(lr=lr),))
-    tables.update()
-    tables.check()
+    model = Model([Param(10)], (Hyper(lr=lr),))
+    model.update()
+    model.check()
     lr.fill_(0.5)
-    tables.params[0].steps += 1
-    tables.params[0].remember()
-    tables.update()
-    tables.check()
+    model.params[0].steps += 1
+    model.params[0].remember()
+    model.update()
+    model.check()
 
 
 def test_rows_without_chunks_are_counted():
     """More rows than fit one block; empty tensors are stepped too, and rows without a gradient are not."""
     params = [Param(0, has_grad=i % 3 != 1, steps=i) for i in range(700)]
-    tables = Tables(params)
-    total = tables.norm_sum()
-    tables.update(total)
-    tables.check()
+    model = Model(params)
+    total = model.norm_sum()
+    model.update(total)
+    model.check()
     assert total.item() == 0.0
-    assert tables.status.tolist() == [0.0, 0.0]
+    assert model.status.tolist() == [0.0, 0.0]
 
 
 def test_no_rows():
-    tables = Tables([], hypers=())
-    assert tables.norm_sum().item() == 0.0
-    tables.update(scalar(4.0, torch.float64))
-    assert tables.status.tolist() == [2.0, 0.0]
+    model = Model([], hypers=())
+    assert model.norm_sum().item() == 0.0
+    model.update(scalar(4.0, torch.float64))
+    assert model.status.tolist() == [2.0, 0.0]
 
 
 def test_large_gradients_do_not_overflow():
     param = Param(10)
     param.tensors["grad"].fill_(1e30)
     param.remember()
-    assert Tables([param]).norm_sum().item() == pytest.approx(10 * float(np.float32(1e30)) ** 2)
+    assert Model([param]).norm_sum().item() == pytest.approx(10 * float(np.float32(1e30)) ** 2)
 
 
 def test_norm_is_the_same_for_any_grid(monkeypatch):
-    tables = Tables([Param(3000, seed=seed) for seed in range(3)], chunk_size=512)
-    first = tables.norm_sum()
+    model = Model([Param(3000, seed=seed) for seed in range(3)], chunk_size=512)
+    first = model.norm_sum()
     for programs in (1, 3, 4, 18):
         monkeypatch.setattr(backend, "_INTERPRETED_PROGRAMS", programs)
-        tables.workspace[1:] = math.nan
-        assert torch.equal(tables.norm_sum(), first)
-    tables.check_untouched()
+        model.tables.workspace[1:] = math.nan
+        assert torch.equal(model.norm_sum(), first)
+    model.check_untouched()
 
 
 @pytest.mark.parametrize("programs", [1, 2, 5])
 def test_any_number_of_programs(programs, monkeypatch):
     monkeypatch.setattr(backend, "_INTERPRETED_PROGRAMS", programs)
-    tables = Tables([Param(40), Param(0), Param(70, hyper=1)], GROUPS, chunk_size=16)
-    assert tables.norm_sum().item() == pytest.approx(squares(tables.params), rel=1e-13)
-    tables.update()
-    tables.check()
+    model = Model([Param(40), Param(0), Param(70, hyper=1)], GROUPS, chunk_size=16)
+    assert model.norm_sum().item() == pytest.approx(squares(model.params), rel=1e-13)
+    model.update()
+    model.check()
 
 
 def test_more_partial_sums_than_a_block():
-    tables = Tables([Param(50)], chunk_size=5)
+    model = Model([Param(50)], chunk_size=5)
     total = torch.zeros(1, dtype=torch.float64)
-    arguments = (tables.rows, tables.chunks, 10, 5, tables.workspace, total, tl.float32, 4)
+    t = model.tables
+    arguments = (t.rows, t.grads, t.chunks, 10, 5, t.workspace, total, tl.float32, 4)
     backend.norm_kernel[(3,)](*arguments)
-    assert total.item() == pytest.approx(squares(tables.params), rel=1e-13)
+    assert total.item() == pytest.approx(squares(model.params), rel=1e-13)
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32, F32), (F16, F16, F32), (F64, F64, F64)])
 def test_equals_the_native_kernels(dtypes):
-    pytest.importorskip("fused_adamw._C", exc_type=ImportError)
+    assert native.why_not(torch.device("cpu")) is None
     runs = []
-    for kernels in (backend, torch.ops.fused_adamw):
-        tables = Tables(
+    for kernels in (backend, native):
+        model = Model(
             [Param(BLOCK + 9, dtypes, i, amsgrad=i == 1, steps=i * 7, seed=i) for i in range(3)], GROUPS
         )
-        total = tables.norm_sum(kernels)
-        assert total.item() == pytest.approx(squares(tables.params), rel=1e-13)
-        tables.update(scalar(2.0, torch.float64), 0.3, True, scalar(4.0), scalar(0.0), kernels=kernels)
-        runs.append(tables)
+        total = model.norm_sum(kernels)
+        assert total.item() == pytest.approx(squares(model.params), rel=1e-13)
+        model.update(scalar(2.0, torch.float64), 0.3, True, scalar(4.0), scalar(0.0), kernels=kernels)
+        runs.append(model)
     for ours, theirs in zip(runs[0].params, runs[1].params, strict=True):
         for name, tensor in ours.tensors.items():
             rtol = 1e-12 if dtypes[0] == F64 else 0.0

@@ -25,10 +25,10 @@ constexpr int64_t kRegisterBytes = 16;
 // block's.
 constexpr int64_t kBlock = 32;
 
-// One tensor of a row: how it is kept, and the address of its first element.
-struct Field {
+// One tensor of a row: how it is kept, and where.
+struct Operand {
   DType format;
-  uint64_t values;
+  Field at;
 };
 
 // A format's elements in and out of `buffer`.
@@ -129,13 +129,13 @@ constexpr bool kSame = false;
 template <typename A>
 constexpr bool kSame<A, A> = true;
 
-// Calls f with the field's format and its values; nothing where its arithmetic is not T.
+// Calls f with the operand's format and its values; nothing where its arithmetic is not T.
 template <typename T, typename F>
-ADAMW_FN void visit(const Field& field, const F& f) {
-  Formats::visit(field.format, [&](auto format) __attribute__((always_inline)) {
+ADAMW_FN void visit(const Operand& x, const F& f) {
+  Formats::visit(x.format, [&](auto format) __attribute__((always_inline)) {
     using Format = decltype(format);
     if constexpr (kSame<typename Format::Register, T>) {
-      f(format, reinterpret_cast<typename Format::Stored*>(field.values));
+      f(format, reinterpret_cast<typename Format::Stored*>(x.at.values));
     }
   });
 }
@@ -157,9 +157,9 @@ ADAMW_FN void prefetch_block(const Stored* values) {
 // The n elements from `i` on as the arithmetic has them: in `buffer`, or where they are. kAccess says what
 // will be done to them.
 template <Access kAccess, typename T>
-ADAMW_FN T* load_block(const Field& field, int64_t i, int64_t n, T* buffer) {
+ADAMW_FN T* load_block(const Operand& x, int64_t i, int64_t n, T* buffer) {
   T* loaded = buffer;
-  visit<T>(field, [&](auto format, auto* values) __attribute__((always_inline)) {
+  visit<T>(x, [&](auto format, auto* values) __attribute__((always_inline)) {
     if (n == kBlock) prefetch_block<kAccess>(values + i);
     loaded = Codec<decltype(format)>::load(values + i, buffer, n);
   });
@@ -168,10 +168,9 @@ ADAMW_FN T* load_block(const Field& field, int64_t i, int64_t n, T* buffer) {
 
 // Back into memory what load_block took out.
 template <typename T>
-ADAMW_FN void store_block(const Field& field, int64_t i, int64_t n, const T* loaded) {
-  visit<T>(field, [&](auto format, auto* values) __attribute__((always_inline)) {
-    Codec<decltype(format)>::store(values + i, loaded, n);
-  });
+ADAMW_FN void store_block(const Operand& x, int64_t i, int64_t n, const T* loaded) {
+  visit<T>(x, [&](auto format, auto* values)
+                  __attribute__((always_inline)) { Codec<decltype(format)>::store(values + i, loaded, n); });
 }
 
 }  // namespace

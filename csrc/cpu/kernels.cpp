@@ -20,14 +20,14 @@ namespace fused_adamw {
 namespace {
 
 // What the update of a row reads and writes.
-struct Fields {
-  Field p, g, m, v, v_max;  // v_max: under amsgrad
+struct Operands {
+  Operand p, g, m, v, v_max;  // v_max: under amsgrad
 };
 
 // Elements [i, i + n). The format of each tensor is chosen here, block by block: every combination of formats
 // takes the same loop over the rule.
 template <typename T, bool kAmsgrad>
-ADAMW_FN void update_block(const Fields& at, int64_t i, int64_t n, const Coefficients<T>& c) {
+ADAMW_FN void update_block(const Operands& at, int64_t i, int64_t n, const Coefficients<T>& c) {
   alignas(64) T buffers[5][kBlock];
   T* const p = load_block<kWrite>(at.p, i, n, buffers[0]);
   T* const g = load_block<kRead>(at.g, i, n, buffers[1]);
@@ -62,13 +62,14 @@ ADAMW_FN Span span_of(const Table& table, const Row& row, const Chunk& chunk) {
 }
 
 template <typename T, bool kAmsgrad>
-void update_span(const UpdateArgs& args, const Row& row, const Span& span, const Coefficients<T>& c) {
+void update_span(const UpdateArgs& args, const Row& row, uint64_t grad, const Span& span,
+                 const Coefficients<T>& c) {
   // Copies that no store can alias.
-  const Fields at = {{args.param_dtype, row.param},
-                     {args.grad_dtype, row.grad},
-                     {args.state_dtype, row.exp_avg},
-                     {args.state_dtype, row.exp_avg_sq},
-                     {args.state_dtype, row.max_exp_avg_sq}};
+  const Operands at = {{args.param_dtype, row.param},
+                       {args.grad_dtype, {grad, 0}},
+                       {args.state_dtype, row.exp_avg},
+                       {args.state_dtype, row.exp_avg_sq},
+                       {args.state_dtype, row.max_exp_avg_sq}};
   const Coefficients<T> coef = c;
   int64_t i = span.begin;
   const int64_t end = span.end;
@@ -84,7 +85,8 @@ void update_rows(const UpdateArgs& args, double grad_scale, int64_t begin, int64
   float step = -1.0f;
   for (int64_t i = begin; i < end; ++i) {
     const Row& row = args.table.rows[args.table.chunks[i].row];
-    if (!row.grad) continue;
+    const uint64_t grad = args.table.grads[row.slot];
+    if (!grad) continue;
     const float row_step = *reinterpret_cast<const float*>(row.step) + 1.0f;
     if (row.hyper != hyper || row_step != step) {
       hyper = row.hyper;
@@ -92,10 +94,10 @@ void update_rows(const UpdateArgs& args, double grad_scale, int64_t begin, int64
       c = coefficients<T>(args.hypers[hyper], step, grad_scale);
     }
     const Span span = span_of(args.table, row, args.table.chunks[i]);
-    if (row.max_exp_avg_sq) {
-      update_span<T, true>(args, row, span, c);
+    if (row.max_exp_avg_sq.values) {
+      update_span<T, true>(args, row, grad, span, c);
     } else {
-      update_span<T, false>(args, row, span, c);
+      update_span<T, false>(args, row, grad, span, c);
     }
   }
 }
@@ -111,7 +113,7 @@ void update_chunks(const UpdateArgs& args, double grad_scale, int64_t begin, int
 // Squares are summed in double: no overflow for any float32 gradient, and far below float32's rounding. Each
 // lane sums every 32nd square, and the lanes are summed as a tree: the same order for all instruction sets.
 template <typename T>
-double sum_of_squares(const Field& g, const Span& span) {
+double sum_of_squares(const Operand& g, const Span& span) {
   // Sums of a vector type stay in registers; those in an array of doubles do not.
   typedef double Doubles __attribute__((vector_size(kRegisterBytes)));
   constexpr int64_t kLanes = 32, kWidth = kRegisterBytes / sizeof(double);
@@ -147,7 +149,8 @@ void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const Row& row = args.table.rows[args.table.chunks[i].row];
     const Span span = span_of(args.table, row, args.table.chunks[i]);
-    args.partials[i] = row.grad ? sum_of_squares<T>({args.grad_dtype, row.grad}, span) : 0.0;
+    const uint64_t grad = args.table.grads[row.slot];
+    args.partials[i] = grad ? sum_of_squares<T>({args.grad_dtype, {grad, 0}}, span) : 0.0;
   }
 }
 

@@ -59,8 +59,9 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     const Chunk chunk = args.table.chunks[i];
     const Row& row = args.table.rows[chunk.row];
     const Span span = span_of(args.table, row, chunk);
-    const auto g = reinterpret_cast<const typename Format::Stored*>(row.grad) + span.start;
-    const double sum = row.grad ? sum_of_squares<Format>(g, span.n) : 0.0;
+    const uint64_t grad = args.table.grads[row.slot];
+    const auto g = reinterpret_cast<const typename Format::Stored*>(grad) + span.start;
+    const double sum = grad ? sum_of_squares<Format>(g, span.n) : 0.0;
     if (threadIdx.x == 0) args.partials[i] = sum;
   }
   if (!last_block(args.ticket)) return;

@@ -83,18 +83,19 @@ __device__ __forceinline__ void update_vectors(const Pointers<L>& at, int start,
 // neighbouring threads then touch neighbouring bytes of every tensor, so each sector of memory moves once.
 // Rows that are not aligned for that, and what a chunk leaves over, go element by element.
 template <bool kAmsgrad, typename L, typename T>
-__device__ __forceinline__ void update_span(const Row& row, const Span& span, const Coefficients<T>& c) {
+__device__ __forceinline__ void update_span(const Row& row, uint64_t grad, const Span& span,
+                                            const Coefficients<T>& c) {
   using P = typename L::Param::Stored;
   using G = typename L::Grad::Stored;
   using S = typename L::State::Stored;
   constexpr int kWidest = sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S);
   constexpr int N = kVectorBytes / (kWidest > sizeof(G) ? kWidest : sizeof(G));
   Pointers<L> at;
-  at.p = reinterpret_cast<P*>(row.param) + span.start;
-  at.g = reinterpret_cast<const G*>(row.grad) + span.start;
-  at.m = reinterpret_cast<S*>(row.exp_avg) + span.start;
-  at.v = reinterpret_cast<S*>(row.exp_avg_sq) + span.start;
-  at.v_max = kAmsgrad ? reinterpret_cast<S*>(row.max_exp_avg_sq) + span.start : at.v;
+  at.p = reinterpret_cast<P*>(row.param.values) + span.start;
+  at.g = reinterpret_cast<const G*>(grad) + span.start;
+  at.m = reinterpret_cast<S*>(row.exp_avg.values) + span.start;
+  at.v = reinterpret_cast<S*>(row.exp_avg_sq.values) + span.start;
+  at.v_max = kAmsgrad ? reinterpret_cast<S*>(row.max_exp_avg_sq.values) + span.start : at.v;
   const bool vectors =
       aligned<N>(at.p) && aligned<N>(at.g) && aligned<N>(at.m) && aligned<N>(at.v) && aligned<N>(at.v_max);
   const int n = vectors ? span.n / N * N : 0;
@@ -140,7 +141,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<L>)
   for (int64_t i = blockIdx.x; i < args.table.n_chunks; i += gridDim.x) {
     const Chunk chunk = args.table.chunks[FUSED_ADAMW_REVERSE_UPDATE ? args.table.n_chunks - 1 - i : i];
     const Row& row = args.table.rows[chunk.row];
-    if (!row.grad) continue;
+    const uint64_t grad = args.table.grads[row.slot];
+    if (!grad) continue;
     const float row_step = *reinterpret_cast<const float*>(row.step) + 1.0f;
     if (row.hyper != hyper || row_step != step) {
       hyper = row.hyper;
@@ -151,10 +153,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<L>)
       c = shared_coefficients;
     }
     const Span span = span_of(args.table, row, chunk);
-    if (row.max_exp_avg_sq) {
-      update_span<true, L>(row, span, c);
+    if (row.max_exp_avg_sq.values) {
+      update_span<true, L>(row, grad, span, c);
     } else {
-      update_span<false, L>(row, span, c);
+      update_span<false, L>(row, grad, span, c);
     }
   }
 
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<L>)
   if (!last_block(args.ticket)) return;
   for (int64_t i = threadIdx.x; i < args.table.n_rows; i += kThreads) {
     const Row& row = args.table.rows[i];
-    if (row.grad) *reinterpret_cast<float*>(row.step) += 1.0f;
+    if (args.table.grads[row.slot]) *reinterpret_cast<float*>(row.step) += 1.0f;
   }
 }
 

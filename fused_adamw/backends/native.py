@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..extension import load_extension
-from ..tables import DTYPE_CODE
+from ..tables import DTYPE_CODE, StepInputs, Tables
 
 # Elements per chunk: large enough that the walk costs nothing, small enough to share out one tensor. On a
 # GPU, below so many elements in all, smaller ones, so that every processor has some: which ones is not yet
@@ -115,11 +116,13 @@ def _operator(name: str) -> Callable[..., None]:
     return operator
 
 
-def sum_of_squares(*args: object) -> None:
-    """`fused_adamw::sum_of_squares`; the schema is in csrc/bindings.cpp."""
-    _operator("sum_of_squares")(*args)
+def sum_of_squares(t: Tables, chunks: Tensor, out: Tensor) -> None:
+    """Write the sum of squares of the gradients in these chunks of the tables to `out`, float64."""
+    _operator("sum_of_squares")(t.rows, t.grads, chunks, t.chunk_size, t.dtypes[1], t.workspace, out)
 
 
-def update(*args: object) -> None:
-    """`fused_adamw::update`; the schema is in csrc/bindings.cpp."""
-    _operator("update")(*args)
+def update(t: Tables, inputs: StepInputs) -> None:
+    """Step in place the parameters, moments and step counts of all rows that have a gradient."""
+    _operator("update")(
+        t.rows, t.grads, t.chunks, t.chunk_size, t.hypers, t.dtypes, inputs.record(), t.workspace
+    )

@@ -11,7 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tables import DTYPE_CODE
+from ..tables import (
+    DTYPE_CODE,
+    ChunkStruct,
+    HyperStruct,
+    RowStruct,
+    StepInputs,
+    Tables,
+    word_of,
+    words,
+)
 
 # Elements per chunk: as many per thread as in torch's multi-tensor kernels. Long enough to hide the walk
 # through the tables, short enough that the last round of chunks is a small part of a step.
@@ -28,10 +37,18 @@ _PROGRAMS_PER_SM = 65536 // (_REGISTERS * _THREADS)
 _INTERPRETED_PROGRAMS = 3  # enough to walk with a stride and to have a last one
 
 _DTYPES = (tl.float32, tl.bfloat16, tl.float16, tl.float64)  # enum DType
-# Columns of the tables: struct Row, Hyper, Chunk.
-_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _STEP, _NUMEL, _HYPER = map(tl.constexpr, range(8))
-_LR, _BETA1, _BETA2, _EPS, _WEIGHT_DECAY, _GRAD_SIGN, _LR_ADDRESS = map(tl.constexpr, range(7))
-_ROW_WORDS, _HYPER_WORDS, _CHUNK_WORDS = map(tl.constexpr, (8, 7, 2))
+# Where the fields of the tables are, in their words.
+_PARAM, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _STEP, _NUMEL = (
+    tl.constexpr(word_of(RowStruct, name))
+    for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "numel")
+)
+_HYPER, _SLOT = (tl.constexpr(getattr(RowStruct, name).offset // 4) for name in ("hyper", "slot"))  # int32
+_LR, _BETA1, _BETA2, _EPS, _WEIGHT_DECAY, _GRAD_SIGN, _LR_ADDRESS = (
+    tl.constexpr(word_of(HyperStruct, name))
+    for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_sign", "lr_address")
+)
+_ROW_WORDS, _HYPER_WORDS = (tl.constexpr(words(struct)) for struct in (RowStruct, HyperStruct))
+_CHUNK_WORDS = tl.constexpr(2 * words(ChunkStruct))  # int32
 
 
 class Coefficients(NamedTuple):
@@ -135,6 +152,18 @@ def span_of(rows, chunk, chunk_size):
 
 
 @triton.jit
+def int32_of(row, word):
+    """A field of 32 bits of a row."""
+    return tl.load(row.to(tl.pointer_type(tl.int32), bitcast=True) + word)
+
+
+@triton.jit
+def grad_of(row, grads):
+    """Where the address of a row's gradient is."""
+    return grads + int32_of(row, _SLOT)
+
+
+@triton.jit
 def whole_blocks(addresses, start, n, BLOCK: tl.constexpr):
     """How many of the n elements at `start` fill blocks: 0 unless all the addresses are 16-byte aligned."""
     return tl.where((addresses | start) % 16 == 0, n // BLOCK * BLOCK, 0)
@@ -160,11 +189,11 @@ def last_program(workspace):
 
 @triton.jit
 def update_blocks(
-    row, start, n, c, P, G, S, AMSGRAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+    row, grad, start, n, c, P, G, S, AMSGRAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The n elements at `start`. VECTOR: whole blocks at aligned addresses, so that no access is masked."""
     p_ptr = pointer(row + _PARAM, start, P, VECTOR)
-    g_ptr = pointer(row + _GRAD, start, G, VECTOR)
+    g_ptr = pointer(grad, start, G, VECTOR)
     m_ptr = pointer(row + _EXP_AVG, start, S, VECTOR)
     v_ptr = pointer(row + _EXP_AVG_SQ, start, S, VECTOR)
     v_max_ptr = pointer(row + _MAX_EXP_AVG_SQ, start, S, VECTOR)
@@ -192,24 +221,25 @@ def update_blocks(
 
 
 @triton.jit
-def update_span(row, start, n, c, P, G, S, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr):
+def update_span(row, grad, start, n, c, P, G, S, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr):
     """The n elements at `start`, as far as possible in whole blocks."""
-    addresses = tl.load(row + _PARAM) | tl.load(row + _GRAD) | tl.load(row + _EXP_AVG)
+    addresses = tl.load(row + _PARAM) | tl.load(grad) | tl.load(row + _EXP_AVG)
     addresses |= tl.load(row + _EXP_AVG_SQ) | tl.load(row + _MAX_EXP_AVG_SQ)
     whole = whole_blocks(addresses, start, n, BLOCK)
-    update_blocks(row, start, whole, c, P, G, S, AMSGRAD, True, BLOCK)
+    update_blocks(row, grad, start, whole, c, P, G, S, AMSGRAD, True, BLOCK)
     # In blocks of another size, lest the compiler share one layout, and shuffle values through it.
-    update_blocks(row, start + whole, n - whole, c, P, G, S, AMSGRAD, False, BLOCK // 2)
+    update_blocks(row, grad, start + whole, n - whole, c, P, G, S, AMSGRAD, False, BLOCK // 2)
 
 
 @triton.jit
-def advance_steps(rows, n_rows, BLOCK: tl.constexpr):
+def advance_steps(rows, grads, n_rows, BLOCK: tl.constexpr):
     """Count this update in every row that has a gradient."""
     first = 0
     while first < n_rows:
         i = first + tl.arange(0, BLOCK)
         row = rows + i.to(tl.int64) * _ROW_WORDS
-        has_grad = tl.load(row + _GRAD, mask=i < n_rows, other=0) != 0
+        slot = tl.load(row.to(tl.pointer_type(tl.int32), bitcast=True) + _SLOT, mask=i < n_rows, other=0)
+        has_grad = tl.load(grads + slot, mask=i < n_rows, other=0) != 0
         step = tl.load(row + _STEP, mask=has_grad, other=0).to(tl.pointer_type(tl.float32))
         tl.store(step, tl.load(step, mask=has_grad) + 1.0, mask=has_grad)
         first += BLOCK
@@ -219,7 +249,7 @@ def advance_steps(rows, n_rows, BLOCK: tl.constexpr):
 _kernel = triton.jit(
     do_not_specialize=["n_rows", "n_chunks", "chunk_size", "n_sums"],
     do_not_specialize_on_alignment=(
-        ["rows", "chunks", "hypers", "sums", "sum", "grad_scale", "found_inf", "status", "workspace"]
+        ["rows", "grads", "chunks", "hypers", "sums", "sum", "grad_scale", "found_inf", "status", "workspace"]
     ),
 )
 
@@ -228,6 +258,7 @@ _kernel = triton.jit(
 def update_kernel(
     rows,
     n_rows,
+    grads,
     chunks,
     n_chunks,
     chunk_size,
@@ -255,22 +286,23 @@ def update_kernel(
     chunk = tl.program_id(0)
     while chunk < n_chunks:
         row, start, n = span_of(rows, chunks + chunk * _CHUNK_WORDS, chunk_size)
-        if tl.load(row + _GRAD) != 0:
+        grad = grad_of(row, grads)
+        if tl.load(grad) != 0:
             step = tl.load(tl.load(row + _STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
-            c = coefficients(hypers + tl.load(row + _HYPER) * _HYPER_WORDS, step, scale, T)
+            c = coefficients(hypers + int32_of(row, _HYPER) * _HYPER_WORDS, step, scale, T)
             if tl.load(row + _MAX_EXP_AVG_SQ) == 0:
-                update_span(row, start, n, c, P, G, S, False, BLOCK)
+                update_span(row, grad, start, n, c, P, G, S, False, BLOCK)
             else:
-                update_span(row, start, n, c, P, G, S, True, BLOCK)
+                update_span(row, grad, start, n, c, P, G, S, True, BLOCK)
         chunk += tl.num_programs(0)
     if last_program(workspace):
-        advance_steps(rows, tl.where(skip, 0, n_rows), BLOCK // 2)
+        advance_steps(rows, grads, tl.where(skip, 0, n_rows), BLOCK // 2)
 
 
 @triton.jit
-def sum_blocks(total, row, start, n, G: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+def sum_blocks(total, grad, start, n, G: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     """`total` plus the squares of the n elements at `start`, lane by lane. VECTOR: as in update_blocks."""
-    g_ptr = pointer(row + _GRAD, start, G, VECTOR)
+    g_ptr = pointer(grad, start, G, VECTOR)
     block = 0
     while block < tl.cdiv(n, BLOCK):
         i = block * BLOCK + tl.arange(0, BLOCK)
@@ -281,18 +313,20 @@ def sum_blocks(total, row, start, n, G: tl.constexpr, VECTOR: tl.constexpr, BLOC
 
 
 @_kernel
-def norm_kernel(rows, chunks, n_chunks, chunk_size, workspace, sum, G: tl.constexpr, BLOCK: tl.constexpr):
+def norm_kernel(
+    rows, grads, chunks, n_chunks, chunk_size, workspace, sum, G: tl.constexpr, BLOCK: tl.constexpr
+):
     """Squares summed in float64: one partial sum per chunk, added up by the last program in fixed order."""
     partials = workspace + 1
     chunk = tl.program_id(0)
     while chunk < n_chunks:
         row, start, n = span_of(rows, chunks + chunk * _CHUNK_WORDS, chunk_size)
         total = tl.zeros([BLOCK], tl.float64)
-        grad = tl.load(row + _GRAD)
-        if grad != 0:
-            whole = whole_blocks(grad, start, n, BLOCK)
-            total = sum_blocks(total, row, start, whole, G, True, BLOCK)
-            total = sum_blocks(total, row, start + whole, n - whole, G, False, BLOCK)
+        grad = grad_of(row, grads)
+        if tl.load(grad) != 0:
+            whole = whole_blocks(tl.load(grad), start, n, BLOCK)
+            total = sum_blocks(total, grad, start, whole, G, True, BLOCK)
+            total = sum_blocks(total, grad, start + whole, n - whole, G, False, BLOCK)
         tl.store(partials + chunk, tl.sum(total))
         chunk += tl.num_programs(0)
     if last_program(workspace):
@@ -365,67 +399,23 @@ def max_host_hypers(device: torch.device) -> int:
     return 0 if device.type == "cuda" else 1 << 62
 
 
-def sum_of_squares(
-    rows: torch.Tensor,
-    chunks: torch.Tensor,
-    chunk_size: int,
-    grad_dtype: int,
-    workspace: torch.Tensor,
-    sum: torch.Tensor,
-) -> None:
-    """Write the sum of the squares of a table's gradients to `sum`. One launch, deterministic, no sync.
+def sum_of_squares(t: Tables, chunks: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the sum of squares of the gradients in these chunks of the tables to `out`.
 
-    Args:
-        rows: int64 [n_rows, 8], `struct Row` of csrc/tables.h.
-        chunks: int32 [n_chunks, 2], `struct Chunk`.
-        chunk_size: elements per chunk.
-        grad_dtype: `enum DType` of the gradients.
-        workspace: float64 [1 + n_chunks], mutated; its first 4 bytes are 0 before and after.
-        sum: float64, at least one element; the first is written.
+    One launch, deterministic, no sync. Mutates the workspace.
     """
-    n_chunks = chunks.shape[0]
-    dtype = _DTYPES[grad_dtype]
-    args = (rows, chunks, n_chunks, chunk_size, workspace, sum, dtype, 2 * _block(dtype))
-    _launch(norm_kernel, rows, n_chunks, args)
+    n_chunks, dtype = chunks.shape[0], _DTYPES[t.dtypes[1]]
+    args = (t.rows, t.grads, chunks, n_chunks, t.chunk_size, t.workspace, out, dtype, 2 * _block(dtype))
+    _launch(norm_kernel, t.rows, n_chunks, args)
 
 
-def update(
-    rows: torch.Tensor,
-    chunks: torch.Tensor,
-    chunk_size: int,
-    hypers: torch.Tensor,
-    param_dtype: int,
-    grad_dtype: int,
-    state_dtype: int,
-    sums: torch.Tensor | None,
-    max_grad_norm: float,
-    skip_nonfinite: bool,
-    grad_scale: torch.Tensor | None,
-    found_inf: torch.Tensor | None,
-    status: torch.Tensor,
-    workspace: torch.Tensor,
-) -> None:
-    """Step in place the parameters, moments and step counts of all rows with a gradient. One launch, no sync.
-
-    Args:
-        rows: int64 [n_rows, 8], `struct Row` of csrc/tables.h: addresses of what is mutated.
-        chunks: int32 [n_chunks, 2], `struct Chunk`.
-        chunk_size: elements per chunk.
-        hypers: float64 [n_hypers, 7], `struct Hyper`, the last column the bits of an address.
-        param_dtype: `enum DType` of the parameters.
-        grad_dtype: `enum DType` of the gradients.
-        state_dtype: `enum DType` of the moments.
-        sums: float64 [n_sums], parts of the squared gradient norm; None: no norm, no clipping.
-        max_grad_norm: what the norm is clipped to; read where `sums` is given.
-        skip_nonfinite: skip the step where the norm is not finite.
-        grad_scale: float32, one element: the loss scale that the gradients still carry.
-        found_inf: float32, one element: skip the step unless 0.
-        status: float64 [2], mutated: the gradient norm; + 1 if the step was skipped.
-        workspace: float64 [1 + n_chunks], mutated; its first 4 bytes are 0 before and after.
-    """
-    n_chunks = chunks.shape[0]
-    dtypes = (_DTYPES[param_dtype], _DTYPES[grad_dtype], _DTYPES[state_dtype])
-    tables = (rows, rows.shape[0], chunks, n_chunks, chunk_size, hypers)
-    norm = (sums, 0 if sums is None else sums.numel(), max_grad_norm)
-    rest = (grad_scale, found_inf, status, workspace, skip_nonfinite, *dtypes, _block(*dtypes))
-    _launch(update_kernel, rows, n_chunks, (*tables, *norm, *rest))
+def update(t: Tables, inputs: StepInputs) -> None:
+    """Step in place the parameters, moments and step counts of all rows with a gradient. One launch."""
+    n_chunks = t.chunks.shape[0]
+    dtypes = [_DTYPES[code] for code in t.dtypes]
+    tables = (t.rows, t.rows.shape[0], t.grads, t.chunks, n_chunks, t.chunk_size, t.hypers)
+    sums = inputs.sums
+    norm = (sums, 0 if sums is None else sums.numel(), inputs.max_grad_norm)
+    given = (inputs.grad_scale, inputs.found_inf, inputs.status)
+    args = (*tables, *norm, *given, t.workspace, inputs.skip_nonfinite, *dtypes, _block(*dtypes))
+    _launch(update_kernel, t.rows, n_chunks, args)

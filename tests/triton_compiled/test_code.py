@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton", minversion="3.6")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fused_adamw.backends import triton as backend  # noqa: E402
+from fused_adamw.tables import HyperStruct, RowStruct, StepInputs, Tables, words  # noqa: E402
 
 F32, BF16, F16, F64 = range(4)  # enum DType
 
@@ -52,35 +53,31 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float64, shift: int = 0) -> to
     return torch.zeros(size + shift, dtype=dtype)[shift:].view(shape)
 
 
+def tables(dtypes, n_chunks, shift) -> Tables:
+    """Tables whose tensors are `shift` elements off an aligned address."""
+    return Tables(
+        rows=zeros(5, words(RowStruct), dtype=torch.int64, shift=shift),
+        grads=zeros(5, dtype=torch.int64, shift=shift),
+        chunks=zeros(n_chunks, 2, dtype=torch.int32, shift=shift),
+        chunk_size=backend.CHUNK_SIZE,
+        hypers=zeros(2, words(HyperStruct), shift=shift),
+        dtypes=dtypes,
+        workspace=zeros(1 + n_chunks, shift=shift),
+    )
+
+
 def update(gpu, dtypes, n_chunks=3, shift=0, n_sums=1, given=True, skip_nonfinite=True):
     """The compiled update kernel. `shift`: how many elements tensors are off an aligned address."""
     optional = zeros(1, dtype=torch.float32, shift=shift) if given else None
-    backend.update(
-        zeros(5, 8, dtype=torch.int64, shift=shift),
-        zeros(n_chunks, 2, dtype=torch.int32, shift=shift),
-        backend.CHUNK_SIZE,
-        zeros(2, 7, shift=shift),
-        *dtypes,
-        zeros(n_sums, shift=shift) if given else None,
-        1.0,
-        skip_nonfinite,
-        optional,
-        optional,
-        zeros(2, shift=shift),
-        zeros(1 + n_chunks, shift=shift),
-    )
+    sums = zeros(n_sums, shift=shift) if given else None
+    inputs = StepInputs(zeros(2, shift=shift), sums, 1.0, optional, optional, skip_nonfinite)
+    backend.update(tables(dtypes, n_chunks, shift), inputs)
     return gpu.kernels[-1]
 
 
 def norm(gpu, dtype, n_chunks=3, shift=0):
-    backend.sum_of_squares(
-        zeros(5, 8, dtype=torch.int64, shift=shift),
-        zeros(n_chunks, 2, dtype=torch.int32, shift=shift),
-        backend.CHUNK_SIZE,
-        dtype,
-        zeros(1 + n_chunks, shift=shift),
-        zeros(1, shift=shift),
-    )
+    t = tables((dtype, dtype, dtype), n_chunks, shift)
+    backend.sum_of_squares(t, t.chunks, zeros(1, shift=shift))
     return gpu.kernels[-1]
 
 
