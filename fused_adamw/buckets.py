@@ -159,9 +159,6 @@ class TensorBucket:
         self._hypers: Sequence[Hyper] = ()
         self._backend = backend
 
-    def set_grads(self, addresses: Tensor) -> None:
-        """Nothing to note: gradients are taken as tensors."""
-
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
         """Note the hyper-parameters of every group."""
         self._hypers = hypers

@@ -154,10 +154,11 @@ class Plan:
             mine = [i for i, part in enumerate(parts) if part[0] == domain]
             self._sums_of[domain].append(sums[mine[0] : mine[-1] + 1])
         self._sums[device] = sums
-        self._grad_tables[device] = DeviceTable(device)
         for i, bucket in enumerate(buckets):
             places = [place[domain, i] for domain in bucket.domains]
             self.launches.append(Launch(bucket, places, status.to(device, sums.dtype, copy=True)))
+            if isinstance(bucket, TableBucket):
+                self._grad_tables[device] = DeviceTable(device)
 
     def _expected_grad(self, slot: int, grad: Tensor | None, previous: Plan | None) -> Tensor:
         """The layout of a gradient: of the present one, else of the last one seen, else of the parameter."""
@@ -208,7 +209,8 @@ class Plan:
             table = torch.frombuffer(addresses or array("q", [0]), dtype=torch.int64)
             on_device = {device: tables.upload(table) for device, tables in self._grad_tables.items()}
             for bucket, _, _ in self.launches:
-                bucket.set_grads(on_device[bucket.device])
+                if isinstance(bucket, TableBucket):
+                    bucket.set_grads(on_device[bucket.device])
             stepped = list(compress(self._params, addresses))
             self.stepped = stepped + local_tensors(filter(is_dtensor, stepped))
             self._grad_addresses = grads.addresses
