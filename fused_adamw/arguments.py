@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .distributed import NormGroup, is_flattened
 
 # They are attributes of the optimizer, not group keys: those would end up in checkpoints, and torch's
 # checkpoints, which lack them, would not load.
@@ -86,7 +91,111 @@ def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
             raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def set_options(optimizer: Any) -> dict[str, Any]:
-    """What was set of the arguments that change results, for `repr` and `defaults`."""
-    values = {name: getattr(optimizer, name) for name in OWN if name != "backend"}
-    return {name: value for name, value in values.items() if value not in _UNSET}
+class OwnArguments(torch.optim.AdamW):
+    """torch's AdamW with the arguments that it does not have, as properties; `step` gives them meaning."""
+
+    _backend: str
+    _max_grad_norm: float | None
+    _norm_group: NormGroup | None
+    _skip_nonfinite: bool
+    _state_dtype: torch.dtype | None
+    _status: Tensor | None  # float64: norm of the last step, steps skipped so far
+    _has_norm: bool
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The global norm that gradients are clipped to; None: no clipping."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._max_grad_norm = checked_max_grad_norm(value)
+        self._show_options()
+
+    @property
+    def norm_process_group(self) -> dist.ProcessGroup | Callable[[Tensor], Tensor] | None:
+        """The processes that hold the other parameters, or a callable that sums over them.
+
+        A deep copy shares the group. Pickling an optimizer that has a process group raises TypeError.
+        """
+        return None if self._norm_group is None else self._norm_group.group
+
+    @norm_process_group.setter
+    def norm_process_group(self, value: dist.ProcessGroup | Callable[[Tensor], Tensor] | None) -> None:
+        self._norm_group = None if value is None else NormGroup(value)
+
+    @property
+    def backend(self) -> str:
+        """The backend that was asked for."""
+        return self._backend
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """The dtype of the moments; None: that of each parameter."""
+        return self._state_dtype
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether steps whose gradient norm is not finite are skipped."""
+        return self._skip_nonfinite
+
+    @property
+    def grad_norm(self) -> Tensor | Any:
+        """Global gradient norm of the last step, before clipping and without any loss scale.
+
+        A new 0-dim tensor on the parameters' device, float32 (float64 where a parameter is float64); None
+        before the first step and without a norm pass. Only reading its value waits for the device. Typed so
+        that `optimizer.grad_norm.item()` needs no check for None where a norm is known to be there.
+        """
+        if not self._has_norm:
+            return None
+        dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
+        dtype = torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
+        assert self._status is not None
+        return self._status[0].to(dtype, copy=True)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """Steps skipped so far, by `skip_nonfinite` or a GradScaler: a new 0-dim int64 tensor."""
+        if self._status is None:
+            return torch.zeros((), dtype=torch.int64, device="cpu")
+        return self._status[1].to(torch.int64)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling and the decision to skip to step().
+
+        It does so through `grad_scale` and `found_inf`, if `fused`, `max_grad_norm` or `skip_nonfinite` is
+        set; if none is, the scaler unscales the gradients itself, as for torch's AdamW by default. Not under
+        FSDP1, whose processes learn of an overflow in one of them only if ShardedGradScaler does the
+        unscaling; else their loss scales would diverge.
+        """
+        asked = bool(self.defaults["fused"]) or self._needs_norm()
+        return asked and not any(is_flattened(p) for group in self.param_groups for p in group["params"])
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Ignore the value: torch sets True where `fused` is set."""
+
+    def _set_options(self) -> dict[str, Any]:
+        """What was set of the arguments that change results."""
+        values = {name: getattr(self, name) for name in OWN if name != "backend"}
+        return {name: value for name, value in values.items() if value not in _UNSET}
+
+    def _show_options(self) -> None:
+        """Show the own options that are set in `defaults`, where loggers look; groups do not get them.
+
+        Not the process group: `defaults` are copied and pickled.
+        """
+        options = self._set_options()
+        options.pop("norm_process_group", None)
+        for name in OWN:
+            self.defaults.pop(name, None)
+        self.defaults.update(options)
+
+    def __repr__(self) -> str:
+        head, rest = super().__repr__().split("\n", 1)
+        return "\n".join([head, *(f"{name}: {value}" for name, value in self._set_options().items()), rest])
+
+    def _needs_norm(self) -> bool:
+        return self._max_grad_norm is not None or self._skip_nonfinite

@@ -26,7 +26,7 @@ ALLOWED = {
     "backends": {"extension", "tables"},
     "state": {"distributed", "memory"},
     "announce": set(),
-    "arguments": set(),
+    "arguments": {"distributed"},
     "checks": {"arguments", "distributed", "memory", "state"},
     "checkpoints": {"checks", "groups", "mismatch", "state"},
     "mismatch": {"groups"},
