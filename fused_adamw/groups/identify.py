@@ -52,15 +52,14 @@ class _Reader:
         self._names: dict[int, set[tuple[str, ...]]] = {}
 
     def judge(self, located: Located) -> Finding:
-        findings = [self._judge_at(place, located) for place in located.places]
-        first = findings[0]
-        roles = {finding.role for finding in findings}
+        judged = [(place, self._judge_at(place, located)) for place in located.places]
+        # A place where only the shape speaks says nothing against one that says more.
+        telling = [(p, f) for p, f in judged if f.rule not in ("shape", "default")] or judged
+        first = telling[0][1]
+        roles = {finding.role for _, finding in telling}
         if len(roles) == 1:
             return first
-        places = ", ".join(
-            f"{place.name} is {say_role(finding.role)}"
-            for place, finding in zip(located.places, findings, strict=True)
-        )
+        places = ", ".join(f"{place.name} is {say_role(finding.role)}" for place, finding in telling)
         if roles <= _TABLES:  # one library's position is another's embedding: nothing to choose
             return first
         if roles <= {*_TABLES, Role.MATRIX}:

@@ -203,7 +203,7 @@ class Tied(nn.Module):
 
 
 class TestEmbeddings:
-    @pytest.mark.parametrize("path", ["wte", "embed_tokens", "word_embeddings", "shared", "codebook"])
+    @pytest.mark.parametrize("path", ["wte", "embed_tokens", "token_embedding", "shared", "codebook"])
     def test_token_embedding_is_a_knob(self, path):
         for module in (nn.Embedding(8, 4), nn.EmbeddingBag(8, 4)):
             model = nest(path, module)

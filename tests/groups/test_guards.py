@@ -151,6 +151,13 @@ class TestHolders:
         model.add_module(attribute, kind(tensors))
         assert set(answers(model).values()) == {answer}
 
+    @pytest.mark.parametrize("base", [nn.Sequential, nn.ModuleList, nn.ParameterList])
+    def test_a_class_of_ones_own_may_say_what_its_tensors_are(self, base):
+        norm = type("BlockNorm", (base,), {})()
+        norm.register_parameter("weight", nn.Parameter(torch.ones(4)))
+        found = decision(nn.ModuleDict({"x": norm}), "x.weight")
+        assert (found.role, found.owner) == (Role.NORM, "BlockNorm")
+
     @pytest.mark.parametrize("kind", [nn.ParameterList, type("Tensors", (nn.ParameterList,), {})])
     def test_numbers_leave_it_to_the_holder(self, kind):
         model = nn.Module()
@@ -251,6 +258,14 @@ class TestSharedModules:
     def test_a_block_that_is_used_many_times_keeps_its_names(self):
         model = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))] * 12)
         assert answers(model, overrides={"11.0.*": False}) == {"0.0.weight": False, "0.0.bias": False}
+
+    @pytest.mark.parametrize("known_first", [True, False])
+    def test_a_place_that_says_nothing_does_not_contradict(self, known_first):
+        known, unknown = nn.Embedding(9, 4), raw("Thing", zeta=(9, 4))
+        unknown.zeta = known.weight
+        model = nn.ModuleList([known, unknown] if known_first else [unknown, known])
+        (found,) = explain_param_groups(model, roles={"embedding": False}).decisions
+        assert (found.role, found.confidence, found.disputed) == (Role.EMBEDDING, "high", False)
 
 
 class TestAdapters:

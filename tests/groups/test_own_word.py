@@ -140,6 +140,15 @@ def test_wrappers_do_not_change_that(make):
         assert decays(build_param_groups(wrapped, 0.1)) == EXPECTED
 
 
+def test_a_wrapper_of_ones_own_has_a_word_too():
+    class HeadOnly(nn.DataParallel):
+        def parameters(self, recurse=True):
+            return self.module["head"].parameters()
+
+    wrapped = HeadOnly(nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)}))
+    assert decays(build_param_groups(wrapped)) == {"head.weight": True, "head.bias": False}
+
+
 def test_what_is_left_out_need_not_be_fit_for_an_optimizer():
     model = Captioner()
     model.gpt = nn.LazyLinear(4)

@@ -76,6 +76,43 @@ def test_prompt_tuning(peft, gpt2):
     check(model, {"prompt_encoder.default.embedding.weight": False})
 
 
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x):
+        return self.norm(self.lin(x))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("LoHa", {"r": 2}),
+        ("LoKr", {"r": 2}),
+        ("Hira", {"r": 2}),
+        ("Gralora", {"r": 4}),
+        ("Poly", {"r": 2}),
+        ("Delora", {"r": 2}),
+        ("Adamss", {"r": 2}),
+        ("Miss", {"r": 2}),
+        ("HRA", {"r": 2}),
+        ("Deft", {}),
+        ("VBLoRA", {"r": 2, "vector_length": 4, "num_vectors": 4}),
+    ],
+)
+def test_what_a_layer_lists_as_adapters(peft, method, options):
+    config = getattr(peft, f"{method}Config")(target_modules=["lin"], **options)
+    model = peft.get_peft_model(Encoder(), config)
+    report = explain_param_groups(model)
+    roles = {d.role for d in report.decisions}
+    assert Role.ADAPTER_MATRIX in roles
+    assert roles <= {Role.ADAPTER_MATRIX, Role.ADAPTER_GAIN}
+    assert not report.lints
+    assert not any(decays(build_param_groups(model, 0.1, roles={"adapter_matrix": False})).values())
+
+
 def test_unfreezing_the_base_model(peft, gpt2):
     model = peft.get_peft_model(gpt2, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
     optimizer = torch.optim.AdamW(build_param_groups(model, 0.1))

@@ -150,8 +150,9 @@ def test_quantization_aware_training():
 
 
 def test_a_gate_and_a_value_matrix_are_no_weight_norm():
-    gate = raw("GLU", W_g=(4, 6), W_v=(4, 6), w_g=(6,))
-    assert roles(gate) == {"W_g": Role.MATRIX, "W_v": Role.MATRIX, "w_g": Role.VECTOR}
+    for shape in ((4, 6), (6,)):
+        assert Role.WEIGHT_NORM_GAIN not in roles(raw("GLU", w_g=shape, w_v=(4, 6))).values()
+    assert roles(raw("GLU", W_g=(4, 6), W_v=(4, 6))) == {"W_g": Role.MATRIX, "W_v": Role.MATRIX}
 
 
 def test_a_name_of_ones_own_that_ends_like_a_utilitys():
