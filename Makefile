@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
+CUDA_VENV := .venv-cuda
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all bench lint format clean
+.PHONY: help train test test-all test-pretend-gpu bench lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): requirements.txt requirements-triton.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,15 @@ test-all: $(BUILT) ## all tests, with those of real models from other libraries
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-integrations.txt
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
+$(CUDA_VENV)/.ready: requirements.txt requirements-cuda.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	grep -v '^torch==' requirements.txt | $(CUDA_VENV)/bin/python -m pip install --quiet \
+		--disable-pip-version-check -r /dev/stdin -r requirements-cuda.txt
+	touch $@
+
+test-pretend-gpu: $(CUDA_VENV)/.ready ## the CUDA path, on a GPU that is emulated (downloads several GB)
+	$(CUDA_VENV)/bin/python tests/pretend_gpu/run.py python -m pytest -p pretend_gpu.plugin -m gpu -n auto $(ARGS)
+
 bench: $(BUILT) ## time clip + step against torch (ARGS="--quick" ...)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
@@ -41,7 +51,7 @@ lint: $(BUILT) ## ruff, mypy and clang-format, through pre-commit
 
 format: $(READY) ## let ruff and clang-format rewrite the files
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*) $$(git ls-files 'tests/*.h' 'tests/*.cpp')
 
 clean: ## remove what was built and installed
-	rm -rf $(VENV) build dist *.egg-info fused_adamw/*.so
+	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info fused_adamw/*.so

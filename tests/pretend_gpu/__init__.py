@@ -1,0 +1,1 @@
+"""A pretend GPU: runs the whole CUDA path, except torch's own kernels, on the CPU. See README.md."""

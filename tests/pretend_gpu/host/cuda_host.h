@@ -1,0 +1,131 @@
+// The host's side of CUDA under the emulation: kernels go into the streams of the pretend GPU.
+//
+// Before a kernel runs, every address it will follow has to be of memory that is in use: where a GPU might
+// read what another tensor has left there, or fault, the next launch or wait reports an illegal access.
+#pragma once
+
+#include <cxxabi.h>
+
+#include <functional>
+#include <string>
+#include <typeinfo>
+
+#include "tables.h"
+
+using cudaStream_t = void*;
+using cudaError_t = int;
+enum { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+
+extern "C" {
+cudaError_t cudaGetDevice(int*);
+cudaError_t cudaSetDevice(int);
+cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int);
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t);
+cudaError_t pretend_gpu_launch(void* stream, const char* name, std::function<void()>* work);
+bool pretend_gpu_is_live(const void* address, size_t bytes);
+void pretend_gpu_fault(const char* what);
+}
+
+namespace pretend_gpu {
+
+// Follows a kernel's tables; remembers the first address that is not of memory in use.
+class Bounds {
+ public:
+  explicit Bounds(const char* kernel) : kernel_(kernel) {}
+
+  bool hold() const { return hold_; }
+
+  void table(const fused_adamw::Table& table, bool is_update, int64_t param_bytes, int64_t grad_bytes,
+             int64_t state_bytes, int64_t n_hypers) {
+    needs(table.rows, table.n_rows * sizeof(fused_adamw::Row), "table of rows");
+    needs(table.chunks, table.n_chunks * sizeof(fused_adamw::Chunk), "table of chunks");
+    if (!hold_) return;
+    for (int64_t i = 0; i < table.n_chunks; ++i) {
+      if (static_cast<uint64_t>(table.chunks[i].row) >= static_cast<uint64_t>(table.n_rows))
+        fail("row of a chunk");
+    }
+    for (int64_t i = 0; i < table.n_rows && hold_; ++i) {
+      const fused_adamw::Row& row = table.rows[i];
+      if (!row.grad) continue;
+      if (row.numel) needs(row.grad, row.numel * grad_bytes, "gradient");
+      if (!is_update) continue;
+      needs(row.step, sizeof(float), "step count");
+      if (row.hyper < 0 || row.hyper >= n_hypers) fail("hyper of a row");
+      if (!row.numel) continue;
+      needs(row.param, row.numel * param_bytes, "parameter");
+      needs(row.exp_avg, row.numel * state_bytes, "exp_avg");
+      needs(row.exp_avg_sq, row.numel * state_bytes, "exp_avg_sq");
+      if (row.max_exp_avg_sq) needs(row.max_exp_avg_sq, row.numel * state_bytes, "max_exp_avg_sq");
+    }
+  }
+
+  template <typename Address>
+  void needs(Address address, size_t bytes, const char* what) {
+    if (hold_ && bytes && !pretend_gpu_is_live((const void*)address, bytes)) fail(what);
+  }
+
+ private:
+  void fail(const char* what) {
+    if (hold_)
+      pretend_gpu_fault((std::string(what) + " of kernel " + kernel_ + " is not in memory in use").c_str());
+    hold_ = false;
+  }
+
+  const char* kernel_;
+  bool hold_ = true;
+};
+
+inline int64_t bytes_of(fused_adamw::DType dtype) {
+  return dtype == fused_adamw::kFloat64 ? 8 : dtype == fused_adamw::kFloat32 ? 4 : 2;
+}
+
+inline bool in_bounds(const fused_adamw::NormArgs& args, const char* kernel) {
+  Bounds bounds(kernel);
+  bounds.table(args.table, false, 0, bytes_of(args.grad_dtype), 0, 0);
+  bounds.needs(args.partials, args.table.n_chunks * sizeof(double), "partial sums");
+  bounds.needs(args.sum, sizeof(double), "sum");
+  bounds.needs(args.ticket, sizeof(uint32_t), "ticket");
+  return bounds.hold();
+}
+
+// The update kernel's parameters: UpdateArgs, and the hypers unless these are on the device.
+template <typename Params>
+bool in_bounds(const Params& params, const char* kernel) {
+  const fused_adamw::UpdateArgs& args = params.args;
+  const fused_adamw::StepInputs& inputs = args.inputs;
+  Bounds bounds(kernel);
+  bounds.table(args.table, true, bytes_of(args.param_dtype), bytes_of(args.grad_dtype),
+               bytes_of(args.state_dtype), args.n_hypers);
+  if (args.hypers) bounds.needs(args.hypers, args.n_hypers * sizeof(fused_adamw::Hyper), "table of hypers");
+  if (!bounds.hold()) return false;
+  const fused_adamw::Hyper* hypers = args.hypers ? args.hypers : params.hypers;
+  for (int64_t i = 0; i < args.n_hypers; ++i) {
+    if (hypers[i].lr_address) bounds.needs(hypers[i].lr_address, sizeof(float), "lr");
+  }
+  if (inputs.sums) bounds.needs(inputs.sums, inputs.n_sums * sizeof(double), "sums");
+  if (inputs.grad_scale) bounds.needs(inputs.grad_scale, sizeof(float), "grad_scale");
+  if (inputs.found_inf) bounds.needs(inputs.found_inf, sizeof(float), "found_inf");
+  bounds.needs(inputs.status, 2 * sizeof(double), "status");
+  bounds.needs(args.ticket, sizeof(uint32_t), "ticket");
+  return bounds.hold();
+}
+
+}  // namespace pretend_gpu
+
+template <typename F>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+template <typename Params>
+cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 threads, void** arguments, size_t,
+                             cudaStream_t stream) {
+  static const char* name = abi::__cxa_demangle(typeid(Params).name(), nullptr, nullptr, nullptr);
+  const Params params = *static_cast<const Params*>(arguments[0]);  // a launch copies its arguments
+  std::function<void()> work = [=] {
+    if (pretend_gpu::in_bounds(params, name)) emulation::run_grid([&] { kernel(params); }, grid, threads);
+  };
+  return pretend_gpu_launch(stream, name, &work);
+}
