@@ -104,13 +104,25 @@ class AdamW:
         """The options of each of `slots`."""
         return [hypers for slots, hypers in self.groups for _ in slots]
 
-    def step(self, grads, loss_scale=1.0, found_inf=False):
-        """One step with a gradient, or None, for each of `slots`."""
+    def step(self, grads, loss_scale=1.0, found_inf=False, measured_norm=None):
+        """One step.
+
+        Args:
+            grads: A gradient, or None, for each of `slots`.
+            loss_scale: What the gradients still carry.
+            found_inf: Skip the step.
+            measured_norm: Clip by this norm instead of the exact one, from which it may differ by 1e-7 of it:
+                kernels add the squares in other ways.
+        """
         scale = 1.0 / loss_scale
         if self.max_grad_norm is not None:
             squares = (np.asarray(g, np.float64).ravel() ** 2 for g in grads if g is not None)
             self.grad_norm = math.sqrt(math.fsum(x for square in squares for x in square)) / loss_scale
-            scale *= min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6))
+            norm = self.grad_norm
+            if measured_norm is not None:
+                np.testing.assert_allclose(measured_norm, norm, rtol=1e-7, err_msg="gradient norm")
+                norm = measured_norm
+            scale *= min(1.0, self.max_grad_norm / (norm + 1e-6))
         if found_inf:
             return
         for slot, hypers, grad in zip(self.slots, self.hypers, grads, strict=True):

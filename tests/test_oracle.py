@@ -60,7 +60,12 @@ def run(target, optimizer, expected, steps, first=0, grad_dtype=None, scale=1.0)
     for step in range(first, first + steps):
         give_grads(params, step, dtype=grad_dtype, scale=scale)
         optimizer.step()
-        expected.step([array(p.grad) for p in params])
+        expected.step([array(p.grad) for p in params], measured_norm=norm_of(optimizer))
+
+
+def norm_of(optimizer):
+    """The norm that the kernels clipped by, in float64; None without a clip."""
+    return None if optimizer.max_grad_norm is None else optimizer._status[0].item()
 
 
 def pair(target, shapes, hypers=oracle.Hypers(), dtype=torch.float32, state_dtype=None, **options):  # noqa: B008
