@@ -110,6 +110,7 @@ class TableBucket:
             parts = [chunks[domain_of == domain] for domain in self.domains]
             self._chunks_of = [DeviceTable(self.device).upload(part) for part in parts]
         self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
+        self._captured: list[object] = []  # what graphs read at each replay
 
     def set_grads(self, addresses: Tensor) -> None:
         """Note the table of gradients, int64 on the device: an address for each slot of the plan."""
@@ -132,6 +133,10 @@ class TableBucket:
                 self._lrs.append(hyper.lr.to(self.device))
                 row["lr"], row["lr_address"] = 0.0, self._lrs[-1].data_ptr()
         return row
+
+    def keep_for_graph(self) -> None:
+        """Keep the present tables for as long as this bucket lives: a captured graph reads them."""
+        self._captured.append((self._tables.grads, self._tables.hypers, self._lrs))
 
     def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
         """Write the sum of squares of each domain's gradients to its tensor of one float64."""
@@ -162,6 +167,9 @@ class TensorBucket:
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
         """Note the hyper-parameters of every group."""
         self._hypers = hypers
+
+    def keep_for_graph(self) -> None:
+        """Nothing to keep: a graph keeps the memory that torch's operators allocate in it."""
 
     def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
         """Write the sum of squares of each domain's gradients to its tensor of one element."""

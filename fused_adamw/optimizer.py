@@ -133,6 +133,7 @@ class FusedHygieneAdamW(OwnArguments):
         self._skip_nonfinite = checked_skip_nonfinite(skip_nonfinite)
         self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
         self._plan: Plan | None = None
+        self._captured_plans: list[Plan] = []  # replaced since, but graphs still read their tables
         self._status: Tensor | None = None  # float64: norm of the last step, steps skipped so far
         self._has_norm = False
         self._second_clip = SecondClipDetector()
@@ -348,6 +349,8 @@ class FusedHygieneAdamW(OwnArguments):
             self._status,
             self._plan,
         )
+        if self._plan is not None and self._plan.was_captured:
+            self._captured_plans.append(self._plan)
         self._plan, self._status = plan, plan.launches[0].status
         names = self._names()
         for slot, reason in plan.fallbacks.items():
@@ -358,7 +361,10 @@ class FusedHygieneAdamW(OwnArguments):
         def on_device(value: Any) -> Tensor | None:
             if value is None:
                 return None
-            return torch.as_tensor(value, dtype=torch.float32, device=status.device).reshape(())
+            if isinstance(value, Tensor):
+                return value.to(status.device, torch.float32).reshape(())
+            # By a kernel: a copy from the host would synchronise.
+            return torch.full((), float(value), dtype=torch.float32, device=status.device)
 
         return StepInputs(
             sums=sums,
@@ -385,6 +391,7 @@ class FusedHygieneAdamW(OwnArguments):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None
+        self._captured_plans = []
         self._second_clip = SecondClipDetector()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.param_groups = [NamedGroup(g) if "param_names" in g else g for g in self.param_groups]

@@ -22,7 +22,7 @@ from torch import Tensor
 from .buckets import Bucket, KernelBackend, ReferenceBackend, TableBucket, TensorBucket, why_not_tabular
 from .distributed import NormGroup, Reduction, is_dtensor, is_flattened, local_tensors
 from .memory import Gradients, Guard, State, overlapping
-from .tables import DeviceTable, Entry, Hyper, scalar_dtype
+from .tables import DeviceTable, Entry, Hyper, is_capturing, scalar_dtype
 
 
 class Launch(NamedTuple):
@@ -51,6 +51,7 @@ class Plan:
             them: autograd may have saved either.
         flattened: Slots of parameters that FSDP1 flattened.
         fallbacks: Slot to the reason why kernels that serve its device do not step it.
+        was_captured: Whether a graph holds a step of this plan, and reads its tables at each replay.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Plan:
         self.stepped: list[Tensor] = []
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
+        self._tables_are_of_graph = False
+        self.was_captured = False
         self.fallbacks: dict[int, str] = {}
 
         entries = self._entries(groups, state)
@@ -203,7 +206,13 @@ class Plan:
         return self._structure_of(groups) == self._structure and self._guard.matches(params, grads, state)
 
     def prepare(self, hypers: list[Hyper], grads: Gradients) -> None:
-        """Bring gradient addresses and hyper-parameters up to date, where they changed."""
+        """Bring gradient addresses and hyper-parameters up to date, where they changed.
+
+        The tables of a captured step are left to its graph, which may even be what fills them: the next step
+        uploads its own.
+        """
+        if self._tables_are_of_graph:
+            self._grad_addresses = self._hyper_keys = None
         if grads.addresses != self._grad_addresses:
             addresses = array("q", grads.addresses)
             table = torch.frombuffer(addresses or array("q", [0]), dtype=torch.int64)
@@ -220,6 +229,11 @@ class Plan:
                 bucket.set_hypers(hypers)
             self._hyper_keys = keys
         self._hypers = hypers  # keeps the tensors that tables point to
+        self._tables_are_of_graph = any(map(is_capturing, self._sums))
+        if self._tables_are_of_graph:
+            self.was_captured = True
+            for bucket, _, _ in self.launches:
+                bucket.keep_for_graph()
 
     def _reads_lr_of_another_device(self, hypers: Iterable[Hyper]) -> bool:
         return any(

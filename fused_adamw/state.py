@@ -64,4 +64,6 @@ def copied_state(saved: Mapping[str, Any], p: Tensor, state_dtype: torch.dtype |
 
 def _own_step(step: Any, p: Tensor) -> Tensor:
     """A step count shared with nobody, in the form of torch's fused optimizers: 0-dim float32 beside `p`."""
-    return torch.as_tensor(step, dtype=torch.float32, device=p.device).detach().reshape(()).clone()
+    if isinstance(step, Tensor):
+        return step.detach().to(p.device, torch.float32).reshape(()).clone()
+    return torch.full((), float(step), dtype=torch.float32, device=p.device)  # a copy would synchronise

@@ -270,8 +270,8 @@ class DeviceTable:
     """Copies host tables to a device without waiting for it.
 
     The allocator of pinned memory keeps a staging buffer untouched until its copy is done. A captured graph
-    repeats the copy at every replay, from the same staging buffer into the same table, so both are kept.
-    Pinned memory cannot be allocated during a capture, so there is always a spare buffer.
+    repeats the copy at every replay, so its staging buffer is kept. Pinned memory cannot be allocated during
+    a capture: each upload outside of one leaves a spare buffer.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -290,9 +290,8 @@ class DeviceTable:
         if self._spare is None:
             raise RuntimeError("run a step of the optimizer without capture before each capture")
         staging, self._spare = self._spare.copy_(table), None
-        uploaded = staging.to(self.device, non_blocking=True)
-        self._kept += [staging, uploaded]
-        return uploaded
+        self._kept.append(staging)
+        return staging.to(self.device, non_blocking=True)
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:

@@ -55,7 +55,7 @@ def build(folder: Path, *flags: str) -> Path:
     """Compile the kernels into a library: an object for each parameter format, as setup.py does."""
     source = ROOT / "tests" / "cuda_emulation"
     flags = ("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", *flags)
-    command = [CXX, *flags, "-pthread", f"-I{source}", f"-I{source / 'direct'}", f"-I{ROOT / 'csrc'}"]
+    command = [CXX, *flags, "-pthread", f"-I{source}", f"-I{ROOT / 'csrc'}"]
     parts = {"library": [source / "library.cpp"]}
     for param in ("Float32", "BFloat16", "Float16", "Float64"):
         define = f"-DFUSED_ADAMW_PARAM={param}"

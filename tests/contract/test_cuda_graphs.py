@@ -1,11 +1,13 @@
 """CUDA graphs: what is refused, and that replays are steps. Only the refusals can be seen without a GPU."""
 
+import gc
 import types
 
 import pytest
 import torch
 from common import NATIVE, TARGETS, give_grads, parameters, snapshot, twins, unchanged_since
 
+from fused_adamw import buckets, plan
 from fused_adamw import optimizer as optimizer_module
 
 SHAPES = [(70,), (5, 5)]
@@ -106,31 +108,177 @@ def test_replays_are_steps(target, options, tensor_lr):
         assert torch.equal(optimizer.grad_norm, plain.grad_norm)
 
 
+class Twins:
+    """The same steps on a GPU, by an optimizer that may capture them, and without any capture on copies."""
+
+    def __init__(self, target, n_groups=1, **options):
+        self.params = parameters(SHAPES * n_groups, device=target.device)
+        self.copies = twins(self.params)
+        cut = len(SHAPES)
+        groups = [range(i, i + cut) for i in range(0, len(self.params), cut)]
+        self.optimizer, self.plain = (
+            target.adamw([{"params": [params[i] for i in g]} for g in groups], capturable=True, **options)
+            for params in (self.params, self.copies)
+        )
+
+    def give(self, step):
+        """New gradients in new memory, on both sides."""
+        give_grads(self.params, step)
+        give_grads(self.copies, step)
+
+    def eager(self):
+        self.optimizer.step()
+        self.plain.step()
+
+    def capture(self):
+        """A graph of one step, and the gradients that it reads; nothing is stepped."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            self.optimizer.step()
+        return graph, [p.grad for p in self.params]
+
+    def replay(self, graph, grads):
+        """Replay a graph; the other side takes the step that it holds."""
+        others = overwritten_memory()
+        graph.replay()
+        before = [q.grad for q in self.copies]
+        for q, grad in zip(self.copies, grads, strict=True):
+            q.grad = grad
+        self.plain.step()
+        for q, grad in zip(self.copies, before, strict=True):
+            q.grad = grad
+        assert all((other == 7).all() for other in others)
+
+    def assert_equal(self):
+        torch.cuda.synchronize()
+        for p, q in zip(self.params, self.copies, strict=True):
+            assert torch.equal(p, q)
+            state, expected = self.optimizer.state[p], self.plain.state[q]
+            assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+def overwritten_memory():
+    """Tensors that take whatever small memory was freed."""
+    return [torch.full((n,), 7.0, device="cuda") for n in (2, 16, 64, 512) for _ in range(8)]
+
+
+# With one table of hypers in kernel arguments, and one on the device.
+few_and_many_groups = pytest.mark.parametrize("n_groups", [1, 70])
+
+
 @on_gpu
-def test_an_eager_step_between_replays(target):
-    """With gradients elsewhere: it does not change what the graph reads."""
-    params = parameters(SHAPES, device=target.device)
-    copies = twins(params)
-    optimizer, plain = target.adamw(params, capturable=True), target.adamw(copies)
-    refill(params, 0)
-    optimizer.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+@few_and_many_groups
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_an_eager_step_between_replays(target, n_groups, max_grad_norm):
+    """With gradients elsewhere: the graph keeps the tables that were uploaded before its capture."""
+    both = Twins(target, n_groups, max_grad_norm=max_grad_norm)
+    both.give(0)
+    both.eager()
+    graph = both.capture()
+    both.replay(*graph)
+    both.give(1)
+    both.eager()
+    both.replay(*graph)
+    both.assert_equal()
+
+
+@on_gpu
+@few_and_many_groups
+def test_an_eager_step_before_the_first_replay(target, n_groups):
+    """It does not read the tables that only a replay fills."""
+    both = Twins(target, n_groups, max_grad_norm=0.5)
+    both.give(0)
+    both.eager()
+    both.give(1)
+    graph = both.capture()
+    both.eager()
+    both.assert_equal()
+    both.replay(*graph)
+    both.assert_equal()
+
+
+@on_gpu
+@few_and_many_groups
+def test_a_capture_after_each_eager_step(target, n_groups):
+    """Each graph has tables of its own, whether gradients moved or not."""
+    both = Twins(target, n_groups, max_grad_norm=0.5)
+    graphs = []
+    for step in range(3):
+        both.give(2 * step)
+        both.eager()
+        graphs.append(both.capture())
+        both.eager()
+        both.give(2 * step + 1)
+        graphs.append(both.capture())
+    for graph in reversed(graphs):
+        both.replay(*graph)
+    both.assert_equal()
+
+
+@on_gpu
+def test_captures_one_after_the_other(target):
+    """Pinned memory is short for more than two: the refusal says what to do, and it helps."""
+    both = Twins(target)
+    both.give(0)
+    both.eager()
+    graphs = [both.capture()]  # of the tables that are there
+    both.give(1)
+    graphs.append(both.capture())  # uploads its own
+    if target.backend != "reference":
+        with pytest.raises(RuntimeError, match="without capture before each capture"):
+            both.capture()
+    both.eager()
+    both.give(2)
+    graphs.append(both.capture())
+    for graph in graphs:
+        both.replay(*graph)
+    both.assert_equal()
+
+
+@on_gpu
+def test_a_plan_that_is_replaced_after_its_capture(target):
+    """Its graph goes on to step the parameters that it knew."""
+    both = Twins(target, max_grad_norm=0.5)
+    both.give(0)
+    both.eager()
+    graph = both.capture()
+    for optimizer in (both.optimizer, both.plain):
+        (extra,) = parameters([(3,)], seed=1, device="cuda")
+        optimizer.add_param_group({"params": [extra]})
+    both.give(1)
+    both.eager()
+    gc.collect()
+    both.replay(*graph)
+    both.assert_equal()
+
+
+def test_a_captured_step_leaves_its_tables_to_the_graph(monkeypatch):
+    """The next step writes its own, captured or not, though nothing has moved."""
+    params = parameters(SHAPES)
+    optimizer = NATIVE.adamw(params, capturable=True)
+    give_grads(params, 0)
+    written = []
+
+    def spy(name):
+        real = getattr(buckets.TableBucket, name)
+
+        def method(*args):
+            written.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(buckets.TableBucket, name, method)
+
+    spy("set_grads")
+    spy("set_hypers")
+    found = []
+    for is_captured in (False, False, True, False, False, True, True, False):
+        for module in (optimizer_module, plan):
+            monkeypatch.setattr(module, "is_capturing", lambda device, now=is_captured: now)
         optimizer.step()
-    captured = [p.grad for p in params]
-    for step in (1, 2, 3):
-        if step == 2:
-            give_grads(params, step)
-            optimizer.step()
-            for p, grad in zip(params, captured, strict=True):
-                p.grad = grad
-        else:
-            refill(params, step)
-            graph.replay()
-    for step in range(4):
-        give_grads(copies, step)
-        plain.step()
-    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+        found.append(len(written))
+        written.clear()
+    assert found == [2, 0, 0, 2, 0, 0, 2, 2]
 
 
 @pytest.mark.gpu

@@ -227,5 +227,5 @@ inline float off(double exact) {
 inline float approximate_reciprocal(float x) { return emulation::off(1.0 / x); }
 inline float approximate_reciprocal_root(float x) { return emulation::off(1.0 / std::sqrt(double(x))); }
 
-// The host's side: direct/, where a launch runs the kernel, or tests/pretend_gpu/host.
-#include "cuda_host.h"
+// The host's side: the one beside this file, or that of tests/pretend_gpu, whichever is found first.
+#include <cuda_host.h>

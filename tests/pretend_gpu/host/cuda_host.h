@@ -48,16 +48,19 @@ class Bounds {
     }
     for (int64_t i = 0; i < table.n_rows && hold_; ++i) {
       const fused_adamw::Row& row = table.rows[i];
-      if (!row.grad) continue;
-      if (row.numel) needs(row.grad, row.numel * grad_bytes, "gradient");
+      if (row.slot < 0) return fail("slot of a row");
+      needs(table.grads + row.slot, sizeof(uint64_t), "table of gradients");
+      if (!hold_ || !table.grads[row.slot]) continue;
+      if (row.numel) needs(table.grads[row.slot], row.numel * grad_bytes, "gradient");
       if (!is_update) continue;
       needs(row.step, sizeof(float), "step count");
       if (row.hyper < 0 || row.hyper >= n_hypers) fail("hyper of a row");
       if (!row.numel) continue;
-      needs(row.param, row.numel * param_bytes, "parameter");
-      needs(row.exp_avg, row.numel * state_bytes, "exp_avg");
-      needs(row.exp_avg_sq, row.numel * state_bytes, "exp_avg_sq");
-      if (row.max_exp_avg_sq) needs(row.max_exp_avg_sq, row.numel * state_bytes, "max_exp_avg_sq");
+      needs(row.param.values, row.numel * param_bytes, "parameter");
+      needs(row.exp_avg.values, row.numel * state_bytes, "exp_avg");
+      needs(row.exp_avg_sq.values, row.numel * state_bytes, "exp_avg_sq");
+      if (row.max_exp_avg_sq.values)
+        needs(row.max_exp_avg_sq.values, row.numel * state_bytes, "max_exp_avg_sq");
     }
   }
 
