@@ -258,9 +258,9 @@ PyMODINIT_FUNC PyInit__C(void) {
   };
   static PyMethodDef methods[] = {
       {"make_guard", fastcall(&fused_adamw::make_guard), METH_FASTCALL,
-       "make_guard(tensor_type, params, grads, state)"},
+       "make_guard(tensor_type, params, grads, state, probes)"},
       {"check_guard", fastcall(&fused_adamw::check_guard), METH_FASTCALL,
-       "check_guard(guard, params, state) -> (bytes, list) | None"},
+       "check_guard(guard, params, state) -> (bytes, list, list) | None"},
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {

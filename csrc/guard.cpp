@@ -3,7 +3,9 @@
 #include <ATen/dlpack.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <new>
@@ -16,7 +18,11 @@ constexpr char kCapsule[] = "fused_adamw.guard";
 // In place of the description of a gradient where there must not be one: like nothing.
 constexpr int64_t kNoGrad = -1;
 // Numbers of a description beside two for each dimension.
-constexpr int64_t kFixedNumbers = 3;
+constexpr int64_t kFixedNumbers = 4;
+// Up to so many dimensions, torch keeps a tensor's sizes in the tensor itself.
+constexpr int32_t kInlineDims = 5;
+// Within how many bytes of a tensor its dispatch keys are looked for.
+constexpr int64_t kSearched = 256;
 // How many objects ahead a check prefetches.
 constexpr int64_t kAhead = 12;
 
@@ -45,11 +51,17 @@ class Owned {
 // Attributes that a check reads.
 struct Names {
   PyObject* const grad = checked(PyUnicode_InternFromString("grad"));
-  PyObject* const is_neg = checked(PyUnicode_InternFromString("is_neg"));
   PyObject* const local_tensor = checked(PyUnicode_InternFromString("_local_tensor"));
+  PyObject* const cdata = checked(PyUnicode_InternFromString("_cdata"));
   PyObject* const mesh = checked(PyUnicode_InternFromString("mesh"));
   PyObject* const placements = checked(PyUnicode_InternFromString("placements"));
+  PyObject* const shape = checked(PyUnicode_InternFromString("shape"));
   PyObject* const spec = checked(PyUnicode_InternFromString("_spec"));
+  // What a step reads of a parameter's state.
+  const std::array<PyObject*, 4> state{checked(PyUnicode_InternFromString("step")),
+                                       checked(PyUnicode_InternFromString("exp_avg")),
+                                       checked(PyUnicode_InternFromString("exp_avg_sq")),
+                                       checked(PyUnicode_InternFromString("max_exp_avg_sq"))};
 };
 
 const Names& names() {
@@ -66,9 +78,9 @@ int64_t address_of(const DLTensor& t) {
 // Passes what kernels rely on beside a tensor's address to `take`, one by one, until that returns false.
 // The first number, of dimensions, determines how many follow.
 template <typename F>
-bool describe(const DLTensor& t, const F& take) {
+bool describe(const DLTensor& t, int64_t keys, const F& take) {
   bool going = take(t.ndim) && take(t.dtype.code | t.dtype.bits << 8 | int64_t{t.dtype.lanes} << 16) &&
-               take(t.device.device_type | int64_t{t.device.device_id} << 32);
+               take(t.device.device_type | int64_t{t.device.device_id} << 32) && take(keys);
   for (int32_t i = 0; going && i < t.ndim; ++i) {
     going = take(t.shape[i]) && take(t.shape[i] > 1 ? t.strides[i] : 0);  // of size 1: not used
   }
@@ -84,11 +96,28 @@ std::vector<int64_t> integers(PyObject* tuple) {
   return found;
 }
 
+const char* cdata_of(PyObject* tensor) {
+  const Owned address(PyObject_GetAttr(tensor, names().cdata));
+  return static_cast<const char*>(checked(PyLong_AsVoidPtr(address.get())));
+}
+
+// A strong reference, or nothing.
+struct Decref {
+  void operator()(PyObject* object) const { Py_DecRef(object); }
+};
+using Kept = std::unique_ptr<PyObject, Decref>;
+
+Kept keep(PyObject* object) {
+  Py_IncRef(object);
+  return Kept(object);
+}
+
 struct Object {
-  PyObject* object;          // null: no tensor, and may be anything
-  PyObject* name = nullptr;  // under which the state has it
+  PyObject* object = nullptr;
+  Kept name;  // under which the state has it
   PyTypeObject* type = nullptr;
-  bool is_dtensor = false;
+  PyTypeObject* local_type = nullptr;
+  Kept spec;  // where a DTensor is: its mesh and placements; nothing for other tensors
   // Where the tensor and its storage were, which a check reaches through the object: hints to prefetch.
   const char* behind[2] = {};
 };
@@ -100,10 +129,58 @@ bool with_local(PyObject* tensor, bool is_dtensor, const F& f) {
   return f(Owned(PyObject_GetAttr(tensor, names().local_tensor)).get());
 }
 
+// Finds the dispatch keys of tensors: the bits by which torch tells a conjugate or negated view, or a tensor
+// made in inference mode, from a plain one of the same address. They lie in the tensor, and no C interface
+// reads them; asking Python for them would double the time of a check. Where they lie is found by looking for
+// known ones.
+class KeyReader {
+ public:
+  // probes: tuple of (tensor, its keys), of which no two tensors have the same keys and sizes.
+  void locate(const DLTensor& first, PyObject* probes) {
+    sizes_ = reinterpret_cast<const char*>(first.shape) - cdata_of(item(item(probes, 0), 0));
+    for (keys_ = 0; keys_ < kSearched; keys_ += sizeof(int64_t)) {
+      bool found = true;
+      for (Py_ssize_t i = 0; found && i < PyTuple_Size(probes); ++i) {
+        PyObject* const probe = item(probes, i);
+        found = load(cdata_of(item(probe, 0)) + keys_) == as_keys(item(probe, 1));
+      }
+      if (found) return;
+    }
+    PyErr_SetString(PyExc_NotImplementedError, "another layout of tensors");
+    throw PythonError();
+  }
+
+  int64_t operator()(PyObject* tensor, const DLTensor& t) const {
+    const char* const start =
+        t.ndim > kInlineDims ? cdata_of(tensor) : reinterpret_cast<const char*>(t.shape) - sizes_;
+    return load(start + keys_);
+  }
+
+  // Whether a tensor is where its sizes are expected.
+  bool knows(PyObject* tensor, const DLTensor& t) const {
+    return t.ndim > kInlineDims || reinterpret_cast<const char*>(t.shape) - sizes_ == cdata_of(tensor);
+  }
+
+  static int64_t as_keys(PyObject* number) {
+    const auto keys = static_cast<int64_t>(PyLong_AsUnsignedLongLong(number));
+    if (PyErr_Occurred()) throw PythonError();
+    return keys;
+  }
+
+ private:
+  static int64_t load(const char* from) {
+    int64_t keys;
+    std::memcpy(&keys, from, sizeof keys);
+    return keys;
+  }
+
+  int64_t sizes_ = 0, keys_ = 0;  // offsets
+};
+
 // What was recorded.
 class Guard {
  public:
-  Guard(PyObject* tensor_type, PyObject* params, PyObject* grads, PyObject* state)
+  Guard(PyObject* tensor_type, PyObject* params, PyObject* grads, PyObject* state, PyObject* probes)
       : tensor_type(reinterpret_cast<PyTypeObject*>(tensor_type)) {
     const Owned capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
     const auto* const api = static_cast<const DLPackExchangeAPI*>(
@@ -113,18 +190,22 @@ class Guard {
       PyErr_SetString(PyExc_NotImplementedError, "another version of DLPack");
       throw PythonError();
     }
+    keys_.locate(to_dlpack(item(item(probes, 0), 0)), probes);
     for (Py_ssize_t i = 0; i < PyTuple_Size(state); ++i) {
       PyObject* const of_param = item(state, i);
-      this->state.push_back({item(of_param, 0)});
+      this->state.emplace_back();
+      this->state.back().object = item(of_param, 0);
       for (Py_ssize_t j = 1; j + 1 < PyTuple_Size(of_param); j += 2) {
         this->state.push_back(record(item(of_param, j + 1)));
-        this->state.back().name = item(of_param, j);
+        this->state.back().name = keep(item(of_param, j));
       }
     }
     for (Py_ssize_t i = 0; i < PyTuple_Size(params); ++i) {
       this->params.push_back(record(item(params, i)));
       record_grad(item(grads, i));
+      own_.push_back(item(params, i));
     }
+    std::sort(own_.begin(), own_.end());
     if (PyErr_Occurred()) throw PythonError();
   }
 
@@ -133,6 +214,10 @@ class Guard {
     if (to_dlpack_(tensor, &t) != 0) throw PythonError();
     return t;
   }
+  int64_t keys(PyObject* tensor, const DLTensor& t) const { return keys_(tensor, t); }
+
+  // Whether the state of this object is the optimizer's own.
+  bool is_param(PyObject* object) const { return std::binary_search(own_.begin(), own_.end(), object); }
 
   PyTypeObject* const tensor_type;
   // In the order of a check. Of each parameter in the state itself, then what belongs to it.
@@ -143,14 +228,23 @@ class Guard {
 
  private:
   Object record(PyObject* tensor) {
-    if (tensor == Py_None) return {nullptr};
-    Object object{tensor, nullptr, Py_TYPE(tensor), PyObject_HasAttr(tensor, names().local_tensor) == 1};
-    with_local(tensor, object.is_dtensor, [&](PyObject* local) {
+    Object object;
+    object.object = tensor;
+    object.type = Py_TYPE(tensor);
+    if (PyObject_HasAttr(tensor, names().local_tensor) == 1) {
+      object.spec.reset(checked(PyObject_GetAttr(tensor, names().spec)));
+    }
+    with_local(tensor, object.spec != nullptr, [&](PyObject* local) {
       const DLTensor t = to_dlpack(local);
+      if (!keys_.knows(local, t)) {
+        PyErr_SetString(PyExc_NotImplementedError, "a tensor of another layout");
+        throw PythonError();
+      }
+      object.local_type = Py_TYPE(local);
       numbers.push_back(address_of(t));
       object.behind[0] = cdata_of(local);
       object.behind[1] = cdata_of(Owned(PyObject_CallMethod(local, "untyped_storage", nullptr)).get());
-      return record_description(t);
+      return record_description(t, keys(local, t));
     });
     return object;
   }
@@ -162,19 +256,16 @@ class Guard {
     t.ndim = static_cast<int32_t>(shape.size());
     t.shape = shape.data();
     t.strides = strides.data();
-    record_description(t);
+    record_description(t, KeyReader::as_keys(item(expected, 3)));
   }
 
-  bool record_description(const DLTensor& t) {
-    return describe(t, [this](int64_t number) { return numbers.push_back(number), true; });
-  }
-
-  static const char* cdata_of(PyObject* object) {
-    const Owned address(PyObject_GetAttrString(object, "_cdata"));
-    return static_cast<const char*>(checked(PyLong_AsVoidPtr(address.get())));
+  bool record_description(const DLTensor& t, int64_t keys) {
+    return describe(t, keys, [this](int64_t number) { return numbers.push_back(number), true; });
   }
 
   DLPackDLTensorFromPyObjectNoSync to_dlpack_;
+  KeyReader keys_;
+  std::vector<PyObject*> own_;  // the parameters, sorted
 };
 
 // One comparison with what was recorded.
@@ -183,7 +274,8 @@ class Check {
   explicit Check(const Guard& guard)
       : guard_(guard),
         number_(guard.numbers.data()),
-        grads_(PyList_New(static_cast<Py_ssize_t>(guard.params.size()))) {
+        grads_(PyList_New(static_cast<Py_ssize_t>(guard.params.size()))),
+        stepped_(PyList_New(0)) {
     addresses_.reserve(guard.params.size());
   }
 
@@ -192,9 +284,18 @@ class Check {
     size_t n = 0;
     const std::vector<Object>& known = guard_.state;
     for (Py_ssize_t i = 0; PyDict_Next(state, &i, &param, &of_param);) {
-      if (n == known.size() || param != known[n++].object || !PyDict_Check(of_param)) return false;
+      if (n == known.size() || param != known[n].object) {
+        if (guard_.is_param(param)) return false;
+        continue;  // the user's
+      }
+      if (!PyDict_Check(of_param)) return false;
+      ++n;
       for (Py_ssize_t j = 0; PyDict_Next(of_param, &j, &name, &value);) {
-        if (n == known.size() || name != known[n].name || !is_unmoved(value, known, n++)) return false;
+        if (n < known.size() && name == known[n].name.get()) {
+          if (!is_unmoved(value, known, n++)) return false;
+        } else if (is_read(name)) {
+          return false;
+        }
       }
     }
     return n == known.size();
@@ -215,23 +316,34 @@ class Check {
     return n == known.size();
   }
 
-  // The gradients found: (bytes, list).
+  // The gradients found: (bytes, list), and the list of what is stepped.
   PyObject* result() const {
     const Owned bytes(
         PyBytes_FromStringAndSize(reinterpret_cast<const char*>(addresses_.data()),
                                   static_cast<Py_ssize_t>(addresses_.size() * sizeof(int64_t))));
-    return checked(PyTuple_Pack(2, bytes.get(), grads_.get()));
+    return checked(PyTuple_Pack(3, bytes.get(), grads_.get(), stepped_.get()));
   }
 
  private:
+  // Whether a step reads what a parameter's state has under a name.
+  static bool is_read(PyObject* name) {
+    const auto& read = names().state;
+    return std::any_of(read.begin(), read.end(), [name](PyObject* other) {
+      if (name == other) return true;
+      return PyUnicode_Check(name) && PyUnicode_Compare(name, other) == 0;
+    });
+  }
+
   // Whether the tensor has the address and description of the n-th recorded one. It may be another object.
   bool is_unmoved(PyObject* tensor, const std::vector<Object>& known, size_t n) {
     if (n + kAhead < known.size()) prefetch(known[n + kAhead]);
-    if (!known[n].object) return true;
     if (Py_TYPE(tensor) != known[n].type) return false;
-    return with_local(tensor, known[n].is_dtensor, [this](PyObject* local) {
+    PyObject* const spec = known[n].spec.get();
+    if (spec && !is_placed(tensor, spec)) return false;
+    return with_local(tensor, spec, [&](PyObject* local) {
+      if (Py_TYPE(local) != known[n].local_type) return false;
       const DLTensor t = guard_.to_dlpack(local);
-      return address_of(t) == *number_++ && is_as_expected(t);
+      return address_of(t) == *number_++ && is_as_expected(local, t);
     });
   }
 
@@ -249,15 +361,23 @@ class Check {
       number_ += *number_ == kNoGrad ? 1 : kFixedNumbers + 2 * *number_;
       return add(0, grad.get());
     }
-    if (param.is_dtensor && !is_placed_alike(grad.get(), param.object)) return false;
-    return with_local(grad.get(), param.is_dtensor, [this](PyObject* local) {
+    PyObject* const spec = param.spec.get();
+    if (spec && !is_placed(grad.get(), spec)) return false;
+    return with_local(grad.get(), spec, [&](PyObject* local) {
       if (Py_TYPE(local) != guard_.tensor_type) return false;
       const DLTensor t = guard_.to_dlpack(local);
-      if (!is_as_expected(t) || is_negative_view(local, t)) return false;
+      if (!is_as_expected(local, t)) return false;
       const int64_t address = address_of(t);
       if (!address && !is_empty(t)) return false;  // its memory was taken away
+      is_stepped(param.object);
+      if (spec) with_local(param.object, true, [this](PyObject* of_param) { return is_stepped(of_param); });
       return add(address ? address : 1, local);
     });
+  }
+
+  bool is_stepped(PyObject* tensor) {
+    if (PyList_Append(stepped_.get(), tensor) < 0) throw PythonError();
+    return true;
   }
 
   bool add(int64_t address, PyObject* grad) {
@@ -266,34 +386,28 @@ class Check {
     return addresses_.push_back(address), true;
   }
 
-  // Whether two DTensors have the same mesh and placements. Those of FSDP2 share one object that says so.
-  static bool is_placed_alike(PyObject* a, PyObject* b) {
-    const Owned spec_a(PyObject_GetAttr(a, names().spec)), spec_b(PyObject_GetAttr(b, names().spec));
-    return spec_a.get() == spec_b.get() || (has_equal(names().mesh, spec_a.get(), spec_b.get()) &&
-                                            has_equal(names().placements, spec_a.get(), spec_b.get()));
-  }
-  static bool has_equal(PyObject* name, PyObject* a, PyObject* b) {
-    const Owned of_a(PyObject_GetAttr(a, name)), of_b(PyObject_GetAttr(b, name));
-    const int is_equal = PyObject_RichCompareBool(of_a.get(), of_b.get(), Py_EQ);
-    if (is_equal < 0) throw PythonError();
-    return is_equal;
-  }
-
-  bool is_as_expected(const DLTensor& t) {
-    return describe(t, [this](int64_t number) { return number == *number_++; });
+  // Whether a DTensor has this mesh, these placements and this shape. Those of FSDP2 share one object that
+  // says so.
+  static bool is_placed(PyObject* tensor, PyObject* expected) {
+    const Owned spec(PyObject_GetAttr(tensor, names().spec));
+    if (spec.get() == expected) return true;
+    const auto has_equal = [&](PyObject* name) {
+      const Owned a(PyObject_GetAttr(spec.get(), name)), b(PyObject_GetAttr(expected, name));
+      const int is_equal = PyObject_RichCompareBool(a.get(), b.get(), Py_EQ);
+      if (is_equal < 0) throw PythonError();
+      return is_equal == 1;
+    };
+    return has_equal(names().mesh) && has_equal(names().placements) && has_equal(names().shape);
   }
 
-  // Whether torch reads the gradient with its sign flipped. Only imaginary parts of conjugate tensors are,
-  // and those lie at the odd positions of a complex tensor.
-  static bool is_negative_view(PyObject* tensor, const DLTensor& t) {
-    if (address_of(t) % (t.dtype.bits / 4) == 0) return false;
-    return Owned(PyObject_CallMethodObjArgs(tensor, names().is_neg, nullptr)).get() == Py_True;
+  bool is_as_expected(PyObject* tensor, const DLTensor& t) {
+    return describe(t, guard_.keys(tensor, t), [this](int64_t number) { return number == *number_++; });
   }
 
   const Guard& guard_;
   const int64_t* number_;  // the next one to compare
   std::vector<int64_t> addresses_;
-  const Owned grads_;
+  const Owned grads_, stepped_;
 };
 
 void destroy(PyObject* capsule) { delete static_cast<Guard*>(PyCapsule_GetPointer(capsule, kCapsule)); }
@@ -313,9 +427,9 @@ PyObject* guarded(const F& f) {
 }  // namespace
 
 PyObject* make_guard(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
-  if (n_args != 4) return PyErr_Format(PyExc_TypeError, "make_guard expects 4 arguments, got %zd", n_args);
+  if (n_args != 5) return PyErr_Format(PyExc_TypeError, "make_guard expects 5 arguments, got %zd", n_args);
   return guarded([args] {
-    auto made = std::make_unique<Guard>(args[0], args[1], args[2], args[3]);
+    auto made = std::make_unique<Guard>(args[0], args[1], args[2], args[3], args[4]);
     PyObject* const capsule = checked(PyCapsule_New(made.get(), kCapsule, &destroy));
     made.release();
     return capsule;

@@ -7,28 +7,31 @@
 
 namespace fused_adamw {
 
-// make_guard(tensor_type, params, grads, state) -> capsule
+// make_guard(tensor_type, params, grads, state, probes) -> capsule
 //
 //   tensor_type  torch.Tensor
 //   params       tuple of the parameters of all groups
 //   grads        tuple of tuples, one for each parameter: a tensor with the dtype and device of its gradient,
-//                the gradient's shape, its strides; or None where there must not be a gradient
+//                the gradient's shape, its strides, its dispatch keys; or None where there must not be a
+//                gradient
 //   state        tuple of tuples, one for each parameter in the optimizer's state: the parameter, then name
-//                and value of what belongs to it, None for a value that is no tensor
+//                and tensor of what a step reads
+//   probes       tuple of tuples: a tensor and its dispatch keys, different ones
 //
-// Records where and as what these tensors are now; of a DTensor, its local tensor. The capsule keeps nothing
-// alive: its owner must hold the parameters and names, which are known by their identity. Raises if DLPack
-// cannot describe a tensor.
+// Records where and as what these tensors are now; of a DTensor, its local tensor and how it is placed. The
+// capsule keeps no tensor alive: its owner must not use it once a parameter has died, as parameters are known
+// by their identity. Raises if DLPack cannot describe a tensor, or dispatch keys are not found.
 PyObject* make_guard(PyObject* module, PyObject* const* args, Py_ssize_t n_args);
 
-// check_guard(capsule, params, state) -> (bytes, list) | None
+// check_guard(capsule, params, state) -> (bytes, list, list) | None
 //
 //   params       list of the lists of parameters of all groups
-//   state        the optimizer's state; only a dict of dicts can be checked
+//   state        the optimizer's state, a dict; what it has for others than the parameters is not looked at
 //
 // Returns the addresses of all gradients, an int64 each, 0 where there is none, and the gradients themselves,
 // of DTensors their local tensors, None where there is none: as long as the caller holds these, their memory
-// stays, whatever other threads do. None if anything is not as it was, or cannot be checked.
+// stays, whatever other threads do. Then the parameters that have a gradient, and the local tensors of
+// DTensors among them. None if anything is not as it was, or cannot be checked.
 PyObject* check_guard(PyObject* module, PyObject* const* args, Py_ssize_t n_args);
 
 }  // namespace fused_adamw

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .memory import PLAIN, is_dense, same_layout
+from .distributed import local_tensors
+from .memory import PLAIN, Tensors, is_dense, same_layout
 from .tables import (
     DTYPE_CODE,
     DeviceTable,
@@ -54,6 +56,32 @@ class ReferenceBackend(Protocol):
     ) -> None:
         """Step every entry."""
 
+    def rehearse(
+        self, entries: Sequence[Entry], grads: Sequence[Tensor], hypers: Sequence[Hyper], inputs: StepInputs
+    ) -> None:
+        """Raise what `update` would raise; change nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A parameter of a plan, and how to find its tensors. It keeps none of them alive."""
+
+    slot: int  # position among all parameters of all groups
+    group: int
+    index: int  # position in the group
+    domain: int  # gradients of one domain are summed together
+    amsgrad: bool
+    grad_dtype: torch.dtype
+
+    def entry(self, tensors: Tensors) -> Entry:
+        """Look up the parameter and its state, as they are now."""
+        p = tensors.groups[self.group]["params"][self.index]
+        state = tensors.state[p]
+        v_max = state["max_exp_avg_sq"] if self.amsgrad else None
+        p, m, v, v_max, step = local_tensors((p, state["exp_avg"], state["exp_avg_sq"], v_max, state["step"]))
+        step = step.view(()) if step.dim() else step  # others may count with it
+        return Entry(self.slot, self.group, self.domain, p, m, v, v_max, step, self.grad_dtype)
+
 
 def why_not_tabular(entry: Entry, grad: Tensor | None, backend: KernelBackend) -> str | None:
     """None if kernels can step this parameter by address and flat index, else the reason."""
@@ -63,11 +91,14 @@ def why_not_tabular(entry: Entry, grad: Tensor | None, backend: KernelBackend) -
     moment_dtypes = {t.dtype for name, t in tensors.items() if name != "parameter"}
     if grad is not None:
         tensors["gradient"] = grad
-    for name, t in tensors.items():
+    for name, t in {**tensors, "step": entry.step}.items():
         if type(t) not in PLAIN:
             return f"{name} is a {type(t).__name__}"
-        if t.layout is not torch.strided or t.is_neg() or t.is_conj():
+        if t.layout is not torch.strided or t.is_nested or t.is_neg() or t.is_conj() or t._is_zerotensor():
             return f"{name} is not plain strided memory"
+    if entry.step.dtype is not torch.float32:
+        return f"step is counted in {entry.step.dtype}"
+    for name, t in tensors.items():
         if not is_dense(t):
             return f"{name} is not dense: strides {t.stride()} for shape {tuple(t.shape)}"
         if not same_layout(t, entry.param):
@@ -143,7 +174,10 @@ class TableBucket:
         for chunks, out in zip(self._chunks_of, sums, strict=True):
             self._backend.sum_of_squares(self._tables, chunks, out)
 
-    def update(self, grads: Sequence[Tensor | None], inputs: StepInputs) -> None:
+    def rehearse(self, tensors: Tensors, inputs: StepInputs) -> None:
+        """Nothing to try: kernels are launched or not."""
+
+    def update(self, tensors: Tensors, inputs: StepInputs) -> None:
         """Step every row that has a gradient: mutates parameters, moments and step counts."""
         self._backend.update(self._tables, inputs)
 
@@ -154,13 +188,17 @@ class TensorBucket:
     Even without parameters it computes and reports the gradient norm and skipped steps.
     """
 
-    def __init__(self, entries: list[Entry], device: torch.device, backend: ReferenceBackend) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[Member, Entry]], device: torch.device, backend: ReferenceBackend
+    ) -> None:
         self.device = device
+        entries = [entry for _, entry in parts]
         self.domains = _domains(entries)
-        self.slots = [entry.slot for entry in entries]
-        self._entries = entries
+        self._members = [member for member, _ in parts]
+        self.slots = [member.slot for member in self._members]
         # A parameter that is listed twice is stepped twice, as in torch, but has one gradient.
-        self._once = list({id(entry.param): entry for entry in entries}.values())
+        once = {id(entry.param): entry for entry in entries}.values()
+        self._slots_of = [[e.slot for e in once if e.domain == domain] for domain in self.domains]
         self._hypers: Sequence[Hyper] = ()
         self._backend = backend
 
@@ -173,14 +211,20 @@ class TensorBucket:
 
     def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
         """Write the sum of squares of each domain's gradients to its tensor of one element."""
-        for domain, out in zip(self.domains, sums, strict=True):
-            mine = [e.slot for e in self._once if e.domain == domain]
+        for mine, out in zip(self._slots_of, sums, strict=True):
             self._backend.sum_of_squares([g for slot in mine if (g := grads[slot]) is not None], out)
 
-    def update(self, grads: Sequence[Tensor | None], inputs: StepInputs) -> None:
+    def rehearse(self, tensors: Tensors, inputs: StepInputs) -> None:
+        """Raise what `update` would raise: a tensor subclass may lack an operator, memory may be short."""
+        self._backend.rehearse(*self._present(tensors), self._hypers, inputs)
+
+    def update(self, tensors: Tensors, inputs: StepInputs) -> None:
         """Step every parameter that has a gradient: mutates parameters, moments and step counts."""
-        pairs = [(e, g) for e in self._entries if (g := grads[e.slot]) is not None]
-        self._backend.update([e for e, _ in pairs], [g for _, g in pairs], self._hypers, inputs)
+        self._backend.update(*self._present(tensors), self._hypers, inputs)
+
+    def _present(self, tensors: Tensors) -> tuple[list[Entry], list[Tensor]]:
+        pairs = [(m.entry(tensors), g) for m in self._members if (g := tensors.grads[m.slot]) is not None]
+        return [entry for entry, _ in pairs], [grad for _, grad in pairs]
 
 
 Bucket = TableBucket | TensorBucket

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,17 +12,6 @@ from .checks import check_not_differentiable, check_saved
 from .groups import compare_param_names, decay_changes
 from .mismatch import explain_mismatch
 from .state import MOMENTS
-
-
-class NamedGroup(dict[str, Any]):
-    """A parameter group that leaves `param_names` out when its keys are iterated.
-
-    torch.distributed.checkpoint looks up every key of a group in a flattened checkpoint. One saved by an
-    optimizer without names has no `param_names`, and need not: names are not loaded.
-    """
-
-    def __iter__(self) -> Iterator[str]:
-        return (key for key in super().__iter__() if key != "param_names")
 
 
 def checked_state_dict(

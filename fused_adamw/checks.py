@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -84,6 +83,8 @@ def check_state(state: Mapping[str, Any], p: Tensor, name: str, *, saved: bool =
         name: Its name in messages.
         saved: The state may be on another device.
     """
+    if not isinstance(state, Mapping):
+        raise RuntimeError(f"the state of parameter {name} is {state!r}, expected a dict")
     missing = [key for key in ("step", *MOMENTS[:2]) if key not in state]
     if state and missing:
         raise RuntimeError(
@@ -92,7 +93,7 @@ def check_state(state: Mapping[str, Any], p: Tensor, name: str, *, saved: bool =
             "convert checkpoints of other optimizers."
         )
     step = state.get("step", 0)
-    if not (step.numel() == 1 if isinstance(step, Tensor) else isinstance(step, Real)):
+    if not _is_number(step):
         found = f"a tensor of shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
         raise RuntimeError(f"step of parameter {name} is {found}, expected a number")
     if isinstance(step, Tensor) and not saved:
@@ -102,6 +103,13 @@ def check_state(state: Mapping[str, Any], p: Tensor, name: str, *, saved: bool =
             check_like(key, state[key], p, name, anywhere=saved)
             if not saved:
                 check_writable(state[key], f"{key} of parameter {name}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether something is one real number, of whatever library."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.dtype is not torch.bool
+    return number_of(value) is not None
 
 
 def check_like(what: str, t: Any, p: Tensor, name: str, *, anywhere: bool = False) -> None:
@@ -124,6 +132,8 @@ def check_writable(t: Tensor, what: str) -> None:
         reason = "is an expanded view"
     elif t.is_conj():
         reason = "is a conjugate view"
+    elif t._is_zerotensor():
+        reason = "is a tensor of zeros without memory"
     elif t.is_inference() and not torch.is_inference_mode_enabled():
         reason = "was made in inference mode"
     if reason is not None:
@@ -139,6 +149,8 @@ def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: s
         grad: Its gradient.
         name: Its name in messages.
     """
+    if not isinstance(state, Mapping) and grad is None:
+        return  # not ours
     if is_partial(p):
         raise RuntimeError(
             f"parameter {name} is a Partial DTensor, of which every process has an addend: "
@@ -154,6 +166,9 @@ def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: s
             "FusedHygieneAdamW does not support sparse gradients, please consider SparseAdam instead: "
             f"parameter {name} has a gradient of layout {grad.layout}"
         )
+    if grad is not None and (p.layout is not torch.strided or p.is_nested or grad.is_nested):
+        found = f"layout {p.layout}" if p.layout is not torch.strided else "nested tensors"
+        raise RuntimeError(f"parameter {name} has {found}: expected a strided tensor, not a nested one")
     if grad is not None:
         check_writable(p, f"parameter {name}")
         check_like("gradient", grad, p, name)

@@ -41,7 +41,7 @@ def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> lis
         spec, expected = getattr(grad, "_spec", None), getattr(p, "_spec", None)
         if spec is expected:  # both plain, or from FSDP2
             continue
-        if spec is None or expected is None or spec.mesh != expected.mesh:
+        if spec is None or expected is None or spec.mesh != expected.mesh or spec.shape != expected.shape:
             return None
         if spec.placements != expected.placements:
             if is_partial(p):

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
-import operator
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .distributed import local_tensors
+from .distributed import is_dtensor, local_tensors
 from .extension import load_extension
 
-State = Mapping[Tensor, Mapping[str, object]]
+# `Optimizer.state`: a step reads only what it holds for the optimizer's own parameters, under `STATE_KEYS`.
+# Whatever else users keep there is theirs.
+State = Mapping[Any, Any]
+# The last one is there with amsgrad only.
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 # Types that are nothing but their memory.
 PLAIN = (Tensor, nn.Parameter)
@@ -59,21 +62,28 @@ def overlapping(tensors: Sequence[Tensor]) -> set[int]:
 
 
 def address_of(t: Tensor) -> int:
-    """Where a tensor's memory starts; an identity for what has no memory of its own."""
+    """Where a tensor's memory starts; 0 if it has none, or none of its own, as wrapper subclasses."""
     try:
-        return id(t) if isinstance(t, FakeTensor) else t.data_ptr()
+        return 0 if isinstance(t, FakeTensor) else t.data_ptr()
     except RuntimeError:
-        return id(t)
+        return 0
 
 
 def lacks_memory(t: Tensor) -> bool:
     """Whether the memory of a plain tensor was taken away, as by `untyped_storage().resize_(0)`."""
-    is_plain = type(t) in PLAIN and t.layout is torch.strided and t.device.type != "meta"
-    return is_plain and t.numel() > 0 and t.data_ptr() == 0
+    if type(t) not in PLAIN or t.layout is not torch.strided or t.device.type == "meta" or t._is_zerotensor():
+        return False
+    return t.numel() > 0 and address_of(t) == 0
 
 
-def same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
+def dispatch_keys(t: Tensor) -> int:
+    """The keys by which torch's dispatcher knows a tensor, as bits.
+
+    They tell a conjugate or negated view, a tensor made in inference mode, a wrapper and the like from a
+    plain tensor with the same address, dtype and layout.
+    """
+    keys: int = torch._C._dispatch_keys(t).raw_repr()
+    return keys
 
 
 class Gradients(NamedTuple):
@@ -84,27 +94,47 @@ class Gradients(NamedTuple):
             never 0 where there is one, if only an empty one.
         tensors: The gradient of each parameter, of DTensors the local one; None where there is none. Kernels
             run without the GIL: as long as these are held, no other thread can free what they read.
+        stepped: The parameters that have a gradient, and the local tensors of DTensors among them: autograd
+            may have saved either.
     """
 
     addresses: bytes
     tensors: Sequence[Tensor | None]
+    stepped: Sequence[Tensor]
 
     @classmethod
-    def of(cls, grads: Sequence[Tensor | None]) -> Gradients:
-        """These, of any type."""
+    def of(cls, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Gradients:
+        """Those of parameters of any type; of DTensors, the local gradients."""
         addresses = array("q", [0 if g is None else address_of(g) or 1 for g in grads])
-        return cls(addresses.tobytes(), grads)
+        stepped = list(compress(params, addresses))
+        return cls(addresses.tobytes(), grads, stepped + local_tensors(filter(is_dtensor, stepped)))
+
+
+class Tensors(NamedTuple):
+    """What an optimizer holds when it steps.
+
+    Attributes:
+        groups: Its `param_groups`.
+        state: Its state.
+        grads: The gradients of all parameters, of DTensors the local ones.
+    """
+
+    groups: Sequence[Mapping[str, Any]]
+    state: State
+    grads: Sequence[Tensor | None]
 
 
 class Guard:
     """Tells whether an optimizer's tensors are still where and as they were.
 
-    Of DTensors, the local tensors are compared. It keeps the parameters alive, but not their state: moments
-    that are moved away, to save memory, are freed.
+    Of DTensors, the local tensors and how they are placed are compared. It keeps neither parameters nor their
+    state alive: what is moved away or left out is freed. Parameters are known by their id: another one in the
+    place of one that died is no change if all else that a plan relies on is the same.
 
     Args:
         params: All parameters.
-        grads: For each of them a tensor with the layout of its gradient; None: it must have no gradient.
+        grads: For each of them a tensor with the layout of its gradient, on its device or a meta tensor;
+            None: it must have no gradient.
         state: `Optimizer.state`.
     """
 
@@ -114,14 +144,16 @@ class Guard:
         grads: Sequence[Tensor | None],
         state: State,
     ) -> None:
-        self._params = tuple(params)
-        self._keys = _keys(state)
-        tensors = local_tensors([*params, *_tensors(state)])
-        self._addresses = list(map(address_of, tensors))
-        self._columns = _columns(tensors)
-        self._has_grad = [grad is not None for grad in grads]
-        self._grad_columns = _columns([p if g is None else g for p, g in zip(params, grads, strict=True)])
-        self._native = self._native_guard(grads, state, tensors)
+        self._ids = list(map(id, params))  # weak references would keep users from torch.utils.swap_tensors
+        known = state_tensors(params, state)
+        self._keys = _keys(known)
+        tensors = [*params, *_values(known)]
+        self._addresses = list(map(address_of, local_tensors(tensors)))
+        self._descriptions = list(map(_description, tensors))
+        self._grads = [
+            None if g is None else _expected(g, p.device) for p, g in zip(params, grads, strict=True)
+        ]
+        self._native = self._native_guard(params, known)
 
     def check(self, params: list[list[Tensor]], state: State) -> Gradients | None:
         """Check by one call into C++ (csrc/guard.h), which returns the gradients.
@@ -144,58 +176,99 @@ class Guard:
             grads: Their gradients now, local ones of DTensors.
             state: The optimizer's state now.
         """
-        if not same_objects(params, self._params) or _keys(state) != self._keys:
+        if list(map(id, params)) != self._ids:
             return False
-        tensors = local_tensors([*params, *_tensors(state)])
-        is_there = [grad is not None for grad in grads]
-        present = [grad for grad in grads if grad is not None]
+        known = state_tensors(params, state)
+        if _keys(known) != self._keys:
+            return False
+        tensors = [*params, *_values(known)]
         return (
-            list(map(address_of, tensors)) == self._addresses
-            and _columns(tensors) == self._columns
-            and not any(there > known for there, known in zip(is_there, self._has_grad, strict=True))
-            and not any(map(lacks_memory, present))
-            and _columns(present) == [list(compress(column, is_there)) for column in self._grad_columns]
+            list(map(address_of, local_tensors(tensors))) == self._addresses
+            and list(map(_description, tensors)) == self._descriptions
+            and all(
+                grad is None or (not lacks_memory(grad) and _description(grad) == expected)
+                for grad, expected in zip(grads, self._grads, strict=True)
+            )
         )
 
     def _native_guard(
-        self, grads: Sequence[Tensor | None], state: State, tensors: Sequence[Tensor]
-    ) -> Callable[[list[list[Tensor]], State], tuple[bytes, list[Tensor | None]] | None] | None:
-        """The check in C++; None where there is no extension, or it cannot check these `tensors`."""
+        self, params: Sequence[Tensor], known: Sequence[tuple[Tensor, dict[str, Tensor]]]
+    ) -> Callable[[list[list[Tensor]], State], tuple[bytes, list[Tensor | None], list[Tensor]] | None] | None:
+        """The check in C++; None where there is no extension, or it cannot check these tensors."""
         extension = load_extension()
+        tensors = local_tensors([*params, *_values(known)])
         if isinstance(extension, str) or any(type(t) not in PLAIN for t in tensors):
             return None
         sample = functools.cache(lambda dtype, device: torch.empty(0, dtype=dtype, device=device))
         expected = tuple(
-            None if g is None else (sample(g.dtype, p.device), tuple(g.shape), g.stride())
-            for p, g in zip(self._params, grads, strict=True)
+            None if g is None else (sample(g.dtype, g.device), g.shape, g.stride, g.keys) for g in self._grads
         )
-        nested = tuple(
-            (p, *(x for name, v in s.items() for x in (name, v if isinstance(v, Tensor) else None)))
-            for p, s in state.items()
-        )
+        state = tuple((p, *(x for pair in s.items() for x in pair)) for p, s in known)
         try:
-            guard = extension.make_guard(Tensor, self._params, expected, nested)
+            guard = extension.make_guard(Tensor, tuple(params), expected, state, _probes())
         except (AttributeError, RuntimeError):  # no DLPack, or none that can describe these tensors
             return None
         return functools.partial(extension.check_guard, guard)
 
 
-def _keys(state: State) -> list[tuple[int, list[tuple[str, bool]]]]:
-    """Which parameters have state, and under which names it has tensors. Kernels read nothing else of it."""
-    return [(id(p), [(name, isinstance(v, Tensor)) for name, v in s.items()]) for p, s in state.items()]
-
-
-def _tensors(state: State) -> list[Tensor]:
-    return [v for s in state.values() for v in s.values() if isinstance(v, Tensor)]
-
-
-def _columns(tensors: Sequence[Tensor]) -> list[Sequence[object]]:
-    """What kernels rely on beside the addresses of tensors, and the types of the tensors."""
+def state_tensors(params: Iterable[Tensor], state: State) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """The parameters that have state, in its order, each with the tensors there that a step reads."""
+    own = set(map(id, params))
     return [
-        list(map(type, tensors)),
-        [t.dtype for t in tensors],
-        [t.layout for t in tensors],
-        [t.shape for t in tensors],
-        list(map(Tensor.stride, tensors)),
-        list(map(Tensor.is_neg, tensors)),
+        (p, {key: value for key, value in s.items() if key in _STATE_KEYS and isinstance(value, Tensor)})
+        for p, s in state.items()
+        if id(p) in own and isinstance(s, Mapping)
     ]
+
+
+_STATE_KEYS = frozenset(STATE_KEYS)
+
+
+class _Description(NamedTuple):
+    """What a plan relies on beside a tensor's address."""
+
+    type: type
+    dtype: torch.dtype
+    device: torch.device
+    layout: torch.layout
+    shape: tuple[int, ...] | None  # None for nested tensors, which are refused where they have a gradient
+    stride: tuple[int, ...]
+    keys: int
+    spec: Any  # how a DTensor is placed; the rest is that of its local tensor
+
+
+def _description(t: Tensor) -> _Description:
+    local = local_tensors([t])[0]
+    shape, stride = (None, ()) if local.is_nested else (tuple(local.shape), local.stride())
+    keys, spec = dispatch_keys(local), getattr(t, "_spec", None)
+    return _Description(type(local), local.dtype, local.device, local.layout, shape, stride, keys, spec)
+
+
+def _expected(grad: Tensor, device: torch.device) -> _Description:
+    """The description of a gradient, even if only a meta tensor shows its layout."""
+    found = _description(grad)
+    if grad.device.type == device.type:
+        return found
+    with torch.inference_mode(False):
+        return found._replace(
+            device=device, keys=dispatch_keys(torch.empty(0, dtype=grad.dtype, device=device))
+        )
+
+
+def _keys(known: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> list[tuple[int, list[str]]]:
+    return [(id(p), list(s)) for p, s in known]
+
+
+def _values(known: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> list[Tensor]:
+    return [value for _, s in known for value in s.values()]
+
+
+@functools.cache
+def _probes() -> tuple[tuple[Tensor, int], ...]:
+    """Tensors that differ in their dispatch keys, which show the guard in C++ where those are kept."""
+    with torch.inference_mode():
+        born_in_inference = torch.zeros(1, device="cpu")
+    with torch.inference_mode(False):
+        plain = torch.zeros(1, dtype=torch.complex64, device="cpu")
+        tensors = (plain, plain.conj(), plain.conj().imag, torch.zeros((), device="cpu"), born_in_inference)
+        return tuple((t, dispatch_keys(t)) for t in tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from .arguments import (
     checked_state_dtype,
 )
 from .backends import check_backend, kernels_for, reference
-from .checkpoints import NamedGroup, checked_state_dict
+from .checkpoints import checked_state_dict
 from .checks import (
     check_fused,
     check_hypers,
@@ -32,11 +32,12 @@ from .checks import (
 )
 from .distributed import has_peers, is_flattened, local_grads
 from .groups import build_param_groups, is_model, summarize_param_groups
-from .memory import Gradients
+from .memory import Gradients, State, Tensors
+from .names import ParamNames, show_names_to_dcp
 from .plan import Plan
 from .regroup import Names, regrouped
 from .second_clip import SecondClipDetector
-from .state import complete_state, copied_state
+from .state import copied_state, missing_state
 from .tables import Hyper, StepInputs, is_capturing
 
 # Attributes that a copy of the optimizer keeps. It builds a plan of its own, as a plan is full of addresses.
@@ -48,6 +49,7 @@ _COPIED = (
     "_state_dtype",
     "_status",
     "_has_norm",
+    "_names_are_ours",
 )
 
 
@@ -141,9 +143,12 @@ class FusedHygieneAdamW(OwnArguments):
 
         groups: Any = params
         from_model = is_model(params)
+        self._names_are_ours = from_model
         if from_model:
             self._model = weakref.ref(params)
-            groups = [NamedGroup(group) for group in build_param_groups(params, weight_decay)]
+            groups = build_param_groups(params, weight_decay)
+            show_names_to_dcp()
+        self._param_names = ParamNames(self._model)
         super().__init__(
             groups,
             lr,
@@ -170,6 +175,8 @@ class FusedHygieneAdamW(OwnArguments):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
 
+        An optimizer that was built from a model names the parameters of a group that comes without names.
+
         Raises:
             ValueError: A hyper-parameter of the group is out of range, a parameter is in another group, or is
                 neither floating point nor complex; or the group has its own `max_grad_norm` or another
@@ -179,8 +186,12 @@ class FusedHygieneAdamW(OwnArguments):
         """
         index = len(self.param_groups)
         given = set(param_group)
+        if self._names_are_ours:
+            self._param_names.correct(self.param_groups)
+            self._param_names.complete([*self.param_groups, param_group])
         super().add_param_group(param_group)
         group = self.param_groups[index]
+        self._param_names.learn(group)
         for name in OWN:
             if name not in given:
                 group.pop(name, None)  # torch completes a group from `defaults`
@@ -239,24 +250,36 @@ class FusedHygieneAdamW(OwnArguments):
         self._check_graph_capture()
         check_no_transform()
         check_not_differentiable(self.param_groups)
+        show_names_to_dcp()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
+        # Whatever may raise comes before the first launch.
         hypers = self._hypers()
-        plan, grads = self._current_plan()
+        plan, grads, state = self._current_plan()
         self._check_norm_is_known(plan.flattened)
         plan.prepare(hypers, grads)
-
-        self._has_norm = self._needs_norm()
-        if self._has_norm:
+        has_norm = self._needs_norm()
+        if has_norm:
             plan.sum_of_squares(grads.tensors)
-        sums, found_inf = plan.totals(self._has_norm, getattr(self, "found_inf", None), self._norm_group)
-        for bucket, _, status in plan.launches:
-            bucket.update(grads.tensors, self._step_inputs(sums.get(bucket.device), found_inf, status))
-        torch.autograd.graph.increment_version(plan.stepped)
-        self._second_clip.observe(self._status, self._max_grad_norm)
+        sums, found_inf = plan.totals(has_norm, getattr(self, "found_inf", None), self._norm_group)
+        runs = [
+            (bucket, self._step_inputs(sums.get(bucket.device), found_inf, status))
+            for bucket, _, status in plan.launches
+        ]
+        self._second_clip.observe(runs[0][1])
+        tensors = Tensors(self.param_groups, state, grads.tensors)
+        if plan is not self._plan:
+            for bucket, inputs in runs:
+                bucket.rehearse(tensors, inputs)
+            self._adopt(plan, state)
+
+        for bucket, inputs in runs:
+            bucket.update(tensors, inputs)
+        torch.autograd.graph.increment_version(grads.stepped)
+        self._has_norm = has_norm
         return loss
 
     def _check_graph_capture(self) -> None:
@@ -284,18 +307,18 @@ class FusedHygieneAdamW(OwnArguments):
                 check_hypers(group, index)  # names what is wrong
             raise
 
-    def _current_plan(self) -> tuple[Plan, Gradients]:
-        """Return the plan, a new one if the old one is out of date, and the gradients."""
+    def _current_plan(self) -> tuple[Plan, Gradients, State]:
+        """Return the plan (a new one if the old one is out of date), the gradients, the state it is for."""
         plan = self._plan
         if plan is not None and (seen := plan.check(self.param_groups, self.state)) is not None:
-            return plan, seen
+            return plan, seen, self.state
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
-        local = local_grads(params, grads)
-        if plan is None or local is None or not plan.is_current(self.param_groups, params, local, self.state):
+        local, state = local_grads(params, grads), cast(State, self.state)
+        if plan is None or local is None or not plan.is_current(self.param_groups, params, local, state):
             self._check_inputs(params, grads)
-            plan, local = self._new_plan(params, grads, local)
-        return plan, Gradients.of(local)
+            plan, local, state = self._new_plan(params, grads, local)
+        return plan, Gradients.of(params, local), state
 
     def _check_inputs(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Refuse what no plan could be made of, in the mode that the step is called in."""
@@ -311,8 +334,8 @@ class FusedHygieneAdamW(OwnArguments):
     @torch.no_grad()
     def _new_plan(
         self, params: Sequence[Tensor], grads: Sequence[Tensor | None], local: list[Tensor | None] | None
-    ) -> tuple[Plan, list[Tensor | None]]:
-        """Create the state that is missing, then lay out the tables.
+    ) -> tuple[Plan, list[Tensor | None], dict[Any, Any]]:
+        """Make the state that is missing, and lay out the tables; `_adopt` makes both the optimizer's.
 
         Args:
             params: All parameters.
@@ -321,7 +344,7 @@ class FusedHygieneAdamW(OwnArguments):
                 their plan do not enter again.
 
         Returns:
-            The plan, and `local_grads`.
+            The plan, `local_grads`, and the state as it then is.
         """
         if any(is_capturing(device) for device in {p.device for p in params}):
             raise RuntimeError(
@@ -332,30 +355,37 @@ class FusedHygieneAdamW(OwnArguments):
         self._check_norm_is_known(flattened)
         local = local_grads(params, grads) if local is None else local
         assert local is not None  # every gradient was found to fit
-        steps: set[int] = set()
+        state = dict(self.state)
         amsgrad = [group["amsgrad"] for group in self.param_groups for _ in group["params"]]
-        seen: set[int] = set()
         for p, grad, has_maximum in zip(params, grads, amsgrad, strict=True):
-            if grad is not None or "step" in self.state.get(p, ()):
-                others = steps if id(p) not in seen else set()  # listed twice, it shares with itself
-                complete_state(self.state[p], p, has_maximum, self._state_dtype, others)
-                seen.add(id(p))
+            of_p = state.get(p, {})
+            if grad is not None or (isinstance(of_p, Mapping) and "step" in of_p):
+                state[p] = {**of_p, **missing_state(of_p, p, has_maximum, self._state_dtype)}
         plan = Plan(
             self.param_groups,
             local,
-            self.state,
+            state,
             lambda device: kernels_for(self._backend, device),
             reference,
             self._status,
             self._plan,
         )
+        return plan, local, state
+
+    def _adopt(self, plan: Plan, state: Mapping[Any, Any]) -> None:
+        """Make a new plan, and the state that it was made for, those of the optimizer."""
+        for p, of_p in state.items():
+            if of_p is not (mine := self.state.get(p)):
+                if mine is None:
+                    self.state[p] = of_p
+                else:
+                    mine.update(of_p)
         if self._plan is not None and self._plan.was_captured:
             self._captured_plans.append(self._plan)
         self._plan, self._status = plan, plan.launches[0].status
         names = self._names()
         for slot, reason in plan.fallbacks.items():
             logger.debug("parameter %s is stepped by the reference: %s", names[slot], reason)
-        return plan, local
 
     def _step_inputs(self, sums: Tensor | None, found_inf: Tensor | None, status: Tensor) -> StepInputs:
         def on_device(value: Any) -> Tensor | None:
@@ -377,24 +407,36 @@ class FusedHygieneAdamW(OwnArguments):
 
     def _names(self) -> list[str]:
         """How messages refer to each parameter."""
-        names: list[str] = []
-        for index, group in enumerate(self.param_groups):
-            numbers = [f"number {i} of group {index}" for i in range(len(group["params"]))]
-            known = list(map(repr, group.get("param_names", ())))[: len(numbers)]
-            names += [*known, *numbers[len(known) :]]
-        return names
+        return [
+            f"number {i} of group {index}" if name is None else repr(name)
+            for index, group in enumerate(self.param_groups)
+            for i, name in enumerate(self._param_names.of(group))
+        ]
 
     # Copies and checkpoints.
 
     def __getstate__(self) -> dict[str, Any]:
+        self._param_names.correct(self.param_groups)
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in _COPIED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None
         self._captured_plans = []
         self._second_clip = SecondClipDetector()
+        self.__dict__.setdefault("_param_names", ParamNames())
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.param_groups = [NamedGroup(g) if "param_names" in g else g for g in self.param_groups]
+        for group in self.param_groups:
+            self._param_names.learn(group)
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`.
+
+        `param_names` of a group whose parameters were edited are those of its parameters now, or absent where
+        they are not known.
+        """
+        self._param_names.correct(self.param_groups)
+        return super().state_dict()
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -418,20 +460,30 @@ class FusedHygieneAdamW(OwnArguments):
             RuntimeError: A saved state is not AdamW's: a step count or a moment is missing (that of another
                 optimizer, say), or a moment is not of its parameter's shape; a group is `differentiable`.
         """
-        final: dict[str, Any] = {}
+        copies: dict[Tensor, dict[str, Tensor]] = {}
         own = {"max_grad_norm": self._max_grad_norm, "skip_nonfinite": self._skip_nonfinite}
         model = None if self._model is None else self._model()
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            final.update(checked_state_dict(given, self.param_groups, self._names(), model, own))
+            self._param_names.correct(self.param_groups)
+            final = checked_state_dict(given, self.param_groups, self._names(), model, own)
+            copies.update(self._copies(final))
             return final
 
-        handle = self.register_load_state_dict_pre_hook(check)  # the last one: it sees what will be loaded
+        def put(_: Any) -> None:
+            """Torch has cast moments to the parameter's dtype, or shares them with what was loaded."""
+            for p, of_p in copies.items():
+                self.state[p].update(of_p)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(check),  # the last one: it sees what will be loaded
+            self.register_load_state_dict_post_hook(put, prepend=True),  # the first: users have the last word
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        self._copy_state(final)
+            for handle in handles:
+                handle.remove()
 
     def load_state_dict_by_name(
         self, state_dict: Mapping[str, Any], names: Names | None = None, *, strict: bool = True
@@ -471,13 +523,15 @@ class FusedHygieneAdamW(OwnArguments):
 
     @torch.inference_mode(False)  # as in _new_plan
     @torch.no_grad()
-    def _copy_state(self, saved: dict[str, Any]) -> None:
-        """Copy the state from its source: torch has cast moments to the parameter's dtype, or shares them."""
+    def _copies(self, saved: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """Copies of the saved state that belongs to parameters."""
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            if i in saved["state"]:
-                self.state[p].update(copied_state(saved["state"][i], p, self._state_dtype))
+        return {
+            p: copied_state(saved["state"][i], p, self._state_dtype)
+            for i, p in zip(ids, params, strict=False)  # torch refuses other numbers
+            if i in saved["state"]
+        }
 
 
 class AdamW(FusedHygieneAdamW):

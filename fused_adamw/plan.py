@@ -13,15 +13,22 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .buckets import Bucket, KernelBackend, ReferenceBackend, TableBucket, TensorBucket, why_not_tabular
-from .distributed import NormGroup, Reduction, is_dtensor, is_flattened, local_tensors
-from .memory import Gradients, Guard, State, overlapping
+from .buckets import (
+    Bucket,
+    KernelBackend,
+    Member,
+    ReferenceBackend,
+    TableBucket,
+    TensorBucket,
+    why_not_tabular,
+)
+from .distributed import NormGroup, Reduction, is_flattened, local_tensors
+from .memory import Gradients, Guard, State, Tensors, overlapping
 from .tables import DeviceTable, Entry, Hyper, is_capturing, scalar_dtype
 
 
@@ -36,6 +43,8 @@ class Launch(NamedTuple):
 class Plan:
     """The buckets of one optimizer, and the means to tell whether they are still valid.
 
+    It keeps no parameter and no state alive: what the optimizer lets go of is freed.
+
     Args:
         groups: The optimizer's `param_groups`.
         grads: The gradients of all parameters, `local_grads` of them.
@@ -46,9 +55,7 @@ class Plan:
         previous: The previous plan, which knows the layout of gradients that are absent now.
 
     Attributes:
-        launches: What to run, at least one.
-        stepped: After `prepare`, the parameters that have a gradient, and the local tensors of DTensors among
-            them: autograd may have saved either.
+        launches: What to run, at least one: the reference, which may raise, before kernels.
         flattened: Slots of parameters that FSDP1 flattened.
         fallbacks: Slot to the reason why kernels that serve its device do not step it.
         was_captured: Whether a graph holds a step of this plan, and reads its tables at each replay.
@@ -64,87 +71,102 @@ class Plan:
         status: Tensor | None,
         previous: Plan | None,
     ) -> None:
-        self._params: list[Tensor] = [p for group in groups for p in group["params"]]
-        self.flattened = [slot for slot, p in enumerate(self._params) if is_flattened(p)]
-        self._reduction = Reduction(self._params)
+        params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._ids = list(map(id, params))
+        self.flattened = [slot for slot, p in enumerate(params) if is_flattened(p)]
+        self._reduction = Reduction(params)
         self._structure = self._structure_of(groups)
-        self._expected = [self._expected_grad(slot, grad, previous) for slot, grad in enumerate(grads)]
         self._grad_addresses: bytes | None = None
-        self.stepped: list[Tensor] = []
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
         self._tables_are_of_graph = False
         self.was_captured = False
         self.fallbacks: dict[int, str] = {}
+        kernels_for = functools.cache(kernels_for)
 
-        entries = self._entries(groups, state)
+        # The parameters to step: those that have had a gradient.
+        stepped = {slot: p for slot, p in enumerate(params) if "step" in state.get(p, ())}
+        self._expected = {
+            slot: self._expected_grad(slot, p, grads[slot], previous) for slot, p in stepped.items()
+        }
+        members = self._members(groups, stepped)
+        tensors = Tensors(groups, state, grads)
+        entries = [member.entry(tensors) for member in members]
+        self._needs_inference_mode = any(
+            t.is_inference() for entry in entries for t in (entry.param, *entry.state().values())
+        )
         self.launches: list[Launch] = []
         self._sums: dict[torch.device, Tensor] = {}
         self._grad_tables: dict[torch.device, DeviceTable] = {}
         self._sums_of: list[list[Tensor]] = [[] for _ in range(self._reduction.n_domains)]
-        for device, buckets in self._buckets(entries, grads, len(groups), kernels_for, reference).items():
+        local_params = local_tensors(params)
+        parts = self._parts(members, entries, local_params, grads, kernels_for)
+        for device, buckets in self._buckets(parts, len(groups), kernels_for, reference).items():
             if status is None:
                 status = torch.zeros(2, dtype=scalar_dtype(device), device=device)
             self._add_launches(device, buckets, status)
-        stepped = {entry.slot for entry in entries}
         known = [
             None if slot not in stepped else self._expected[slot] if grad is None else grad
             for slot, grad in enumerate(grads)
         ]
-        self._guard = Guard(self._params, known, state)
+        self._guard = Guard(params, known, state)
 
-    def _entries(
-        self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]
-    ) -> list[Entry]:
-        """The parameters to step: those that have had a gradient."""
-        found = []
-        group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
-        for slot, (p, group) in enumerate(zip(self._params, group_of, strict=True)):
-            if "step" not in (s := state.get(p, {})):
-                continue
-            v_max = s["max_exp_avg_sq"] if groups[group]["amsgrad"] else None
-            p, m, v, v_max, step = local_tensors((p, s["exp_avg"], s["exp_avg_sq"], v_max, s["step"]))
-            domain = self._reduction.domain_of[slot]
-            found.append(Entry(slot, group, domain, p, m, v, v_max, step, self._expected[slot].dtype))
-        return found
+    def _members(self, groups: Sequence[Mapping[str, Any]], stepped: Mapping[int, Tensor]) -> list[Member]:
+        places = [(group, index) for group, g in enumerate(groups) for index in range(len(g["params"]))]
+        return [
+            Member(
+                slot,
+                *places[slot],
+                self._reduction.domain_of[slot],
+                bool(groups[places[slot][0]]["amsgrad"]),
+                self._expected[slot].dtype,
+            )
+            for slot in stepped
+        ]
 
-    def _buckets(
+    def _parts(
         self,
+        members: Sequence[Member],
         entries: Sequence[Entry],
+        local_params: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        n_groups: int,
         kernels_for: Callable[[torch.device], KernelBackend | None],
-        reference: ReferenceBackend,
-    ) -> dict[torch.device, list[Bucket]]:
+    ) -> _Parts:
         """Put together what one launch can step, on each device; notes `fallbacks`."""
-        local_params = local_tensors(self._params)
-        shared = overlapping(local_params)
-        kernels = {device: kernels_for(device) for device in {entry.param.device for entry in entries}}
-        alike: dict[torch.device, dict[tuple[torch.dtype, ...], list[Entry]]] = {}
-        for entry in entries:
+        shared = _shared(entries, local_params)
+        parts: _Parts = {}
+        for member, entry in zip(members, entries, strict=True):
             slot, device = entry.slot, entry.param.device
             dtypes: tuple[torch.dtype, ...] = ()  # left to the reference
-            if (backend := kernels[device]) is not None:
+            if (backend := kernels_for(device)) is not None:
                 grad = grads[slot]
                 reason = why_not_tabular(entry, self._expected[slot] if grad is None else grad, backend)
-                if reason is None and slot in shared:  # rows are stepped at the same time
-                    reason = "parameter shares memory with another one"
+                reason = reason or shared.get(slot)  # rows are stepped at the same time
                 if reason is not None:
                     self.fallbacks[slot] = reason
                 else:
                     dtypes = (entry.param.dtype, entry.grad_dtype, entry.exp_avg.dtype)
-            alike.setdefault(device, {}).setdefault(dtypes, []).append(entry)
-        if not alike:  # norm and skipped steps are reported even if there is nothing to step
+            parts.setdefault(device, {}).setdefault(dtypes, []).append((member, entry))
+        if not parts:  # norm and skipped steps are reported even if there is nothing to step
             home = local_params[0].device if local_params else torch.device("cpu")
-            alike[home] = {(): []}
+            parts[home] = {(): []}
+        return parts
+
+    @staticmethod
+    def _buckets(
+        parts: _Parts,
+        n_groups: int,
+        kernels_for: Callable[[torch.device], KernelBackend | None],
+        reference: ReferenceBackend,
+    ) -> dict[torch.device, list[Bucket]]:
         return {
             device: [
-                TableBucket(members, n_groups, walker)
-                if dtypes and (walker := kernels[device]) is not None
-                else TensorBucket(members, device, reference)
-                for dtypes, members in by_dtypes.items()
+                TableBucket([entry for _, entry in pairs], n_groups, walker)
+                if dtypes and (walker := kernels_for(device)) is not None
+                else TensorBucket(pairs, device, reference)
+                for dtypes, pairs in sorted(by_dtypes.items(), key=lambda item: item[0] != ())
             ]
-            for device, by_dtypes in alike.items()
+            for device, by_dtypes in parts.items()
         }
 
     def _add_launches(self, device: torch.device, buckets: Sequence[Bucket], status: Tensor) -> None:
@@ -163,15 +185,18 @@ class Plan:
             if isinstance(bucket, TableBucket):
                 self._grad_tables[device] = DeviceTable(device)
 
-    def _expected_grad(self, slot: int, grad: Tensor | None, previous: Plan | None) -> Tensor:
-        """The layout of a gradient: of the present one, else of the last one seen, else of the parameter."""
-        if grad is not None:
-            return torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device="meta")
-        p = self._params[slot]
-        if previous is not None and slot < len(previous._params) and previous._params[slot] is p:
+    @staticmethod
+    def _expected_grad(slot: int, p: Tensor, grad: Tensor | None, previous: Plan | None) -> Tensor:
+        """The layout of a gradient: of the present one, else of the last one seen, else of the parameter.
+
+        A meta tensor: it has no memory to keep.
+        """
+        is_known = previous is not None and slot in previous._expected and previous._ids[slot] == id(p)
+        if grad is None and previous is not None and is_known:
             return previous._expected[slot]
-        like_param: Tensor = local_tensors([p.detach()])[0]
-        return like_param
+        like: Tensor = local_tensors([p])[0] if grad is None else grad
+        with torch.inference_mode(False):
+            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
 
     @staticmethod
     def _structure_of(groups: Sequence[Mapping[str, Any]]) -> list[object]:
@@ -184,7 +209,7 @@ class Plan:
             groups: The optimizer's `param_groups` now.
             state: The optimizer's state now.
         """
-        if self._structure_of(groups) != self._structure:
+        if not self._is_for(groups):
             return None
         return self._guard.check([group["params"] for group in groups], state)
 
@@ -203,7 +228,13 @@ class Plan:
             grads: Their gradients now, `local_grads` of them.
             state: The optimizer's state now.
         """
-        return self._structure_of(groups) == self._structure and self._guard.matches(params, grads, state)
+        return self._is_for(groups) and self._guard.matches(params, grads, state)
+
+    def _is_for(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether groups have the known structure, and tensors made in inference mode may be written to."""
+        return self._structure_of(groups) == self._structure and (
+            not self._needs_inference_mode or torch.is_inference_mode_enabled()
+        )
 
     def prepare(self, hypers: list[Hyper], grads: Gradients) -> None:
         """Bring gradient addresses and hyper-parameters up to date, where they changed.
@@ -214,17 +245,17 @@ class Plan:
         if self._tables_are_of_graph:
             self._grad_addresses = self._hyper_keys = None
         if grads.addresses != self._grad_addresses:
+            self._grad_addresses = None  # until all buckets have them
             addresses = array("q", grads.addresses)
             table = torch.frombuffer(addresses or array("q", [0]), dtype=torch.int64)
             on_device = {device: tables.upload(table) for device, tables in self._grad_tables.items()}
             for bucket, _, _ in self.launches:
                 if isinstance(bucket, TableBucket):
                     bucket.set_grads(on_device[bucket.device])
-            stepped = list(compress(self._params, addresses))
-            self.stepped = stepped + local_tensors(filter(is_dtensor, stepped))
             self._grad_addresses = grads.addresses
         keys = [hyper.key() for hyper in hypers]
         if keys != self._hyper_keys or self._reads_lr_of_another_device(hypers):
+            self._hyper_keys = None
             for bucket, _, _ in self.launches:
                 bucket.set_hypers(hypers)
             self._hyper_keys = keys
@@ -281,3 +312,17 @@ class Plan:
         own = next(iter(self._sums.values()))
         sums = [part.sum().to(own) for part in self._sums_of[domain]]
         return functools.reduce(torch.add, sums) if sums else None
+
+
+# On each device, by the dtypes of its tables (none for the reference): what one launch can step.
+_Parts = dict[torch.device, dict[tuple[torch.dtype, ...], list[tuple[Member, Entry]]]]
+
+
+def _shared(entries: Sequence[Entry], local_params: Sequence[Tensor]) -> dict[int, str]:
+    """Slots of the entries that write to memory of another parameter or its state, and a reason for each."""
+    owned = [(slot, "parameter", p) for slot, p in enumerate(local_params)]
+    owned += [(entry.slot, name, t) for entry in entries for name, t in entry.state().items()]
+    return {
+        owned[i][0]: f"{owned[i][1]} shares memory with another one"
+        for i in sorted(overlapping([t for _, _, t in owned]), reverse=True)
+    }

@@ -7,6 +7,8 @@ import warnings
 
 from torch import Tensor
 
+from .tables import StepInputs
+
 # A norm that stays this close to max_grad_norm for this many steps in a row is the work of another clip: one
 # that merely drifts past it moves on sooner. Clipped bfloat16 gradients are too coarse to be recognised.
 _TOLERANCE, _STEPS = 1e-4, 8
@@ -19,19 +21,21 @@ class SecondClipDetector:
         self._count = 0
         self._has_warned = False
 
-    def observe(self, status: Tensor | None, max_grad_norm: float | None) -> None:
-        """Look at the norm of one step.
+    def observe(self, inputs: StepInputs) -> None:
+        """Look at the norm of a step that is about to run: a warning may be turned into an error.
 
         Args:
-            status: Starts with the gradient norm. Read on the CPU only: elsewhere that would synchronise, and
-                a fake tensor has no value.
-            max_grad_norm: What the step clips to.
+            inputs: Those of the step. Read on the CPU only: elsewhere that would synchronise, and a fake
+                tensor has no value.
         """
-        if self._has_warned or type(status) is not Tensor or status.device.type != "cpu":
+        sums, max_grad_norm = inputs.sums, inputs.max_grad_norm
+        if self._has_warned or type(sums) is not Tensor or sums.device.type != "cpu":
             return
-        if max_grad_norm is None or max_grad_norm == math.inf:
+        scale = 1.0 if inputs.grad_scale is None else inputs.grad_scale.item()
+        if scale == 0.0 or max_grad_norm == math.inf:
             return
-        equal = math.isclose(status.tolist()[0], max_grad_norm, rel_tol=_TOLERANCE)
+        norm = math.sqrt(sum(sums.tolist())) / scale
+        equal = math.isclose(norm, max_grad_norm, rel_tol=_TOLERANCE)
         self._count = self._count + 1 if equal else 0
         if self._count == _STEPS:
             self._has_warned = True

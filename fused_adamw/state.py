@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from .distributed import local_tensors
-from .memory import address_of
+from .memory import STATE_KEYS
 
-# The last one is there with amsgrad only.
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+MOMENTS = STATE_KEYS[1:]
 
 
 def moment_dtype(p: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
@@ -20,50 +19,61 @@ def moment_dtype(p: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
     return state_dtype if state_dtype is not None and p.is_floating_point() else p.dtype
 
 
-def complete_state(
-    state: dict[str, Any], p: Tensor, amsgrad: bool, state_dtype: torch.dtype | None, steps: set[int]
-) -> None:
-    """Add what a parameter's state lacks, and replace a step count that kernels could not advance.
+def new_moment(p: Tensor, state_dtype: torch.dtype | None) -> Tensor:
+    """Zeros laid out as the parameter is; the one place where moments are made.
+
+    Tensor subclasses make them as their `zeros_like` does, as in torch; those that only override functions
+    (`__torch_function__`) get plain tensors, which any program can load.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.zeros_like(
+            p, dtype=moment_dtype(p, state_dtype), memory_format=torch.preserve_format, requires_grad=False
+        )
+
+
+def new_step(p: Tensor, value: Any = 0.0) -> Tensor:
+    """A step count in the form of torch's fused optimizers: 0-dim float32 beside `p`."""
+    step = torch.zeros((), dtype=torch.float32, device=p.device)
+    (value,) = local_tensors([value])
+    with torch._C.DisableTorchFunctionSubclass():
+        if isinstance(value, Tensor):
+            step.copy_(value.detach().reshape(()))
+        else:
+            step.fill_(float(value))
+    return step
+
+
+def missing_state(
+    state: Mapping[str, Any], p: Tensor, amsgrad: bool, state_dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """What a parameter's state lacks before the next step.
+
+    A step count is replaced only where it is no tensor on the parameter's device: others may count with it.
 
     Args:
-        state: The parameter's state, which is changed.
+        state: The parameter's state; it is not changed.
         p: The parameter.
         amsgrad: Whether there is a `max_exp_avg_sq`.
         state_dtype: Dtype of new moments; None: the parameter's.
-        steps: Addresses of the step counts of other parameters, to which this one is added: a shared count
-            would be advanced several times.
     """
-    (step,) = local_tensors([state.get("step", 0.0)])
-    if not (
-        isinstance(step, Tensor)
-        and step.dim() == 0
-        and step.dtype == torch.float32
-        and step.device == p.device
-        and address_of(step) not in steps
-    ):
-        state["step"] = _own_step(step, p)
-    steps.add(address_of(state["step"]))
+    missing = {}
+    step = state.get("step", 0.0)
+    if not isinstance(step, Tensor) or step.device != p.device:
+        missing["step"] = new_step(p, step)
     for key in MOMENTS[: 3 if amsgrad else 2]:
         if key not in state:
-            dtype = moment_dtype(p, state_dtype)
-            state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            missing[key] = new_moment(p, state_dtype)
+    return missing
 
 
 def copied_state(saved: Mapping[str, Any], p: Tensor, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Copies of a saved step count and moments, laid out as the parameter is."""
+    """Copies of a saved step count and moments, made as for the first step."""
     state = {}
     if "step" in saved:
-        state["step"] = _own_step(saved["step"], p)
+        state["step"] = new_step(p, saved["step"])
     for key in MOMENTS:
         if isinstance(value := saved.get(key), Tensor):
-            dtype = moment_dtype(p, state_dtype)
-            moment = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            state[key] = moment.copy_(value)
+            state[key] = new_moment(p, state_dtype)
+            with torch._C.DisableTorchFunctionSubclass():
+                state[key].copy_(value)
     return state
-
-
-def _own_step(step: Any, p: Tensor) -> Tensor:
-    """A step count shared with nobody, in the form of torch's fused optimizers: 0-dim float32 beside `p`."""
-    if isinstance(step, Tensor):
-        return step.detach().to(p.device, torch.float32).reshape(()).clone()
-    return torch.full((), float(step), dtype=torch.float32, device=p.device)  # a copy would synchronise

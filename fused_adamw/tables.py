@@ -177,7 +177,7 @@ class StepInputs(NamedTuple):
 
 @dataclass(slots=True)
 class Entry:
-    """One parameter with its state, as the plan found them: of DTensors, the local tensors."""
+    """One parameter with its state, as found when it was looked up: of DTensors, the local tensors."""
 
     slot: int  # position among all parameters of all groups
     group: int
@@ -188,6 +188,11 @@ class Entry:
     max_exp_avg_sq: Tensor | None
     step: Tensor
     grad_dtype: torch.dtype
+
+    def state(self) -> dict[str, Tensor]:
+        """What belongs to the parameter, and is written like it."""
+        tensors = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step}
+        return tensors if self.max_exp_avg_sq is None else {**tensors, "max_exp_avg_sq": self.max_exp_avg_sq}
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ ALLOWED = {
     "extension": set(),
     "memory": {"extension", "distributed"},
     "distributed": set(),
-    "buckets": {"memory", "tables"},
+    "buckets": {"distributed", "memory", "tables"},
     "plan": {"buckets", "distributed", "memory", "tables"},
     "backends": {"extension", "tables"},
     "state": {"distributed", "memory"},
@@ -31,7 +31,8 @@ ALLOWED = {
     "checkpoints": {"checks", "groups", "mismatch", "state"},
     "mismatch": {"groups"},
     "regroup": {"checkpoints", "groups"},
-    "second_clip": set(),
+    "names": {"groups"},
+    "second_clip": {"tables"},
     "optimizer": {
         "announce",
         "arguments",
@@ -41,6 +42,7 @@ ALLOWED = {
         "distributed",
         "groups",
         "memory",
+        "names",
         "plan",
     }
     | {"regroup", "second_clip", "state", "tables"},

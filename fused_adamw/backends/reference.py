@@ -6,6 +6,7 @@ like the kernels it never reads a device value on the host.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -103,26 +104,55 @@ def update(
 ) -> None:
     """Step every entry: mutates its parameter, moments and step count, unless the step is skipped."""
     norm, grad_scale, skip = step_scalars(inputs)
-    wide = inputs.status.dtype
     if norm is not None:
         inputs.status[0] = norm
     if skip is not None:
         inputs.status[1] += skip.reshape(())
+    # All of them before any is written: a count that parameters share goes on by one, and by two where one
+    # parameter is listed twice.
+    listed: Counter[int] = Counter()
+    steps = []
+    for entry in entries:
+        listed[id(entry.param)] += 1
+        steps.append(entry.step + listed[id(entry.param)])
+    for entry, grad, step in zip(entries, grads, steps, strict=True):
+        for old, new in _updated(entry, grad, step, hypers, inputs.status.dtype, grad_scale, skip):
+            old.copy_(new)
 
+
+def rehearse(
+    entries: Sequence[Entry], grads: Sequence[Tensor], hypers: Sequence[Hyper], inputs: StepInputs
+) -> None:
+    """Compute what `update` would, raise what it would raise, and change nothing."""
+    _, grad_scale, skip = step_scalars(inputs)
     for entry, grad in zip(entries, grads, strict=True):
-        dtype = math_dtype(entry.param.dtype)
-        stored = [
-            t for t in (entry.param, entry.exp_avg, entry.exp_avg_sq, entry.max_exp_avg_sq) if t is not None
-        ]
-        if entry.param.is_complex():
-            stored, grad = [torch.view_as_real(t) for t in stored], torch.view_as_real(grad.resolve_conj())
-        p, m, v, *maxima = (t.to(dtype) for t in stored)
-        step = entry.step + 1
-        hyper = hypers[entry.group]
-        if isinstance(hyper.lr, Tensor):
-            hyper = hyper._replace(lr=hyper.lr.to(p.device, wide))
-        v_max = maxima[0] if maxima else None
-        new = adamw_update(p, grad.to(dtype), m, v, v_max, step.to(wide), hyper, grad_scale)
-        for old, value in zip((*stored, entry.step), (*new[: len(stored)], step), strict=True):
-            assert value is not None
-            old.copy_(value if skip is None else torch.where(skip, old, value))
+        _updated(entry, grad, entry.step + 1, hypers, inputs.status.dtype, grad_scale, skip)
+
+
+def _updated(
+    entry: Entry,
+    grad: Tensor,
+    step: Tensor,
+    hypers: Sequence[Hyper],
+    wide: torch.dtype,
+    grad_scale: Tensor | float,
+    skip: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """The tensors that a step of one entry changes, each with its new value."""
+    dtype = math_dtype(entry.param.dtype)
+    stored = [
+        t for t in (entry.param, entry.exp_avg, entry.exp_avg_sq, entry.max_exp_avg_sq) if t is not None
+    ]
+    if entry.param.is_complex():
+        stored, grad = [torch.view_as_real(t) for t in stored], torch.view_as_real(grad.resolve_conj())
+    p, m, v, *maxima = (t.to(dtype) for t in stored)
+    hyper = hypers[entry.group]
+    if isinstance(hyper.lr, Tensor):
+        hyper = hyper._replace(lr=hyper.lr.to(p.device, wide))
+    v_max = maxima[0] if maxima else None
+    new = adamw_update(p, grad.to(dtype), m, v, v_max, step.to(wide), hyper, grad_scale)
+    values = (*(value for value in new if value is not None), step)
+    return [
+        (old, value if skip is None else torch.where(skip, old, value))
+        for old, value in zip((*stored, entry.step), values, strict=True)
+    ]

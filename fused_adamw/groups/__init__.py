@@ -14,7 +14,7 @@ from .policies import POLICIES, Policy
 from .report import ParamGroupReport, PolicyDiff, explain_param_groups
 from .resume import compare_param_names
 from .roles import Role, register_type
-from .walk import is_model
+from .walk import canonical, is_model
 
 __all__ = [
     "POLICIES",
@@ -27,6 +27,7 @@ __all__ = [
     "PolicyDiff",
     "Role",
     "build_param_groups",
+    "canonical",
     "compare_param_names",
     "decay_changes",
     "explain_param_groups",

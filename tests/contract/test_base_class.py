@@ -306,13 +306,13 @@ def test_a_group_is_the_user_s_own_dict(target):
 
 
 def test_groups_of_a_module_are_plain_to_their_users():
-    """Copies, views and look-ups have the names; only the iteration that DCP does leaves them out."""
+    """Wrappers copy them by their keys, and compare and save the copies."""
     group = FusedHygieneAdamW(nn.Linear(2, 2)).param_groups[0]
+    assert type(group) is dict
     assert group["param_names"] == ["weight"]
-    assert "param_names" in group
-    assert "param_names" in group.keys()  # noqa: SIM118
-    assert dict(group) == {**group} == dict(group.items()) == group
-    assert set(group) == set(group.keys()) - {"param_names"}
+    assert list(group) == list(group.keys())
+    rebuilt = torch.optim.AdamW([{key: group[key] for key in group}])
+    assert rebuilt.param_groups[0]["param_names"] == ["weight"]
 
 
 @pytest.mark.parametrize("kinds", ["generator", "tuple", "single tensor", "dict values", "named generator"])
