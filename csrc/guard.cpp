@@ -5,11 +5,11 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstring>
-#include <exception>
 #include <memory>
 #include <new>
 #include <vector>
+
+#include "dispatch_keys.h"
 
 namespace fused_adamw {
 namespace {
@@ -19,40 +19,13 @@ constexpr char kCapsule[] = "fused_adamw.guard";
 constexpr int64_t kNoGrad = -1;
 // Numbers of a description beside two for each dimension.
 constexpr int64_t kFixedNumbers = 4;
-// Up to so many dimensions, torch keeps a tensor's sizes in the tensor itself.
-constexpr int32_t kInlineDims = 5;
-// Within how many bytes of a tensor its dispatch keys are looked for.
-constexpr int64_t kSearched = 256;
 // How many objects ahead a check prefetches.
 constexpr int64_t kAhead = 12;
-
-// Thrown where a Python exception is set.
-struct PythonError : std::exception {};
-
-template <typename T>
-T* checked(T* result) {
-  if (!result) throw PythonError();
-  return result;
-}
-
-// A new reference, given back at the end.
-class Owned {
- public:
-  explicit Owned(PyObject* object) : object_(checked(object)) {}
-  Owned(const Owned&) = delete;
-  Owned& operator=(const Owned&) = delete;
-  ~Owned() { Py_DecRef(object_); }
-  PyObject* get() const { return object_; }
-
- private:
-  PyObject* const object_;
-};
 
 // Attributes that a check reads.
 struct Names {
   PyObject* const grad = checked(PyUnicode_InternFromString("grad"));
   PyObject* const local_tensor = checked(PyUnicode_InternFromString("_local_tensor"));
-  PyObject* const cdata = checked(PyUnicode_InternFromString("_cdata"));
   PyObject* const mesh = checked(PyUnicode_InternFromString("mesh"));
   PyObject* const placements = checked(PyUnicode_InternFromString("placements"));
   PyObject* const shape = checked(PyUnicode_InternFromString("shape"));
@@ -87,18 +60,11 @@ bool describe(const DLTensor& t, int64_t keys, const F& take) {
   return going;
 }
 
-PyObject* item(PyObject* tuple, Py_ssize_t i) { return checked(PyTuple_GetItem(tuple, i)); }
-
 std::vector<int64_t> integers(PyObject* tuple) {
   std::vector<int64_t> found;
   for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i) found.push_back(PyLong_AsLongLong(item(tuple, i)));
   if (PyErr_Occurred()) throw PythonError();
   return found;
-}
-
-const char* cdata_of(PyObject* tensor) {
-  const Owned address(PyObject_GetAttr(tensor, names().cdata));
-  return static_cast<const char*>(checked(PyLong_AsVoidPtr(address.get())));
 }
 
 // A strong reference, or nothing.
@@ -128,54 +94,6 @@ bool with_local(PyObject* tensor, bool is_dtensor, const F& f) {
   if (!is_dtensor) return f(tensor);
   return f(Owned(PyObject_GetAttr(tensor, names().local_tensor)).get());
 }
-
-// Finds the dispatch keys of tensors: the bits by which torch tells a conjugate or negated view, or a tensor
-// made in inference mode, from a plain one of the same address. They lie in the tensor, and no C interface
-// reads them; asking Python for them would double the time of a check. Where they lie is found by looking for
-// known ones.
-class KeyReader {
- public:
-  // probes: tuple of (tensor, its keys), of which no two tensors have the same keys and sizes.
-  void locate(const DLTensor& first, PyObject* probes) {
-    sizes_ = reinterpret_cast<const char*>(first.shape) - cdata_of(item(item(probes, 0), 0));
-    for (keys_ = 0; keys_ < kSearched; keys_ += sizeof(int64_t)) {
-      bool found = true;
-      for (Py_ssize_t i = 0; found && i < PyTuple_Size(probes); ++i) {
-        PyObject* const probe = item(probes, i);
-        found = load(cdata_of(item(probe, 0)) + keys_) == as_keys(item(probe, 1));
-      }
-      if (found) return;
-    }
-    PyErr_SetString(PyExc_NotImplementedError, "another layout of tensors");
-    throw PythonError();
-  }
-
-  int64_t operator()(PyObject* tensor, const DLTensor& t) const {
-    const char* const start =
-        t.ndim > kInlineDims ? cdata_of(tensor) : reinterpret_cast<const char*>(t.shape) - sizes_;
-    return load(start + keys_);
-  }
-
-  // Whether a tensor is where its sizes are expected.
-  bool knows(PyObject* tensor, const DLTensor& t) const {
-    return t.ndim > kInlineDims || reinterpret_cast<const char*>(t.shape) - sizes_ == cdata_of(tensor);
-  }
-
-  static int64_t as_keys(PyObject* number) {
-    const auto keys = static_cast<int64_t>(PyLong_AsUnsignedLongLong(number));
-    if (PyErr_Occurred()) throw PythonError();
-    return keys;
-  }
-
- private:
-  static int64_t load(const char* from) {
-    int64_t keys;
-    std::memcpy(&keys, from, sizeof keys);
-    return keys;
-  }
-
-  int64_t sizes_ = 0, keys_ = 0;  // offsets
-};
 
 // What was recorded.
 class Guard {
@@ -274,8 +192,7 @@ class Check {
   explicit Check(const Guard& guard)
       : guard_(guard),
         number_(guard.numbers.data()),
-        grads_(PyList_New(static_cast<Py_ssize_t>(guard.params.size()))),
-        stepped_(PyList_New(0)) {
+        grads_(PyList_New(static_cast<Py_ssize_t>(guard.params.size()))) {
     addresses_.reserve(guard.params.size());
   }
 
@@ -317,11 +234,14 @@ class Check {
   }
 
   // The gradients found: (bytes, list), and the list of what is stepped.
-  PyObject* result() const {
+  PyObject* result() {
+    const Owned stepped(PyList_New(static_cast<Py_ssize_t>(stepped_.size())));
+    for (size_t i = 0; i < stepped_.size(); ++i)
+      PyList_SetItem(stepped.get(), static_cast<Py_ssize_t>(i), stepped_[i].release());
     const Owned bytes(
         PyBytes_FromStringAndSize(reinterpret_cast<const char*>(addresses_.data()),
                                   static_cast<Py_ssize_t>(addresses_.size() * sizeof(int64_t))));
-    return checked(PyTuple_Pack(3, bytes.get(), grads_.get(), stepped_.get()));
+    return checked(PyTuple_Pack(3, bytes.get(), grads_.get(), stepped.get()));
   }
 
  private:
@@ -330,7 +250,7 @@ class Check {
     const auto& read = names().state;
     return std::any_of(read.begin(), read.end(), [name](PyObject* other) {
       if (name == other) return true;
-      return PyUnicode_Check(name) && PyUnicode_Compare(name, other) == 0;
+      return PyUnicode_Check(name) && PyObject_RichCompareBool(name, other, Py_EQ) == 1;
     });
   }
 
@@ -375,10 +295,7 @@ class Check {
     });
   }
 
-  bool is_stepped(PyObject* tensor) {
-    if (PyList_Append(stepped_.get(), tensor) < 0) throw PythonError();
-    return true;
-  }
+  bool is_stepped(PyObject* tensor) { return stepped_.push_back(keep(tensor)), true; }
 
   bool add(int64_t address, PyObject* grad) {
     Py_IncRef(grad);  // the list steals it
@@ -407,7 +324,8 @@ class Check {
   const Guard& guard_;
   const int64_t* number_;  // the next one to compare
   std::vector<int64_t> addresses_;
-  const Owned grads_, stepped_;
+  const Owned grads_;
+  std::vector<Kept> stepped_;
 };
 
 void destroy(PyObject* capsule) { delete static_cast<Guard*>(PyCapsule_GetPointer(capsule, kCapsule)); }

@@ -77,13 +77,13 @@ def lacks_memory(t: Tensor) -> bool:
 
 
 def dispatch_keys(t: Tensor) -> int:
-    """The keys by which torch's dispatcher knows a tensor, as bits.
+    """The keys by which torch's dispatcher knows a tensor, as the bits of an int64.
 
     They tell a conjugate or negated view, a tensor made in inference mode, a wrapper and the like from a
     plain tensor with the same address, dtype and layout.
     """
     keys: int = torch._C._dispatch_keys(t).raw_repr()
-    return keys
+    return keys - (keys >> 63 << 64)
 
 
 class Gradients(NamedTuple):

@@ -71,11 +71,12 @@ ALLOWED_INCLUDES = {
     "cuda/update.cu": {"adamw.h", "cuda/walk.cuh"}
     | {f"cuda/{part}.h" for part in ("fast_math", "kernels", "layouts", "switches")},
     "cuda/dispatch.cu": {"cuda/kernels.h", "cuda/layouts.h", "cuda/switches.h"},
+    "dispatch_keys.h": set(),
     "guard.h": set(),
-    "guard.cpp": {"guard.h"},
+    "guard.cpp": {"dispatch_keys.h", "guard.h"},
     "bindings.cpp": {"adamw.h", "cpu/kernels.h", "cuda/kernels.h", "guard.h", "tables.h"},
 }
-SEES_TORCH = {"bindings.cpp": ".*", "guard.cpp": "ATen/dlpack.h"}
+SEES_TORCH = {"bindings.cpp": ".*", "dispatch_keys.h": "ATen/dlpack.h", "guard.cpp": "ATen/dlpack.h"}
 SOURCES = sorted(str(p.relative_to(CSRC)) for p in CSRC.rglob("*") if p.is_file())
 
 

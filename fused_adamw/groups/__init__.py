@@ -10,11 +10,12 @@ from .changes import DecayChange, decay_changes
 from .decide import Decision
 from .lint import Lint
 from .overrides import ParamGroupWarning
+from .places import canonical
 from .policies import POLICIES, Policy
 from .report import ParamGroupReport, PolicyDiff, explain_param_groups
 from .resume import compare_param_names
 from .roles import Role, register_type
-from .walk import canonical, is_model
+from .walk import is_model
 
 __all__ = [
     "POLICIES",
