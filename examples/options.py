@@ -14,9 +14,8 @@ from loop import AMP_DTYPES, Settings
 from models import GPTConfig, ResNetConfig
 from ranks import STRATEGIES, Ranks, launched
 from schedules import SCHEDULES
-from torch import nn
 
-from fused_adamw import FusedHygieneAdamW
+from fused_adamw.backends import check_backend, kernels_for
 
 QUICK_SHARE = 0.05
 QUICK_STEPS = 60
@@ -260,7 +259,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
             "--distributed is for --model gpt: BatchNorm would see a share of each batch, not the batch"
         )
     try:
-        FusedHygieneAdamW(nn.Linear(1, 1, device=args.device), backend=args.backend)
+        check_backend(args.backend)
+        kernels_for(args.backend, torch.device(args.device))
     except (ValueError, RuntimeError) as error:
         parser.error(f"argument --backend: {error}")
 
