@@ -1,9 +1,9 @@
 // THE formats, for host and device: how one value is kept in memory and what it is in a register. No rule, no
 // loop, no address.
 //
-// A format has `Stored`, one element of a tensor; `Register`, the type of its arithmetic; load and store,
-// which round to nearest even as torch does. The walks of cpu/ and cuda/ know formats by these four names
-// alone. To add one, write its struct and its place on the list.
+// A format has a number, `kDType`; `Stored`, one element of a tensor; `Register`, the type of its arithmetic;
+// load and store, which round to nearest even as torch does. The walks of cpu/ and cuda/ know formats by
+// these names alone. To add one, write its struct and put it on the list `Formats`.
 //
 // Formats that take noise (noise.h) or keep a `Side`, one per value or per block of values of a row, follow
 // these; no walk uses them yet. fused_adamw/formats.py defines them for whole tensors.
