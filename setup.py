@@ -109,8 +109,8 @@ def ninja_file(output: Path, build: Path) -> str:
     torch_flags += " -DFUSED_ADAMW_X86" * x86 + " -DFUSED_ADAMW_CUDA" * bool(nvcc)
 
     jobs = [
-        ("bindings.o", "cxx", CSRC / "bindings.cpp", torch_flags),
-        ("guard.o", "cxx", CSRC / "guard.cpp", python_flags),  # of torch's headers only DLPack's
+        ("bindings.o", "cxx", CSRC / "torch" / "bindings.cpp", torch_flags),
+        ("guard.o", "cxx", CSRC / "python" / "guard.cpp", python_flags),  # of torch's headers only DLPack's
     ]
     for name, flags in CPU_CAPABILITIES.items():
         if name == "Baseline" or x86:

@@ -156,7 +156,7 @@ class Guard:
         self._native = self._native_guard(params, known)
 
     def check(self, params: list[list[Tensor]], state: State) -> Gradients | None:
-        """Check by one call into C++ (csrc/guard.h), which returns the gradients.
+        """Check by one call into C++ (csrc/python/guard.h), which returns the gradients.
 
         Args:
             params: The parameters of each group now.

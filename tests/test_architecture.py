@@ -71,12 +71,14 @@ ALLOWED_INCLUDES = {
     "cuda/update.cu": {"adamw.h", "cuda/walk.cuh"}
     | {f"cuda/{part}.h" for part in ("fast_math", "kernels", "layouts", "switches")},
     "cuda/dispatch.cu": {"cuda/kernels.h", "cuda/layouts.h", "cuda/switches.h"},
-    "dispatch_keys.h": set(),
-    "guard.h": set(),
-    "guard.cpp": {"dispatch_keys.h", "guard.h"},
-    "bindings.cpp": {"adamw.h", "cpu/kernels.h", "cuda/kernels.h", "guard.h", "tables.h"},
+    "python/dispatch_keys.h": set(),
+    "python/guard.h": set(),
+    "python/guard.cpp": {"python/dispatch_keys.h", "python/guard.h"},
+    "torch/bindings.cpp": {"adamw.h", "cpu/kernels.h", "cuda/kernels.h", "python/guard.h", "tables.h"},
 }
-SEES_TORCH = {"bindings.cpp": ".*", "dispatch_keys.h": "ATen/dlpack.h", "guard.cpp": "ATen/dlpack.h"}
+SEES_TORCH = {"torch/bindings.cpp": ".*"} | dict.fromkeys(
+    ("python/dispatch_keys.h", "python/guard.cpp"), "ATen/dlpack.h"
+)
 SOURCES = sorted(str(p.relative_to(CSRC)) for p in CSRC.rglob("*") if p.is_file())
 
 

@@ -15,11 +15,11 @@
 #include <string>
 #include <vector>
 
-#include "adamw.h"
-#include "cpu/kernels.h"
-#include "guard.h"
+#include "../adamw.h"
+#include "../cpu/kernels.h"
+#include "../python/guard.h"
 #ifdef FUSED_ADAMW_CUDA
-#include "cuda/kernels.h"
+#include "../cuda/kernels.h"
 // Absent from a CPU-only torch, where the extension must still load.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
