@@ -21,7 +21,6 @@ from pathlib import Path
 from .gpu.run import Run, describe
 from .gpu.stages import STAGES
 from .gpu.summary import summarize
-from .report.pictures import plot_ratios, plot_roofline
 from .report.results import print_table
 from .report.sessions import Session
 
@@ -69,6 +68,8 @@ def run_stages(run: Run, names: Sequence[str], seconds: float) -> None:
 def _draw(run: Run) -> None:
     session = Session(run.payload(), run.results)
     try:
+        from .report.pictures import plot_ratios, plot_roofline  # needs matplotlib, which may be missing
+
         plot_ratios(session, run.out / "ratios.png")
         plot_roofline(session, run.out / "roofline.png")
     except Exception as error:  # the numbers are there

@@ -18,11 +18,12 @@ from fused_adamw import __version__
 from fused_adamw.backends import build_info
 
 ROOT = Path(__file__).parent.parent
-# What `source_sha256` covers: the kernels, the tables that they read, and the plan that lays them out.
+# What `source_sha256` covers: the kernels, the tables and formats that they read, and the plan.
 SOURCES = (
     "csrc",
     "fused_adamw/backends",
     "fused_adamw/tables.py",
+    "fused_adamw/formats.py",
     "fused_adamw/buckets.py",
     "fused_adamw/plan.py",
 )

@@ -93,7 +93,7 @@ class Run:
     @property
     def backends(self) -> tuple[str, ...]:
         """Ours, as far as they can run here."""
-        asked = ("native", "triton") if self.device == "cuda" else ("native", "reference")
+        asked = ("native", "reference") if self.dry_run else ("native", "triton")
         why_not = self.machine.get("why_not", {})
         return tuple(backend for backend in asked if backend in why_not and why_not[backend] is None)
 

@@ -14,7 +14,7 @@ from ..peers import Problem, make_peers
 
 # Around the chunks of either backend, and tensors whose ends are not aligned.
 BORDERS = Case("borders", tuple((n,) for n in (1, 3, 7, 4095, 4097, 8191, 8192, 8193, 3 * 8192 + 7)))
-LARGE = Case("64m", ((1 << 26,),))
+LARGE = 1 << 26
 
 
 def check(backends: tuple[str, ...], device: torch.device) -> None:
@@ -25,9 +25,9 @@ def check(backends: tuple[str, ...], device: torch.device) -> None:
             check_equal_results(problem, list(make_peers(problem, ("fused",), clip=clip, backends=backends)))
 
 
-def profile(backends: tuple[str, ...], device: torch.device) -> None:
+def profile(backends: tuple[str, ...], device: torch.device, numel: int) -> None:
     """One step of each backend for the profiler, after one that it does not see."""
-    problem = Problem(LARGE, device)
+    problem = Problem(Case("one tensor", ((numel,),)), device)
     for peer in make_peers(problem, (), clip=True, backends=backends):
         peer.step()
         torch.cuda.synchronize()
@@ -43,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("backends", nargs="+")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--profile", action="store_true", help="one large step of each backend")
+    parser.add_argument("--numel", type=int, default=LARGE, help="its values [64M]")
     args = parser.parse_args(argv)
-    (profile if args.profile else check)(tuple(args.backends), args.device)
+    if args.profile:
+        profile(tuple(args.backends), args.device, args.numel)
+    else:
+        check(tuple(args.backends), args.device)
 
 
 if __name__ == "__main__":

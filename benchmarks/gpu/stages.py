@@ -198,6 +198,7 @@ def ncu(run: Run) -> Found:
         *(tool, "--csv", "--clock-control", "none", "--profile-from-start", "off"),
         *("--metrics", ",".join(NCU_METRICS)),
         *(sys.executable, "-m", f"{__package__}.small_step", *run.backends, "--profile"),
+        *["--numel=65536"] * run.dry_run,
     )
     kernels: dict[str, dict[str, str]] = {}
     if (header := output.find('"ID"')) >= 0:
