@@ -8,10 +8,10 @@ CUDA_VENV := .venv-cuda
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-pretend-gpu bench lint format clean
+.PHONY: help train test test-all test-pretend-gpu dry-run-acceptance bench lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): requirements.txt requirements-triton.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,9 @@ $(CUDA_VENV)/.ready: requirements.txt requirements-cuda.txt
 
 test-pretend-gpu: $(CUDA_VENV)/.ready ## the CUDA path, on a GPU that is emulated (downloads several GB)
 	$(CUDA_VENV)/bin/python tests/pretend_gpu/run.py python -m pytest -p pretend_gpu.plugin -m gpu -n auto $(ARGS)
+
+dry-run-acceptance: $(CUDA_VENV)/.ready ## the acceptance run of a GPU, with few values, on the emulated one
+	$(CUDA_VENV)/bin/python tests/pretend_gpu/acceptance.py
 
 bench: $(BUILT) ## time clip + step against torch (ARGS="--quick" ...)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

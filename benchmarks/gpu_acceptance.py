@@ -14,6 +14,7 @@ without a GPU.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages; see the module's docstring."""
     args = _parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    run = Run(args.out.resolve(), args.device, args.commit, args.dry_run)
+    with tempfile.TemporaryDirectory(prefix="acceptance-") as logs:
+        return _main(args, Run(args.out.resolve(), args.device, args.commit, args.dry_run, logs=Path(logs)))
+
+
+def _main(args: argparse.Namespace, run: Run) -> int:
     run.deadline = time.monotonic() + PROBE_SECONDS
     run.probe()
     if not run.machine["is_there"]:

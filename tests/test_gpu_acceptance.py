@@ -48,7 +48,9 @@ def run(tmp_path: Path) -> Run:
         "provenance": {"device": "pretend", "source_sha256": "0", "torch": "2"},
         "why_not": {"native": None, "triton": "not here", "reference": None},
     }
-    return Run(tmp_path, "cpu", commit=None, dry_run=True, deadline=time.monotonic() + 60, machine=machine)
+    (logs := tmp_path / "logs").mkdir()
+    deadline = time.monotonic() + 60
+    return Run(tmp_path, "cpu", None, dry_run=True, logs=logs, deadline=deadline, machine=machine)
 
 
 def test_acceptance_refuses_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +183,8 @@ def test_a_stage_leaves_the_next_ones_what_they_need(run: Run, monkeypatch: pyte
 def test_a_later_call_continues_the_files_of_an_earlier_one(run: Run) -> None:
     (run.logs / "build.log").write_text("built")
     run.run("build", lambda _: {"status": OK}, 1)
-    later = Run(run.out, "cpu", None, True, machine=run.machine)
+    (logs := run.out / "later").mkdir()
+    later = Run(run.out, "cpu", None, True, logs, machine=run.machine)
     assert later.resume()
     later.run("ncu", lambda _: {"status": OK}, 1)
     assert list(json.loads((run.out / "acceptance.json").read_text())["stages"]) == ["build", "ncu"]
@@ -189,7 +192,7 @@ def test_a_later_call_continues_the_files_of_an_earlier_one(run: Run) -> None:
         assert archive.getnames() == ["logs/build.log"]
 
     changed = {**run.machine, "provenance": {**run.machine["provenance"], "source_sha256": "1"}}
-    assert not Run(run.out, "cpu", None, True, machine=changed).resume()
+    assert not Run(run.out, "cpu", None, True, logs, machine=changed).resume()
 
 
 def test_the_paths_of_the_tests_have_all_of_them() -> None:
@@ -233,7 +236,9 @@ def test_tests_that_are_all_skipped_show_nothing(
 
     monkeypatch.setattr(Run, "command", command)
     run.dry_run = False
-    assert stages.tests(run)["status"] == status
+    run.run("tests", stages.tests, 60)
+    assert run.stages["tests"]["status"] == status
+    assert "passed; large: passed" in summary.summarize(run)[0]
 
 
 def test_a_build_without_cuda_is_not_enough(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -67,6 +66,7 @@ class Run:
         device: "cuda", or "cpu" in a dry run without one.
         commit: The commit, where there is no repository to ask.
         dry_run: Few values, no targets.
+        logs: Where commands write; packed into logs.tgz.
         deadline: When the present stage has to end, by `time.monotonic`.
         machine: What `benchmarks.gpu.probe` said.
         stages: What each stage found.
@@ -78,12 +78,12 @@ class Run:
     device: str
     commit: str | None
     dry_run: bool
+    logs: Path
     deadline: float = 0.0
     machine: Found = field(default_factory=dict)
     stages: dict[str, Found] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
     bandwidth: dict[str, float | None] | None = None
-    logs: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="acceptance-")))
 
     @property
     def left(self) -> float:

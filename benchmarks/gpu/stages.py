@@ -78,7 +78,8 @@ def _pytest(run: Run, log: str, markers: str, *options: str | Path) -> Found:
     }
     if report.exists():
         suite = next(ElementTree.parse(report).iter("testsuite"))
-        found |= {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+        found |= {key: int(suite.get(key, 0)) for key in ("tests", "failures", "skipped")}
+        found["broken"] = int(suite.get("errors", 0))
         found["failed"] = [
             f"{case.get('classname')}::{case.get('name')}"
             for case in suite.iter("testcase")

@@ -75,6 +75,12 @@ EXPORTED CUresult cuCtxGetCurrent(CUcontext* context) {
   *context = context_of(device);
   return CUDA_SUCCESS;
 }
+EXPORTED CUresult cuCtxGetDevice(CUdevice* device) { return static_cast<CUresult>(cudaGetDevice(device)); }
+EXPORTED CUresult cuCtxGetLimit(size_t* value, CUlimit) {
+  *value = 0;
+  return CUDA_SUCCESS;
+}
+EXPORTED CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
 EXPORTED CUresult cuCtxSetCurrent(CUcontext context) {
   return static_cast<CUresult>(cudaSetDevice(static_cast<int>(reinterpret_cast<intptr_t>(context)) - 1));
 }
