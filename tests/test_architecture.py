@@ -33,19 +33,9 @@ ALLOWED = {
     "regroup": {"checkpoints", "groups"},
     "names": {"groups"},
     "second_clip": {"tables"},
-    "optimizer": {
-        "announce",
-        "arguments",
-        "backends",
-        "checkpoints",
-        "checks",
-        "distributed",
-        "groups",
-        "memory",
-        "names",
-        "plan",
-    }
-    | {"regroup", "second_clip", "state", "tables"},
+    "loading": {"arguments", "checkpoints", "names", "regroup", "state"},
+    "optimizer": {"announce", "arguments", "backends", "checks", "distributed", "groups", "loading"}
+    | {"memory", "names", "plan", "second_clip", "state", "tables"},
     "version": set(),
     "__init__": {"groups", "backends", "optimizer", "version"},
     "cli": {"groups", "backends", "optimizer", "version"},

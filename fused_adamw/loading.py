@@ -1,0 +1,138 @@
+"""Saving and loading: by position as torch does, or by name into other groups."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+
+from .arguments import OwnArguments
+from .checkpoints import checked_state_dict
+from .names import ParamNames
+from .regroup import Names, regrouped
+from .state import copied_state
+
+
+class Checkpointed(OwnArguments):
+    """The part of the optimizer that knows the names of its parameters, and what may be loaded."""
+
+    _model: weakref.ref[nn.Module] | None = None  # what the groups were built from; a copy does not know it
+    _param_names: ParamNames
+
+    def _names(self) -> list[str]:
+        """How messages refer to each parameter."""
+        return [
+            f"number {i} of group {index}" if name is None else repr(name)
+            for index, group in enumerate(self.param_groups)
+            for i, name in enumerate(self._param_names.of(group))
+        ]
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`.
+
+        `param_names` of a group whose parameters were edited are those of its parameters now, or absent where
+        they are not known.
+        """
+        self._param_names.correct(self.param_groups)
+        return super().state_dict()
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict` of this class or of `torch.optim.AdamW`/`Adam`, whose groups must be the same.
+
+        Moments take the parameter's layout, and `state_dtype` where it is set. Options that a saved group
+        lacks stay as they are, all others replace the optimizer's, as in torch; a warning says where
+        parameters begin or cease to decay by that. Nothing is shared with `state_dict` afterwards.
+
+        To load a file of torch.distributed.checkpoint that was saved without `param_names` into an optimizer
+        that has them, give `dcp.load` a `DefaultLoadPlanner(allow_partial_load=True)`.
+
+        Args:
+            state_dict: As returned by `state_dict`.
+
+        Raises:
+            ValueError: The groups do not match the optimizer's: in number, in size, or, where both have
+                `param_names`, in which parameters they hold; the message says whose groups these may be and
+                what loads them. Or a moment is a DTensor where the parameter is not, or the other way round,
+                or is on another mesh.
+            RuntimeError: A saved state is not AdamW's: a step count or a moment is missing (that of another
+                optimizer, say), or a moment is not of its parameter's shape; a group is `differentiable`.
+        """
+        copies: dict[Tensor, dict[str, Tensor]] = {}
+        own = {"max_grad_norm": self._max_grad_norm, "skip_nonfinite": self._skip_nonfinite}
+        model = None if self._model is None else self._model()
+
+        def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            self._param_names.correct(self.param_groups)
+            final = checked_state_dict(given, self.param_groups, self._names(), model, own)
+            copies.update(self._copies(final))
+            return final
+
+        def put(_: Any) -> None:
+            """Torch has cast moments to the parameter's dtype, or shares them with what was loaded."""
+            for p, of_p in copies.items():
+                self.state[p].update(of_p)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(check),  # the last one: it sees what will be loaded
+            self.register_load_state_dict_post_hook(put, prepend=True),  # the first: users have the last word
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def load_state_dict_by_name(
+        self, state_dict: Mapping[str, Any], names: Names | None = None, *, strict: bool = True
+    ) -> None:
+        """Load a `state_dict` that has other groups: the state of every parameter, found by its name.
+
+        So a run of `torch.optim.AdamW(model.parameters())` goes on in the groups of this optimizer:
+
+            optimizer = FusedHygieneAdamW(model, lr=3e-4, weight_decay=0.1)
+            optimizer.load_state_dict_by_name(torch.load("optimizer.pt"), model.named_parameters())
+
+        The weight decay of every group stays as it is. Other saved options (`lr`, `betas`, a scheduler's
+        `initial_lr`) replace the optimizer's, except where the saved groups that meet in one group disagree,
+        and except for learning rates where this optimizer has several and the checkpoint one.
+
+        Args:
+            state_dict: As returned by `state_dict`; or with names in place of numbers, as
+                torch.distributed.checkpoint and FSDP return it in nested form.
+            names: The checkpoint's parameters in its order: names, `model.named_parameters()`, or groups with
+                `param_names` such as `build_param_groups(model, policy="nanogpt")` returns. None: the names
+                that the checkpoint has.
+            strict: Whether every parameter must be in the checkpoint, and every saved state in the optimizer.
+                If not, the former start without a state and the latter are dropped.
+
+        Raises:
+            ValueError: The optimizer has no names; `names` are missing, too few or too many, or ambiguous;
+                `strict` is violated; or as in `load_state_dict`.
+            RuntimeError: As in `load_state_dict`.
+        """
+        self._param_names.correct(self.param_groups)
+        if not all("param_names" in group for group in self.param_groups):
+            raise ValueError(
+                "the optimizer's parameters have no names to be found by: build it from the model, from "
+                "model.named_parameters(), or from groups that have param_names"
+            )
+        mine = [name for group in self.param_groups for name in group["param_names"]]
+        self.load_state_dict(regrouped(state_dict, self.param_groups, mine, names, strict))
+
+    @torch.inference_mode(False)  # tensors made in inference mode could not be updated outside of it
+    @torch.no_grad()
+    def _copies(self, saved: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """Copies of the saved state that belongs to parameters."""
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {
+            p: copied_state(saved["state"][i], p, self._state_dtype)
+            for i, p in zip(ids, params, strict=False)  # torch refuses other numbers
+            if i in saved["state"]
+        }
