@@ -1,7 +1,7 @@
 // The plain structs that every kernel reads: no torch, no CUDA.
 //
 // A step is data, not control flow. Python fills these tables (fused_adamw/tables.py mirrors the layouts and
-// a test holds the two together); the kernels of csrc/ and of fused_adamw/backends/triton.py walk them.
+// a test holds the two together); the kernels of csrc/ and of fused_adamw/backends/triton/ walk them.
 #pragma once
 
 #include <cstdint>

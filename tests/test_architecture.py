@@ -41,6 +41,13 @@ ALLOWED = {
     "cli": {"groups", "backends", "optimizer", "version"},
     "__main__": {"cli"},
 }
+# And within the folder of a backend: the rule knows no formats, and a format no rule.
+ALLOWED_IN_TRITON = {
+    "rule": set(),
+    "formats": set(),
+    "kernels": {"formats", "rule"},
+    "__init__": {"formats", "kernels"},
+}
 CSRC = ROOT / "csrc"
 # Includes of our own headers, and who may see torch. The rule knows no formats, and a format no rule.
 ALLOWED_INCLUDES = {
@@ -97,6 +104,13 @@ def imports_of(path: Path) -> set[str]:
 def test_imports_go_one_way(path):
     me = component(path)
     assert imports_of(path) - {me, "_C"} <= ALLOWED[me]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "backends" / "triton").glob("*.py")), ids=lambda p: p.stem)
+def test_imports_within_triton_go_one_way(path):
+    nodes = ast.walk(ast.parse(path.read_text()))
+    siblings = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.level == 1}
+    assert siblings <= ALLOWED_IN_TRITON[path.stem]
 
 
 @pytest.mark.parametrize("name", SOURCES)

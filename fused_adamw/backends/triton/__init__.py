@@ -1,0 +1,131 @@
+"""The Triton backend: the kernels' launches and limits.
+
+Serves CUDA devices where no nvcc was at hand, and CPU tensors in Triton's interpreter (`TRITON_INTERPRET=1`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...tables import DTYPE_CODE, StepInputs, Tables
+from .formats import Formats
+from .kernels import norm_kernel, update_kernel
+
+# Elements per chunk: as many per thread as in torch's multi-tensor kernels. Long enough to hide the walk
+# through the tables, short enough that the last round of chunks is a small part of a step.
+CHUNK_SIZE = 1 << 14
+# From this many elements on there are rounds enough for longer chunks, of which the norm has fewer to add up.
+_LARGE_MODEL = 1 << 28
+_LARGE_CHUNK_SIZE = 1 << 16
+
+_NUM_WARPS = 4
+_THREADS = 32 * _NUM_WARPS
+# A persistent grid, all of which an SM of 65,536 registers holds at once.
+_REGISTERS = 64
+_PROGRAMS_PER_SM = 65536 // (_REGISTERS * _THREADS)
+_INTERPRETED_PROGRAMS = 3  # enough to walk with a stride and to have a last one
+
+_INTERPRETED = not isinstance(update_kernel, triton.JITFunction)
+# No contraction, as the C++ and CUDA kernels are built, for the same numbers.
+_OPTIONS = {"num_warps": _NUM_WARPS, "maxnreg": _REGISTERS, "enable_fp_fusion": False}
+
+
+def _block(*formats: tl.dtype) -> int:
+    """Elements that a program's threads access at once, 16 bytes of the widest type each.
+
+    With more, the compiler passes values between threads before it stores that type.
+    """
+    bits: int = max(format.primitive_bitwidth for format in formats)
+    return 16 * 8 * _THREADS // bits
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def _launch(kernel: Any, t: Tables, chunks: torch.Tensor, **arguments: object) -> None:
+    """Run a kernel over these chunks of the tables."""
+    n_chunks = chunks.shape[0]
+    given = {
+        "rows": t.rows,
+        "grads": t.grads,
+        "chunks": chunks,
+        "n_chunks": n_chunks,
+        "chunk_size": t.chunk_size,
+        "workspace": t.workspace,
+        **arguments,
+    }
+    if _INTERPRETED:
+        kernel[(max(1, min(n_chunks, _INTERPRETED_PROGRAMS)),)](**given)
+        return
+    device = t.rows.get_device()
+    grid = (max(1, min(n_chunks, _PROGRAMS_PER_SM * _multiprocessors(device))),)
+    with torch.cuda.device(device):  # Triton launches on the current device, on its current stream
+        kernel[grid](**given, **_OPTIONS)
+
+
+def why_not(device: torch.device) -> str | None:
+    """None if tensors on `device` can be served, else the reason."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        return f"Triton {triton.__version__} is installed, 3.6 or later is needed"
+    if device.type == "cpu":
+        return None if _INTERPRETED else "CPU tensors need TRITON_INTERPRET=1 set before Triton is imported"
+    if device.type != "cuda":
+        return f"no kernels for {device.type} devices"
+    if _INTERPRETED:
+        return "TRITON_INTERPRET=1 is set, and the interpreter cannot read the memory of a GPU"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def supports(device: torch.device, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
+    """Whether a kernel can be compiled for a parameter of a dtype, its gradient and its moments of theirs."""
+    return {param, grad, state} <= DTYPE_CODE.keys()
+
+
+def chunk_size(device: torch.device, numel: int = 0) -> int:
+    """Elements per chunk that suit the number of elements in all. The norm's last bits depend on it."""
+    return CHUNK_SIZE if numel < _LARGE_MODEL else _LARGE_CHUNK_SIZE
+
+
+def max_host_hypers(device: torch.device) -> int:
+    """Up to how many hyper rows may stay in host memory: the kernels read them through a pointer."""
+    return 0 if device.type == "cuda" else 1 << 62
+
+
+def sum_of_squares(t: Tables, chunks: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the sum of squares of the gradients in these chunks of the tables to `out`.
+
+    One launch, deterministic, no sync. Mutates the workspace.
+    """
+    grad = Formats.of(t.dtypes).grad
+    _launch(norm_kernel, t, chunks, sum=out, F=grad, BLOCK=2 * _block(grad))
+
+
+def update(t: Tables, inputs: StepInputs) -> None:
+    """Step in place the parameters, moments and step counts of all rows with a gradient. One launch."""
+    formats = Formats.of(t.dtypes)
+    _launch(
+        update_kernel,
+        t,
+        t.chunks,
+        n_rows=t.rows.shape[0],
+        hypers=t.hypers,
+        sums=inputs.sums,
+        n_sums=0 if inputs.sums is None else inputs.sums.numel(),
+        max_grad_norm=inputs.max_grad_norm,
+        grad_scale=inputs.grad_scale,
+        found_inf=inputs.found_inf,
+        status=inputs.status,
+        SKIP_NONFINITE=inputs.skip_nonfinite,
+        F=formats,
+        BLOCK=_block(*formats),
+    )

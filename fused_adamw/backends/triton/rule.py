@@ -1,0 +1,114 @@
+"""The rule in Triton: twin of csrc/adamw.h, in the same order of operations. Knows no tables, no formats."""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Hyper(NamedTuple):
+    """How one parameter group is stepped, in float64."""
+
+    lr: tl.tensor
+    beta1: tl.tensor
+    beta2: tl.tensor
+    eps: tl.tensor
+    weight_decay: tl.tensor
+    grad_sign: tl.tensor
+
+
+class StepInputs(NamedTuple):
+    """What is known only when the step runs; None, for a pointer, is a constexpr."""
+
+    sums: tl.tensor
+    n_sums: tl.tensor
+    max_grad_norm: tl.tensor
+    grad_scale: tl.tensor
+    found_inf: tl.tensor
+
+
+class Coefficients(NamedTuple):
+    """The numbers that one parameter's update needs: see csrc/adamw.h."""
+
+    grad_scale: tl.tensor
+    decay: tl.tensor
+    lerp_weight: tl.tensor
+    lerp_from_g: tl.tensor
+    beta2: tl.tensor
+    one_minus_beta2: tl.tensor
+    step_size: tl.tensor
+    bias_correction2_sqrt: tl.tensor
+    eps: tl.tensor
+
+
+@triton.jit
+def step_scalars(inputs, SKIP_NONFINITE: tl.constexpr):
+    """Gradient norm, what gradients are multiplied by, whether to skip the step."""
+    norm = tl.full([], 0.0, tl.float64)
+    skip = tl.full([], 0, tl.int1)
+    loss_scale = tl.full([], 1.0, tl.float64)
+    if inputs.grad_scale is not None:
+        loss_scale = tl.load(inputs.grad_scale).to(tl.float64)
+    if inputs.found_inf is not None:
+        skip = tl.load(inputs.found_inf) != 0.0
+    scale = 1.0 / loss_scale
+    if inputs.sums is not None:
+        i = 0
+        while i < inputs.n_sums:
+            norm += tl.load(inputs.sums + i)
+            i += 1
+        norm = tl.sqrt(norm) / loss_scale
+        clip_coef = inputs.max_grad_norm / (norm + 1e-6)
+        scale *= tl.where(clip_coef > 1.0, 1.0, clip_coef)  # NaN stays NaN
+        if SKIP_NONFINITE:
+            skip = skip | (norm != norm) | (norm == float("inf"))
+    return norm, scale, skip
+
+
+@triton.jit
+def power(x, n):
+    """`x ** n` in float64 for n >= 1. log(0) is -inf, so 0 ** n is 0."""
+    return tl.exp(n * tl.log(x))
+
+
+@triton.jit
+def coefficients(hyper, step, grad_scale, T: tl.constexpr):
+    """Worked out in float64 as Python does, then rounded to T. `step` counts this update: 1 for the first."""
+    weight = 1.0 - hyper.beta1
+    from_g = weight >= 0.5
+    return Coefficients(
+        grad_scale=(hyper.grad_sign * grad_scale).to(T),
+        decay=(1.0 - hyper.lr * hyper.weight_decay).to(T),
+        lerp_weight=tl.where(from_g, weight - 1.0, weight).to(T),
+        lerp_from_g=from_g,
+        beta2=hyper.beta2.to(T),
+        one_minus_beta2=(1.0 - hyper.beta2).to(T),
+        step_size=(hyper.lr / (1.0 - power(hyper.beta1, step))).to(T),
+        bias_correction2_sqrt=tl.sqrt(1.0 - power(hyper.beta2, step)).to(T),
+        eps=hyper.eps.to(T),
+    )
+
+
+@triton.jit
+def square_root(x):
+    """Square root, correctly rounded."""
+    return tl.sqrt(x) if x.dtype.is_fp64() else tl.sqrt_rn(x)
+
+
+@triton.jit
+def divide(x, y):
+    """Quotient, correctly rounded: a float32 `/` is not."""
+    return x / y if x.dtype.is_fp64() else tl.div_rn(x, y)
+
+
+@triton.jit
+def adamw_update(p, grad, m, v, v_max, c):
+    """THE rule, a block of elements at once. Without amsgrad v_max is zeros, so that the maximum is v."""
+    g = grad * c.grad_scale
+    p = p * c.decay
+    m = tl.where(c.lerp_from_g, g, m) + c.lerp_weight * (g - m)
+    v = v * c.beta2 + c.one_minus_beta2 * g * g
+    v_max = tl.where((v_max > v) | (v_max != v_max), v_max, v)
+    p = p - divide(c.step_size * m, divide(square_root(v_max), c.bias_correction2_sqrt) + c.eps)
+    return p, m, v, v_max
