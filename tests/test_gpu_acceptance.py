@@ -420,6 +420,7 @@ def test_a_stage_that_failed_is_summarized(run: Run) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bandwidth_gives_its_memory_back() -> None:
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     assert asdict(timing.bandwidth(torch.device("cuda"), 1 << 24, stream=False))["copy"] > 0
     assert torch.cuda.memory_reserved() == before
