@@ -39,6 +39,15 @@ CPU_CAPABILITIES = {
     "Avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c -mprefer-vector-width=512",
 }
 CUDA_ARCHS = ("80", "90", "100", "120")
+# What torch's names for architectures stand for.
+ARCH_NAMES = {
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
@@ -54,13 +63,28 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def listed_archs(text: str) -> tuple[list[str], list[str]]:
+    """The architectures of a TORCH_CUDA_ARCH_LIST, such as 90, and those of them that PTX is wanted of."""
+    for name, numbers in ARCH_NAMES.items():
+        text = text.replace(name, numbers)
+    archs, ptx = {}, {}  # in order, each once
+    for item in filter(None, re.split(r"[;,\s]+", text)):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)((?:\+PTX)*)", item)
+        if match is None:
+            raise SystemExit(
+                f"fused_adamw: TORCH_CUDA_ARCH_LIST has {item!r}: expected numbers such as 9.0 or 9.0+PTX, "
+                f"or names, of {', '.join(ARCH_NAMES)}"
+            )
+        archs[match[1] + match[2]] = True
+        if match[3]:
+            ptx[match[1] + match[2]] = True
+    return list(archs), list(ptx)
+
+
 def gencode_flags(nvcc: str) -> str:
     """`-gencode` for each architecture; PTX of the newest, so that later GPUs are served too."""
-    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        items = re.split(r"[;\s]+", wanted.strip())
-        archs = [item.removesuffix("+PTX").replace(".", "") for item in items]
-        ptx = [arch for arch, item in zip(archs, items, strict=True) if item.endswith("+PTX")]
-    else:
+    archs, ptx = listed_archs(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    if not archs:
         known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
         archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known.split()]
         ptx = archs[-1:]

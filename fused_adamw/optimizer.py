@@ -77,8 +77,9 @@ class FusedHygieneAdamW(Checkpointed):
         amsgrad: Use the running maximum of `exp_avg_sq` (https://arxiv.org/abs/1904.09237).
         maximize: Maximize the objective instead of minimizing it.
         foreach: Accepted for compatibility; changes nothing.
-        capturable: The step may be captured in a CUDA graph, after one step without capture. A replay follows
-            a tensor `lr`, not a float.
+        capturable: The step may be captured in a CUDA graph, after a step without capture that has the same
+            options. A replay follows a tensor `lr`, not a float, and steps the tensors that were captured:
+            capture again after `load_state_dict`.
         differentiable: Refused: the step is not differentiable.
         fused: Accepted for compatibility; changes nothing.
         max_grad_norm: Clip to this global norm, above 0, as `torch.nn.utils.clip_grad_norm_` would over all
@@ -387,7 +388,7 @@ class FusedHygieneAdamW(Checkpointed):
         def on_device(value: Any) -> Tensor | None:
             if value is None:
                 return None
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.device.type in ("cuda", status.device.type):
                 return value.to(status.device, torch.float32).reshape(())
             # By a kernel: a copy from the host would synchronise.
             return torch.full((), float(value), dtype=torch.float32, device=status.device)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "fused_adamw" / "_C.abi3.so"
@@ -35,6 +37,39 @@ def copy_sources(to: Path) -> None:
         shutil.copytree(ROOT / name, to / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, to / name)
+
+
+@pytest.fixture
+def setup_script(monkeypatch):
+    """What setup.py defines, without a build."""
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("text", "archs"),
+    [
+        ("9.0", "sm_90"),
+        ("9.0;", "sm_90"),
+        (" 8.0;9.0+PTX ", "sm_80 sm_90 compute_90"),
+        ("9.0a 12.0", "sm_90a sm_120"),
+        ("Hopper", "sm_90 compute_90"),
+        ("Ampere;Hopper", "sm_80 sm_86 sm_90 compute_86 compute_90"),
+        ("9.0;9.0;9.0+PTX", "sm_90 compute_90"),
+    ],
+)
+def test_architectures_are_listed_as_for_torch(setup_script, monkeypatch, text, archs):
+    """The build says which they are, and nvcc is given a flag for each."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+    flags = setup_script["gencode_flags"]("no nvcc is asked")
+    assert re.findall(r"-DFUSED_ADAMW_CUDA_ARCHS='\"(.*)\"'", flags) == [archs]
+    assert re.findall(r"-gencode arch=compute_\w+,code=(\w+)", flags) == archs.split()
+
+
+def test_an_unknown_architecture_is_named(setup_script, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0;Hoper")
+    with pytest.raises(SystemExit, match=r"'Hoper': expected numbers such as 9\.0"):
+        setup_script["gencode_flags"]("no nvcc is asked")
 
 
 def without_nvcc() -> dict[str, str]:

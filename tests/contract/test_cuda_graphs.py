@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from common import NATIVE, TARGETS, give_grads, parameters, snapshot, twins, unchanged_since
+from common import NATIVE, TARGETS, Target, give_grads, parameters, snapshot, twins, unchanged_since
 
 from fused_adamw import buckets, plan
 from fused_adamw import optimizer as optimizer_module
@@ -279,6 +279,29 @@ def test_a_captured_step_leaves_its_tables_to_the_graph(monkeypatch):
         found.append(len(written))
         written.clear()
     assert found == [2, 0, 0, 2, 0, 0, 2, 2]
+
+
+def test_a_capture_does_not_compile(monkeypatch):
+    """Triton's kernels: the step to run before is one that launches the same ones."""
+    backend = pytest.importorskip("fused_adamw.backends.triton", exc_type=ImportError)
+    if backend.why_not(torch.device("cpu")):
+        pytest.skip("needs Triton's interpreter")
+    params = parameters(SHAPES)
+    optimizer = Target("triton", "cpu").adamw(params)
+    monkeypatch.setattr(backend, "_launched", set())
+    give_grads(params, 0)
+    optimizer.step()
+    optimizer.max_grad_norm = 0.5
+    monkeypatch.setattr(backend, "is_capturing", lambda device: True)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="without capture first, with max_grad_norm"):
+        optimizer.step()
+    assert unchanged_since(optimizer, before)
+    monkeypatch.setattr(backend, "is_capturing", lambda device: False)
+    optimizer.step()
+    monkeypatch.setattr(backend, "is_capturing", lambda device: True)
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"].item() == 3
 
 
 @pytest.mark.gpu

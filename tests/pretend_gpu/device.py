@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 is_active = "PRETEND_GPU" in os.environ
 _kept: list[object] = []  # what graphs may call at any later time
 
@@ -40,6 +42,17 @@ def note(entry: str) -> None:
 def run_everything() -> None:
     """Let all streams do what they have waiting."""
     library.pretend_gpu_synchronize()
+
+
+def without_owner(t: torch.Tensor) -> torch.Tensor:
+    """A tensor over the same memory, which does not keep it: it dangles once `t` is gone."""
+    as_cuda_array = type("CudaArray", (), {"__cuda_array_interface__": t.__cuda_array_interface__})()
+    return torch.as_tensor(as_cuda_array, device=t.device)
+
+
+def bytes_at(address: int, count: int) -> bytes:
+    """What device memory holds, in use or not."""
+    return ctypes.string_at(address, count)
 
 
 def enqueue(stream: int, name: str, work: Callable[[], None]) -> None:

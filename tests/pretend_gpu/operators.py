@@ -206,4 +206,4 @@ def install() -> None:
         return text_of(shown, tensor_contents=tensor_contents)
 
     _tensor_str._str = text_of_any
-    gpu.watch_blocks()
+    torch.cuda._lazy_call(gpu.watch_blocks)  # torch's allocator has to be there

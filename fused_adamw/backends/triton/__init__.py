@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...tables import DTYPE_CODE, StepInputs, Tables
+from ...tables import DTYPE_CODE, StepInputs, Tables, is_capturing
 from .formats import Formats
 from .kernels import norm_kernel, update_kernel
 
@@ -50,6 +50,24 @@ def _multiprocessors(device: int) -> int:
     return count
 
 
+_launched: set[tuple[object, ...]] = set()
+
+
+def _check_compiled(kernel: Any, device: torch.device, arguments: dict[str, Any]) -> None:
+    """Refuse to compile during a capture: CUDA forbids it to load code then."""
+    constants = [value if name.isupper() else value is None for name, value in arguments.items()]
+    binary = (kernel, device.index, *constants)
+    if binary in _launched:
+        return
+    if is_capturing(device):
+        raise RuntimeError(
+            "Triton compiles a kernel when it is first launched, which is impossible while a CUDA graph is "
+            "captured: run a step without capture first, with max_grad_norm, skip_nonfinite, grad_scale and "
+            "found_inf set where they are set now"
+        )
+    _launched.add(binary)
+
+
 def _launch(kernel: Any, t: Tables, chunks: torch.Tensor, **arguments: object) -> None:
     """Run a kernel over these chunks of the tables."""
     n_chunks = chunks.shape[0]
@@ -62,6 +80,7 @@ def _launch(kernel: Any, t: Tables, chunks: torch.Tensor, **arguments: object) -
         "workspace": t.workspace,
         **arguments,
     }
+    _check_compiled(kernel, t.rows.device, given)
     if _INTERPRETED:
         kernel[(max(1, min(n_chunks, _INTERPRETED_PROGRAMS)),)](**given)
         return
@@ -97,7 +116,10 @@ def chunk_size(device: torch.device, numel: int = 0) -> int:
 
 
 def max_host_hypers(device: torch.device) -> int:
-    """Up to how many hyper rows may stay in host memory: the kernels read them through a pointer."""
+    """Up to how many hyper rows may stay in host memory.
+
+    None for a GPU: Triton has no kernel parameter that could be indexed. A new lr is uploaded, in one copy.
+    """
     return 0 if device.type == "cuda" else 1 << 62
 
 
