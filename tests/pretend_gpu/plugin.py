@@ -12,7 +12,6 @@ _DYNAMO = "torch.compile: dynamo does not trace what runs under a dispatch mode"
 _NCCL = "collectives on the GPU: NCCL's kernels do not run here"
 _OWN_PROGRAM = "programs that nvcc builds: they bring the real runtime"
 _LEFT_OUT = {
-    "test_sparse_parameter": _SPARSE,
     "test_one_process_on_a_gpu": _NCCL,
     "test_fsdp2_on_a_gpu": _NCCL,
     "test_sparse_gradient": _SPARSE,

@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,7 @@ struct Capture {
   cudaStreamCaptureMode mode;
   bool is_broken = false;  // a call was made that a capture forbids
   std::vector<Operation> operations;
+  std::set<uintptr_t> blocks = {};  // that were given out in it
 };
 
 struct Stream {

@@ -93,7 +93,7 @@ bool is_live(const void* address, size_t bytes) {
 using namespace pretend_gpu;
 
 // The caching allocator gives out a block, or takes it back. Both happen in the order of the stream it
-// belongs to, and a graph repeats what it captured. A block of a graph's own that is released later stays
+// belongs to, and a graph repeats those of its capture. A block of a graph's own that is released later stays
 // as it is: nothing but the graph writes there.
 EXPORTED void pretend_gpu_block(uintptr_t address, size_t bytes, cudaStream_t handle, int device,
                                 bool is_given, bool is_of_graph) {
@@ -103,15 +103,20 @@ EXPORTED void pretend_gpu_block(uintptr_t address, size_t bytes, cudaStream_t ha
   cudaSetDevice(device);
   Stream* stream = stream_of(handle);
   cudaSetDevice(before);
-  if (is_of_graph && !is_given && !stream->capture) return;
-  append(stream, "", [=] {
+  const Work work = [=] {
     if (is_given) {
       blocks[address] = bytes;
     } else {
       blocks.erase(address);
     }
     std::memset(reinterpret_cast<void*>(address), is_given ? kUnwritten : kFreed, bytes);
-  });
+  };
+  Capture* capture = stream->capture.get();
+  if (capture && is_given) capture->blocks.insert(address);
+  const bool is_of_capture = capture && capture->blocks.count(address);
+  if (is_of_graph && !is_given && !is_of_capture) return;
+  if (capture && !is_of_capture) return work();
+  append(stream, "", work);
 }
 
 // ---- Allocations
