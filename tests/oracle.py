@@ -41,39 +41,50 @@ class Hypers:
     maximize: bool = False
 
 
+def adamw(p, g, m, v, v_max, hypers, step, grad_scale):
+    """One update of arrays in the dtype of the arithmetic, not yet rounded to their storage.
+
+    `step` counts this update, `grad_scale` multiplies the gradient. Returns p, m, v, v_max.
+    """
+    T = p.dtype.type
+    lr, (beta1, beta2) = hypers.lr, hypers.betas
+    with np.errstate(all="ignore"):
+        g = g * T(-grad_scale if hypers.maximize else grad_scale)
+        p = p * T(1 - lr * hypers.weight_decay)
+        weight = 1 - beta1
+        if weight < 0.5:
+            m = m + T(weight) * (g - m)
+        else:  # as torch.lerp
+            m = g + T(weight - 1) * (g - m)
+        v = v * T(beta2) + T(1 - beta2) * g * g
+        v_max = np.maximum(v_max, v)
+        root = np.sqrt(v_max if hypers.amsgrad else v)
+        denominator = root / T(math.sqrt(1 - beta2**step)) + T(hypers.eps)
+        p = p - T(lr / (1 - beta1**step)) * m / denominator
+    return p, m, v, v_max
+
+
+def clip_coefficient(norm, max_grad_norm):
+    """What gradients of a norm are multiplied by; NaN stays NaN."""
+    return float(np.minimum(1.0, max_grad_norm / (norm + 1e-6)))
+
+
 class Slot:
     """One parameter with its state."""
 
     def __init__(self, p, param_dtype, state_dtype, step):
         self.param_dtype, self.state_dtype = param_dtype, state_dtype or param_dtype
-        self.wide = np.float64 if param_dtype == "float64" else np.float32
         self.p = round_to(p, param_dtype)
         self.m, self.v, self.v_max = (np.zeros_like(self.p) for _ in range(3))
         self.step = step
 
     def update(self, grad, hypers, grad_scale):
         """One step, for a gradient that is to be multiplied by `grad_scale`."""
-        T = self.wide
-        lr, (beta1, beta2) = hypers.lr, hypers.betas
         self.step += 1
-        bias_correction1 = 1 - beta1**self.step
-        bias_correction2 = 1 - beta2**self.step
-
-        g = np.asarray(grad).astype(T) * T(-grad_scale if hypers.maximize else grad_scale)
-        p = self.p * T(1 - lr * hypers.weight_decay)
-        weight = 1 - beta1
-        if weight < 0.5:
-            m = self.m + T(weight) * (g - self.m)
-        else:  # as torch.lerp
-            m = g + T(weight - 1) * (g - self.m)
-        v = self.v * T(beta2) + T(1 - beta2) * g * g
-        v_max = np.maximum(self.v_max, v)
-        root = np.sqrt(v_max if hypers.amsgrad else v)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            p = p - T(lr / bias_correction1) * m / (root / T(math.sqrt(bias_correction2)) + T(hypers.eps))
-
+        g = np.asarray(grad).astype(self.p.dtype)
+        p, *moments = adamw(self.p, g, self.m, self.v, self.v_max, hypers, self.step, grad_scale)
         self.p = round_to(p, self.param_dtype)
-        self.m, self.v, self.v_max = (round_to(x, self.state_dtype) for x in (m, v, v_max))
+        self.m, self.v, self.v_max = (round_to(x, self.state_dtype) for x in moments)
 
 
 class AdamW:
@@ -122,7 +133,7 @@ class AdamW:
             if measured_norm is not None:
                 np.testing.assert_allclose(measured_norm, norm, rtol=1e-7, err_msg="gradient norm")
                 norm = measured_norm
-            scale *= min(1.0, self.max_grad_norm / (norm + 1e-6))
+            scale *= clip_coefficient(norm, self.max_grad_norm)
         if found_inf:
             return
         for slot, hypers, grad in zip(self.slots, self.hypers, grads, strict=True):

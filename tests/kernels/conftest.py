@@ -1,0 +1,58 @@
+"""The kernels, each as `Model` calls them."""
+
+import pytest
+import torch
+
+from fused_adamw.backends import native
+
+from .backends import CXX, Cuda, Native, Triton, build_cuda
+
+
+def build(tmp_path_factory, name, *flags):
+    if CXX is None:
+        pytest.skip("needs g++")
+    return build_cuda(tmp_path_factory.mktemp(name), *flags)
+
+
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory):
+    """The CUDA kernels as they are."""
+    return build(tmp_path_factory, "cuda_emulation")
+
+
+@pytest.fixture(scope="session")
+def switched_library(tmp_path_factory):
+    """With every switch of csrc/cuda/switches.h that changes how results are computed."""
+    flags = ("-DFUSED_ADAMW_FAST_MATH=1", "-DFUSED_ADAMW_REVERSE_UPDATE=1")
+    return build(tmp_path_factory, "cuda_emulation_switched", *flags)
+
+
+@pytest.fixture
+def cuda(cuda_library):
+    return Cuda(cuda_library)
+
+
+@pytest.fixture
+def switched(switched_library):
+    return Cuda(switched_library)
+
+
+@pytest.fixture
+def cpu(threads):
+    assert native.why_not(torch.device("cpu")) is None
+    return Native()
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    pytest.importorskip("triton", minversion="3.6")
+    kernels = Triton(monkeypatch)
+    if reason := kernels.backend.why_not(torch.device("cpu")):
+        pytest.skip(reason)
+    return kernels
+
+
+@pytest.fixture(params=["cpu", "cuda", "triton"])
+def kernels(request):
+    """Each of them."""
+    return request.getfixturevalue(request.param)
