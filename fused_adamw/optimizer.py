@@ -96,6 +96,8 @@ class FusedHygieneAdamW(Checkpointed):
         state_dtype: Dtype of the moments, `torch.float32` or `torch.bfloat16`; None: that of each parameter,
             as in torch. Loading a `state_dict` keeps it.
         backend: "auto", "native" (C++ on CPU, CUDA on GPU), "triton" or "reference" (plain PyTorch).
+        example_inputs: What to call a model with, so that its groups are built with evidence by use, as
+            `build_param_groups` does. Not kept, and without effect unless `params` is a model.
 
     Raises:
         ValueError: A hyper-parameter is out of range, a parameter is in two groups or is not floating point,
@@ -124,6 +126,7 @@ class FusedHygieneAdamW(Checkpointed):
         norm_process_group: dist.ProcessGroup | Callable[[Tensor], Tensor] | None = None,
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        example_inputs: Any = None,
     ) -> None:
         check_backend(backend)
         check_numbers(lr, betas, eps, weight_decay)
@@ -143,7 +146,7 @@ class FusedHygieneAdamW(Checkpointed):
         self._names_are_ours = from_model
         if from_model:
             self._model = weakref.ref(params)
-            groups = build_param_groups(params, weight_decay)
+            groups = build_param_groups(params, weight_decay, example_inputs=example_inputs)
             show_names_to_dcp()
         self._param_names = ParamNames(self._model)
         super().__init__(

@@ -80,6 +80,38 @@ def large_model() -> torch.nn.Module:
         return torch.nn.Linear(10_000, 1_000, bias=False, dtype=torch.bfloat16)
 
 
+class Positions(nn.Module):
+    """Only a forward pass tells that `p` is a position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.rand(5, 4))
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x + self.p)
+
+
+class TestInputs:
+    def test_sizes(self, capsys):
+        for inputs in ("2,5,4", "B=2,T=5,D=4:float32", "x@2,5,4"):
+            assert explain("tests.test_cli:Positions", "p", "--inputs", inputs) == 0
+            assert "added to every token's activation: a position" in capsys.readouterr().out
+        assert explain("tests.test_cli:Positions", "p") == 0
+        assert "no rule knows 'p'" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "inputs", [["2,x"], ["2:float31"], ["2:nn"], [""], ["a@2", "3"], ["a@2", "a@3"], ["2", "--no-inputs"]]
+    )
+    def test_what_is_no_input(self, inputs, capsys):
+        assert explain("tests.test_cli:Positions", "--inputs", *inputs[:1], *_more(inputs[1:])) == 2
+        assert "--inputs" in capsys.readouterr().err
+
+
+def _more(inputs):
+    return [text for item in inputs for text in ([item] if item[0] == "-" else ["--inputs", item])]
+
+
 @pytest.mark.parametrize("target", ["nonsense", "torch.nn:Flatten", "torch.nn:Missing"])
 def test_info_of_no_model_is_refused(capsys, target):
     assert main(["info", "--model", target]) == 2

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
+from torch import nn
 
 from ..groups import POLICIES, explain_param_groups
 from ..groups.overrides import Setting
+from .inputs import inputs_of, parse_inputs
 from .targets import load_target
 
 _T = TypeVar("_T", int, float)
@@ -37,6 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer-decay", type=_factor, metavar="FACTOR", help="layer-wise learning-rate decay"
     )
     parser.add_argument("--lr", type=_amount, default=1e-3, help="learning rate that --layer-decay scales")
+    parser.add_argument(
+        "--inputs",
+        action="append",
+        default=[],
+        metavar="SIZES:DTYPE",
+        help="watch a forward pass on such a tensor, e.g. B=2,T=16:int64 or input_ids@2,16:int64; again for "
+        "each further one. Library models have inputs of their own",
+    )
+    parser.add_argument("--no-inputs", action="store_true", help="watch no forward pass")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--width", type=_columns, help="columns of the table")
 
@@ -52,14 +63,16 @@ def run(args: argparse.Namespace) -> None:
         KeyError: If no parameter has a name that was asked for.
     """
     _refuse_contradictions(args)
+    model = load_target(args.target)
     report = explain_param_groups(
-        load_target(args.target),
+        model,
         args.weight_decay,
         policy=args.policy,
         roles=dict(_pair(text, "--role") for text in args.role),
         overrides=[_pair(text, "--override") for text in args.override],
         layer_decay=args.layer_decay,
         lr=args.lr,
+        example_inputs=_example_inputs(args, model),
     )
     shown = report.diff(args.diff) if args.diff else report
     sentences = [report[name] for name in args.parameters]
@@ -71,12 +84,20 @@ def run(args: argparse.Namespace) -> None:
         Console(width=args.width).print(shown)
 
 
+def _example_inputs(args: argparse.Namespace, model: nn.Module) -> Any:
+    if args.inputs:
+        return parse_inputs(args.inputs)
+    return None if args.no_inputs else inputs_of(args.target.partition(":")[0], model)
+
+
 def _refuse_contradictions(args: argparse.Namespace) -> None:
     given = {"--json": args.json, "--diff": args.diff, "--width": args.width}
     if args.parameters:
         for option, value in given.items():
             if value:
                 raise ValueError(f"{option} and names of parameters: expected one, as each gets a sentence")
+    if args.inputs and args.no_inputs:
+        raise ValueError("--inputs and --no-inputs: expected one")
     if args.json and args.width:
         raise ValueError("--json and --width: expected one, as a width is for tables")
     roles = [text.rpartition("=")[0] for text in args.role]

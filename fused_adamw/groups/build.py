@@ -25,11 +25,13 @@ def build_param_groups(
     overrides: Overrides | None = None,
     layer_decay: float | None = None,
     lr: float | Tensor | None = None,
+    example_inputs: Any = None,
 ) -> list[dict[str, Any]]:
     """Build parameter groups in which the right parameters decay.
 
     Each tensor is decided once, by the strongest evidence: an override, a mark its author left, the type of
-    the module that owns it, that module's structure, its local name, its shape. What nothing recognises
+    the module that owns it, that module's structure, what a forward pass does with the tensor, its local
+    name, its shape. What nothing recognises
     decays, and a warning names it.
 
     Args:
@@ -45,6 +47,9 @@ def build_param_groups(
             option).
         layer_decay: Factor on the learning rate per layer below the top, e.g. 0.75.
         lr: The base learning rate that `layer_decay` and `lr_scale` scale.
+        example_inputs: What to call the model with: a tensor, a tuple or list of positional arguments, or a
+            mapping of keyword arguments. One forward pass of a copy is watched, without arithmetic where the
+            model allows, to see how each parameter is used. If it fails, a warning says so.
 
     Returns:
         Groups with `params`, `param_names` (canonical: wrapper components dropped) and `weight_decay`, decay
@@ -63,7 +68,7 @@ def build_param_groups(
         >>> [(group["weight_decay"], group["param_names"]) for group in groups]
         [(0.1, ['0.weight']), (0.0, ['0.bias', '1.weight', '1.bias'])]
     """
-    options = Options(weight_decay, policy, roles, overrides, layer_decay, lr)
+    options = Options(weight_decay, policy, roles, overrides, layer_decay, lr, example_inputs)
     decisions = decide(model, options)
     groups = group_decisions(decisions, lr, get_policy(policy).exempt_first)
     warn(decisions, groups, options)
@@ -108,6 +113,7 @@ def new_param_groups(
     overrides: Overrides | None = None,
     layer_decay: float | None = None,
     lr: float | Tensor | None = None,
+    example_inputs: Any = None,
 ) -> list[dict[str, Any]]:
     """Groups for parameters that became trainable after the optimizer was built.
 
@@ -120,6 +126,7 @@ def new_param_groups(
         overrides: As above.
         layer_decay: As above.
         lr: As above.
+        example_inputs: As above.
 
     Returns:
         Groups for the trainable parameters that are in no group yet, ready for `add_param_group`; an empty
@@ -129,7 +136,7 @@ def new_param_groups(
         TypeError: As `build_param_groups`.
         ValueError: As `build_param_groups`, but a model with nothing to train gives an empty list.
     """
-    options = Options(weight_decay, policy, roles, overrides, layer_decay, lr)
+    options = Options(weight_decay, policy, roles, overrides, layer_decay, lr, example_inputs)
     known = {id(param) for group in param_groups for param in tensors_of(group)}
     decisions = [d for d in decide(model, options, allow_none=True) if id(d.param) not in known]
     groups = group_decisions(decisions, lr, get_policy(policy).exempt_first)

@@ -5,20 +5,31 @@ Precedence, strongest first: overrides (later ones win), marks and hooks, `roles
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from .ends import with_ends
 from .findings import Confidence, Finding, Rule
 from .identify import identify
 from .layers import layer_depths
 from .marks import Marks, call_hook
-from .overrides import Override, Overrides, Setting, as_number, parse_overrides, parse_setting
+from .overrides import (
+    Override,
+    Overrides,
+    ParamGroupWarning,
+    Setting,
+    as_number,
+    parse_overrides,
+    parse_setting,
+)
 from .places import Located, class_of, unwrap
 from .policies import Policy, Verdict, get_policy
 from .roles import Role, as_role
+from .use import observe, with_use
 from .walk import trainable, walk
 
 
@@ -35,6 +46,7 @@ class Options:
     overrides: Overrides | None = None
     layer_decay: float | None = None
     lr: float | Tensor | None = None
+    example_inputs: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +69,7 @@ class Decision:
         layer: Layer number under layer-wise decay.
         chosen: Whether a person asked for it: an override, a mark, a hook or `roles=`.
         disputed: Whether the places of a shared tensor speak for decay and against it.
+        contradicted: Its roles by name and by use in a forward pass, in words, if they differ.
     """
 
     name: str
@@ -73,6 +86,7 @@ class Decision:
     layer: int | None
     chosen: bool
     disputed: bool
+    contradicted: str = ""
 
     @property
     def owner(self) -> str:
@@ -144,7 +158,7 @@ def decide(model: nn.Module, options: Options, *, allow_none: bool = False) -> l
         raise ValueError(_nothing_to_train(model, located))
     table = _role_table(policy, options.roles)
     overrides = parse_overrides(options.overrides, located)
-    findings = identify(located)
+    findings = find_roles(model, located, options, policy)
     scales = _layer_scales(model, options, located, {item.name: findings[id(item)].role for item in located})
     marks = Marks() if policy.marks else None
     listed = (call_hook(unwrap(model), "no_weight_decay") or ()) if policy.rule else ()
@@ -159,10 +173,29 @@ def decide(model: nn.Module, options: Options, *, allow_none: bool = False) -> l
             if override.matches(item):
                 said = _say_override(override)
                 draft.apply(override.options, "override", said, said)
-        decisions.append(_finish(item, finding.role, draft, weight_decay, scales.get(item.name)))
+        decisions.append(_finish(item, finding, draft, weight_decay, scales.get(item.name)))
     if any(d.lr_scale != 1 for d in decisions) and options.lr is None:
         raise ValueError("lr_scale and layer_decay scale a learning rate; expected lr=, got None")
     return decisions
+
+
+def find_roles(
+    model: nn.Module, located: list[Located], options: Options, policy: Policy
+) -> dict[int, Finding]:
+    """Find the role of every tensor, by use too if there are example inputs and the policy looks at roles."""
+    findings = identify(located)
+    if options.example_inputs is not None and policy.decays is not None:
+        try:
+            findings = with_use(located, findings, observe(model, located, options.example_inputs))
+        except Exception as error:
+            said = next(iter(str(error).strip().splitlines()), "")
+            warnings.warn(
+                f"example_inputs: the forward pass raised {type(error).__name__}: {said}; "
+                "the groups are built without it",
+                ParamGroupWarning,
+                stacklevel=4,
+            )
+    return with_ends(model, located, findings)
 
 
 def _draft(
@@ -175,7 +208,7 @@ def _draft(
     if policy.rule is not None:
         decays, why = policy.rule(item, listed)
         return _Draft(decays, "policy", f"{policy.name}: {why}", "high", why)
-    (decays, why), extra = table[finding.role]
+    (decays, why), extra = table[_row(finding, table)]
     evidence, confidence = f"{finding.evidence}; {why}", finding.confidence
     disputed = any(table[role][0][0] != decays for role in finding.others)
     if disputed:
@@ -186,9 +219,17 @@ def _draft(
     )
 
 
+def _row(finding: Finding, table: Mapping[Role, tuple[Verdict, Mapping[str, Any]]]) -> Role:
+    """The line of the table that decides: what `roles=` asks of matrices it asks of outputs too."""
+    role, base = finding.role, finding.base
+    if base is None or (role in table and (table[role][1] or not table[base][1])):
+        return role
+    return base
+
+
 def _finish(
     item: Located,
-    role: Role,
+    finding: Finding,
     draft: _Draft,
     weight_decay: float,
     layer_and_scale: tuple[int, float] | None,
@@ -204,7 +245,7 @@ def _finish(
         name=item.name,
         param=item.param,
         located=item,
-        role=role,
+        role=finding.role,
         decays=draft.decays,
         rule=draft.rule,
         evidence=draft.evidence,
@@ -215,6 +256,7 @@ def _finish(
         layer=layer,
         chosen=draft.chosen,
         disputed=draft.disputed and not draft.chosen,
+        contradicted=finding.contradicted,
     )
 
 

@@ -8,7 +8,9 @@ from typing import Literal
 from .places import Place
 from .roles import Role
 
-Rule = Literal["override", "mark", "adapter", "type", "structure", "name", "shape", "default", "policy"]
+Rule = Literal[
+    "override", "mark", "adapter", "type", "structure", "use", "name", "shape", "default", "policy"
+]
 Confidence = Literal["high", "medium", "low"]
 
 
@@ -24,6 +26,8 @@ class Finding:
         because: The evidence in a word or two, the same for all layers that repeat.
         others: The roles that other places of a shared tensor speak for.
         places: What each place of a shared tensor speaks for, in words.
+        base: The role that this one refines, and whose settings it follows: an output is a matrix.
+        contradicted: What its use in a forward pass says against the role, or the other way round, in words.
     """
 
     role: Role
@@ -33,6 +37,8 @@ class Finding:
     because: str
     others: frozenset[Role] = frozenset()
     places: str = ""
+    base: Role | None = None
+    contradicted: str = ""
 
 
 def say_owner(place: Place) -> str:

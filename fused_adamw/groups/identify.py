@@ -16,13 +16,12 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .findings import Confidence, Finding, say_owner, say_role, with_article
-from .places import Located, Place, class_of, own_names, words
-from .roles import ADAPTERS, EXACT, NAMES, NameRule, Role, roles_of_type
+from .places import Located, Place, class_of, own_names, shape_of, words
+from .roles import ADAPTERS, EXACT, NAMES, TABLES, NameRule, Role, roles_of_type
 from .siblings import reconcile
 from .structure import by_structure
 
 _POSITION_WORDS = frozenset({"pos", "position", "positional", "cpb", "peg", "rpe", "relpos"})
-_TABLES = frozenset({Role.EMBEDDING, Role.POSITION, Role.QUERY, Role.TOKEN})
 _LAYERS = frozenset({Role.MATRIX, Role.CONVOLUTION, Role.SSM_CONVOLUTION, Role.POSITION_NETWORK})
 
 _ALONE = [
@@ -60,9 +59,9 @@ class _Reader:
         if len(roles) == 1:
             return first
         places = ", ".join(f"{place.name} is {say_role(finding.role)}" for place, finding in telling)
-        if roles <= _TABLES:  # one library's position is another's embedding: nothing to choose
+        if roles <= TABLES:  # one library's position is another's embedding: nothing to choose
             return first
-        if roles <= {*_TABLES, Role.MATRIX}:
+        if roles <= {*TABLES, Role.MATRIX}:
             evidence = f"an embedding and a head share it ({places})"
             return replace(first, role=Role.TIED_EMBEDDING, evidence=evidence, confidence="high")
         return replace(first, others=frozenset(roles - {first.role}), places=places)
@@ -128,6 +127,8 @@ class _Reader:
         parts = words(name)
         if not rule.pattern.fullmatch("_".join(parts)):
             return False
+        if rule.biased and not _has_bias(name, holder, located):
+            return False
         return rule.beside is None or self._holds(holder, parts, *rule.beside)
 
     def _holds(self, holder: nn.Module, parts: tuple[str, ...], word: str, others: tuple[str, ...]) -> bool:
@@ -140,6 +141,14 @@ class _Reader:
             if part == word
             for other in others
         )
+
+
+def _has_bias(name: str, holder: nn.Module, located: Located) -> bool:
+    """Whether `holder` has a `<name>_bias`, a vector as long as one end of the tensor."""
+    bias = next((p for key, p in holder._parameters.items() if key == f"{name}_bias"), None)
+    if bias is None or located.is_vector:
+        return False
+    return len(shape_of(bias)) == 1 and shape_of(bias)[0] in (located.shape[0], located.shape[-1])
 
 
 def _adapter(role: Role, component: str, confidence: Confidence) -> Finding:
@@ -190,7 +199,7 @@ def _kind_of_table(place: Place) -> Role:
     for name in (attribute, class_of(place.owner).__name__):
         local = "_".join(words(name))
         rule = next((rule for rule in _ALONE if rule.pattern.fullmatch(local)), None)
-        if rule is not None and rule.role in _TABLES:
+        if rule is not None and rule.role in TABLES:
             return rule.role
     return Role.EMBEDDING
 
@@ -221,5 +230,8 @@ def _by_shape(place: Place, located: Located) -> Finding:
         confidence: Confidence = "low" if len(shape) == 2 and max(shape) > 1 else "medium"
         evidence = f"{kind}, and only one dimension of its shape {shape} is larger than one"
         return Finding(Role.VECTOR, "shape", evidence, confidence, f"shape {name}")
+    if len(shape) == 3 and shape[0] == 1:
+        evidence = f"{kind}, and the first dimension of its shape {shape} waits for a batch: learned rows"
+        return Finding(Role.QUERY, "shape", evidence, "low", f"shape {name}")
     evidence = f"{kind}, and its shape {shape} may be a matrix"
     return Finding(Role.UNKNOWN, "default", evidence, "low", f"default {name}")

@@ -20,6 +20,7 @@ from .roles import Role
 MAX_GROUPS = 100
 _NORMS = frozenset({Role.NORM, Role.ZERO_CENTERED_NORM})
 _MAPS = frozenset({Role.MATRIX, Role.CONVOLUTION, Role.UNKNOWN, Role.ADAPTER_MATRIX})
+_MAPS |= {Role.INPUT, Role.OUTPUT, Role.ROUTER}
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,17 @@ def _low_confidence(decisions: Sequence[Decision]) -> Lint | None:
     return None if remark is None else replace(remark, kinds=tuple(str(d.role) for d in low))
 
 
+def _use_disagrees(decisions: Sequence[Decision]) -> Lint | None:
+    """A role by type, structure or name, and another one by what the example inputs' forward pass does."""
+    against = [d for d in decisions if d.contradicted and not d.chosen]
+    kinds = tuple(d.contradicted for d in against)
+    message = "used in another way than it looks like"
+    if len(set(kinds)) == 1:
+        message += f" ({kinds[0]})"
+    remark = _remark("use-disagrees", "warning", message, against)
+    return None if remark is None else replace(remark, kinds=kinds)
+
+
 def _left_out_below(decisions: Sequence[Decision]) -> Lint | None:
     left = [d for d in decisions if d.located.left_out_by]
     message = "parameters() of a submodule leaves out what parameters() of the model yields"
@@ -186,5 +198,6 @@ _CHECKS: tuple[Callable[[Sequence[Decision]], Lint | None], ...] = (
     _aliases_disagree,
     _lost_types,
     _left_out_below,
+    _use_disagrees,
     _low_confidence,
 )

@@ -45,6 +45,9 @@ class Policy:
 HYGIENE_ROLES: dict[Role, Verdict] = {
     Role.MATRIX: (True, "matrices decay"),
     Role.CONVOLUTION: (True, "convolution kernels decay"),
+    Role.INPUT: (True, "the first map is a map"),
+    Role.OUTPUT: (True, "a head that is not tied is a map"),
+    Role.ROUTER: (True, "a router is a map"),
     Role.BIAS: (False, "a bias shifts, it does not scale"),
     Role.NORM: (False, "decay would pull a norm's gain to zero, not to one"),
     Role.ZERO_CENTERED_NORM: (False, "norms do not decay, zero-centred ones neither"),
@@ -60,6 +63,8 @@ HYGIENE_ROLES: dict[Role, Verdict] = {
     Role.SSM_CONVOLUTION: (True, "convolution kernels decay"),
     Role.ACTIVATION: (False, "a learnable slope should not be pulled to zero"),
     Role.SINK: (False, "an attention sink is a logit bias"),
+    Role.SPREAD: (False, "in log or softplus space, zero is not small"),
+    Role.FREQUENCY: (False, "a frequency has no reason to be near zero"),
     Role.WEIGHT_NORM_GAIN: (False, "a weight-norm gain is a gain"),
     Role.ORTHOGONAL: (True, "it is a matrix, although its scale has no effect"),
     Role.ADAPTER_MATRIX: (True, "low-rank factors are matrices"),

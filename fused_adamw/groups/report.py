@@ -184,6 +184,7 @@ def explain_param_groups(
     overrides: Overrides | None = None,
     layer_decay: float | None = None,
     lr: float | Tensor | None = None,
+    example_inputs: Any = None,
     groups: Iterable[Mapping[str, Any]] | None = None,
 ) -> ParamGroupReport:
     """Explain what `build_param_groups` does with the same arguments.
@@ -196,6 +197,7 @@ def explain_param_groups(
         overrides: As above.
         layer_decay: As above.
         lr: As above.
+        example_inputs: As above.
         groups: Groups that are in use, `optimizer.param_groups` say: the report then names the trainable
             parameters that are in none of them.
 
@@ -211,7 +213,7 @@ def explain_param_groups(
         >>> print(report["1.weight"])
         1.weight does not decay: 1 is a LayerNorm; decay would pull a norm's gain to zero, not to one.
     """
-    options = Options(weight_decay, policy, roles, overrides, layer_decay, lr)
+    options = Options(weight_decay, policy, roles, overrides, layer_decay, lr, example_inputs)
     decisions = decide(model, options)
     exempt_first = get_policy(policy).exempt_first
     used = group_decisions(decisions, lr, exempt_first) if groups is None else list(groups)

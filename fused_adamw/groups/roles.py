@@ -26,6 +26,9 @@ class Role(str, Enum):
 
     MATRIX = "matrix"
     CONVOLUTION = "convolution"
+    INPUT = "input"
+    OUTPUT = "output"
+    ROUTER = "router"
     BIAS = "bias"
     NORM = "norm"
     ZERO_CENTERED_NORM = "zero_centered_norm"
@@ -41,6 +44,8 @@ class Role(str, Enum):
     SSM_CONVOLUTION = "ssm_convolution"
     ACTIVATION = "activation"
     SINK = "sink"
+    SPREAD = "spread"
+    FREQUENCY = "frequency"
     WEIGHT_NORM_GAIN = "weight_norm_gain"
     ORTHOGONAL = "orthogonal"
     ADAPTER_MATRIX = "adapter_matrix"
@@ -51,6 +56,15 @@ class Role(str, Enum):
     def __str__(self) -> str:
         return self.value
 
+
+# What activations are multiplied by.
+MAPS = frozenset(
+    {Role.MATRIX, Role.CONVOLUTION, Role.INPUT, Role.OUTPUT, Role.ROUTER, Role.SSM_CONVOLUTION}
+    | {Role.POSITION_NETWORK, Role.ADAPTER_MATRIX, Role.ORTHOGONAL}
+)
+
+# What is made of rows.
+TABLES = frozenset({Role.EMBEDDING, Role.POSITION, Role.QUERY, Role.TOKEN})
 
 # One line per kind of module: {glob over the local name: role}; a tensor that no glob matches is decided
 # by its name and shape, as in a class we do not know.
@@ -144,6 +158,7 @@ class NameRule(NamedTuple):
         map_only: Only for tensors that may be a matrix: two dimensions, or two larger than one.
         beside: `(word, others)`: only if the owner holds a tensor of the same name with one of the others in
             that word's place.
+        biased: Only if the owner holds a `<name>_bias`, as long as one of the tensor's ends.
         confidence: How much such a name says.
     """
 
@@ -152,6 +167,7 @@ class NameRule(NamedTuple):
     vector_only: bool = False
     map_only: bool = False
     beside: tuple[str, tuple[str, ...]] | None = None
+    biased: bool = False
     confidence: Literal["medium", "low"] = "medium"
 
 
@@ -165,14 +181,21 @@ _PLAIN = (
     "bias|b|scales?|gain|gamma|beta|norm|mask|zero|log|sigma|rho"  # not matrices, after w or weight either
 )
 
+_NO_ROWS = r"(.*_)?(w|weights?|proj|projection|net|network|mlp|conv|kernel|matrix|key|query)(_|$)"
+
 # The first rule that matches decides, so the order matters: `relative_position_bias_table` is a
 # position although it says bias, `layer_norm_weight` a norm although it says weight.
 NAMES: tuple[NameRule, ...] = (
+    # what has a bias of its own is a map
+    _name(Role.MATRIX, r".*", map_only=True, biased=True),
     # what the name of a sibling settles: the bias of W_q is b_q, that of gamma is beta; a query beside a key
     # is the matrix of an attention, an encoder beside a decoder that of an autoencoder
     _name(Role.BIAS, r"(.*_)?b(_.*)?", beside=("b", ("w", "weight"))),
     _name(Role.BIAS, r"(.*_)?beta(_.*)?", beside=("beta", ("gamma",))),
     _name(Role.BIAS, r"(.*_)?shift(_.*)?", beside=("shift", ("scale",))),
+    _name(Role.SPREAD, r"(.*_)?rho(_.*)?", beside=("rho", ("mu", "mean", "loc"))),
+    _name(Role.SPREAD, r"(.*_)?logvar(_.*)?", beside=("logvar", ("mu", "mean", "loc"))),
+    _name(Role.SPREAD, r"(.*_)?log_(sigma|std|var)(_.*)?|.*_log_(sigma|std|var)"),
     _name(Role.MATRIX, r"(.*_)?query", map_only=True, beside=("query", ("key",))),
     _name(Role.MATRIX, r"(.*_)?key", map_only=True, beside=("key", ("query",))),
     _name(Role.MATRIX, r"(.*_)?value", map_only=True, beside=("value", ("query", "key"))),
@@ -187,6 +210,8 @@ NAMES: tuple[NameRule, ...] = (
     _name(Role.RECURRENCE, r"d", beside=("d", ("a_log",))),
     _name(Role.RECURRENCE, r"d|recurrent_param|(nu|theta|gamma)_log", vector_only=True),
     _name(Role.RECURRENCE, r"time_(decay|first|faaaa)"),
+    _name(Role.RECURRENCE, r"(lower|upper)_bounds?|(log_)?decays?|bonus|r_k"),  # HGRN, RWKV-6 and 7
+    _name(Role.FREQUENCY, r"((low|high|min|max|band|center|centre)_)+(hz|freqs?|frequenc(y|ies))"),
     _name(Role.RECURRENCE, r"time_(mix|maa|shift)(_[a-z]+)?", vector_only=True),
     # positions, absolute and relative; but a query's position is a query
     _name(Role.QUERY, r"(.*_)?query_(tokens?|embed.*|pos.*)"),
@@ -219,6 +244,9 @@ NAMES: tuple[NameRule, ...] = (
     ),
     _name(Role.TOKEN, r"(.*_)?tokens?_.*|image_(begin|end|sep)", vector_only=True),
     _name(Role.TOKEN, r"(mem|memory|null)_(k|v|kv)"),
+    _name(Role.TOKEN, rf"(?!{_NO_ROWS})(.*_)?(mems?|memory|memories)(_.*)?"),
+    _name(Role.QUERY, rf"(?!{_NO_ROWS})(.*_)?(seeds?|inducing)(_.*)?"),
+    _name(Role.EMBEDDING, r"(ents?|entity|entities|relations?)", map_only=True),
     _name(Role.EMBEDDING, rf"(.*_)?({_EMBED}|table|codebook|codevectors)|modulation|embed_.*|wte(_weight)?"),
     _name(Role.EMBEDDING, r"(.*_)?embeddings_(?!.*(weight|proj|kernel)).*"),
     _name(Role.ADAPTER_MATRIX, r"lora_[ab]|(lora|hada|lokr)_(.*_)?([abtw]|down|mid|up)", map_only=True),
@@ -229,6 +257,8 @@ NAMES: tuple[NameRule, ...] = (
         Role.GAIN, r"(.*_)?(scales|scaling|gate|gating|skip|mult|multiplier|residual)(_.*)?", vector_only=True
     ),
     _name(Role.GAIN, r"rezero|resweight|ls|(.*_)?strength", vector_only=True),
+    # a position word anywhere else
+    _name(Role.POSITION, rf"(?!{_NO_ROWS})(.*_)?(pos|positions?|positional)_.*"),
     # matrices held directly
     _name(Role.MATRIX, r"(.*_)?(weights?|w|kernels?|matrix|proj|projection|experts?)(_.*)?", map_only=True),
     _name(Role.MATRIX, r"[qkvor]|root", map_only=True),

@@ -17,9 +17,14 @@ _REPARAMETRIZED = frozenset(
 )  # weight norm and spectral norm are no norms of activations
 _GAIN_WORDS = frozenset({"weight", "gamma", "scale", "g"})
 _BIAS_WORDS = frozenset({"bias", "beta", "shift", "b"})
-_WEIGHT_WORDS = frozenset({"weight", "kernel", "w"})
+_WEIGHT_WORDS = frozenset({"weight", "weights", "kernel", "w"})
 _LAYER_ATTRIBUTES = (("in_features", "out_features"), ("in_channels", "out_channels"), ("kernel_size",))
 _ACTIVATION = re.compile(r"(ReLU|GELU|SiLU|Swish|Mish|Snake|TLU|Act|Activation)(Beta|\d*d)?$")
+_MAP_ENDS = frozenset({("linear",), ("bilinear",), ("conv",), ("tensor", "product")})
+_ELEMENTWISE = frozenset(
+    {"elementwise", "diagonal", "diag", "scale", "norm"}
+)  # layers with a gain per channel
+_FREQUENCY_ENDS = frozenset({"frequency", "frequencies", "freqs", "periodic"})
 _EMBEDDING_ENDS = frozenset({"embedding", "embeddings", "embed"})
 
 
@@ -38,7 +43,11 @@ def by_structure(place: Place, located: Located) -> Finding | None:
         return None
     if local <= _WEIGHT_WORDS and _is_layer(owner, located):
         return None
-    return _norm(place, located, local) or _activation(place, located, local) or _embedding(place, located)
+    for find in (_norm, _activation, _embedding, _flat_map, _frequencies):
+        found = find(place, located, local)
+        if found is not None:
+            return found
+    return None
 
 
 def _norm(place: Place, located: Located, local: set[str]) -> Finding | None:
@@ -67,7 +76,7 @@ def _activation(place: Place, located: Located, local: set[str]) -> Finding | No
     return Finding(Role.BIAS if "bias" in local else Role.ACTIVATION, "structure", clause, "high", name)
 
 
-def _embedding(place: Place, located: Located) -> Finding | None:
+def _embedding(place: Place, located: Located, local: set[str]) -> Finding | None:
     name = class_of(place.owner).__name__
     if not (set(words(name)[-1:]) & _EMBEDDING_ENDS and place.local == "weight"):
         return None
@@ -75,6 +84,27 @@ def _embedding(place: Place, located: Located) -> Finding | None:
         return None
     clause = f"{say_owner(place)} is {with_article(name)}, built like an embedding"
     return Finding(Role.EMBEDDING, "structure", clause, "medium", name)
+
+
+def _flat_map(place: Place, located: Located, local: set[str]) -> Finding | None:
+    """The weight of a layer stored in a vector: the path matrices of an equivariant map, say."""
+    name = class_of(place.owner).__name__
+    kinds = words(name)
+    if not (located.is_vector and located.shape and max(located.shape) > 1 and local <= _WEIGHT_WORDS):
+        return None
+    if (kinds[-1:] not in _MAP_ENDS and kinds[-2:] not in _MAP_ENDS) or set(kinds) & _ELEMENTWISE:
+        return None
+    clause = f"{say_owner(place)} is {with_article(name)}, built like a layer"
+    return Finding(Role.MATRIX, "structure", clause, "medium", name)
+
+
+def _frequencies(place: Place, located: Located, local: set[str]) -> Finding | None:
+    """The weight of a class of frequencies: Fourier features, periodic activations."""
+    name = class_of(place.owner).__name__
+    if not (local <= _WEIGHT_WORDS and set(words(name)[-1:]) & _FREQUENCY_ENDS):
+        return None
+    clause = f"{say_owner(place)} is {with_article(name)}, built like a set of frequencies"
+    return Finding(Role.FREQUENCY, "structure", clause, "medium", name)
 
 
 def _is_layer(owner: nn.Module, located: Located) -> bool:

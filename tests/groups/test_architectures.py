@@ -1,8 +1,11 @@
 """Real models: hand-written answers for the tricky parameters, and how often other tools agree with them."""
 
+import warnings
+
 import pytest
 
 from fused_adamw.cli import main
+from fused_adamw.cli.inputs import inputs_of
 from fused_adamw.cli.targets import load_target
 from fused_adamw.groups import build_param_groups, explain_param_groups
 
@@ -11,6 +14,7 @@ from .helpers import assert_partition, decays
 from .models import on_meta
 
 pytestmark = pytest.mark.slow
+NO_INPUTS = {}
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +81,23 @@ def test_accuracy(build, capsys):
         print(f"\n{total} tricky parameters of {len(CASES)} models: {said}")
     assert shares["hygiene"] >= 0.99
     assert shares["hygiene"] > max(share for policy, share in shares.items() if policy != "hygiene")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.target)
+def test_use_agrees(build, case):
+    """A forward pass changes no answer, contradicts nothing, and reaches most parameters."""
+    model = build(case.target)
+    inputs = inputs_of(case.target.partition(":")[0], model)
+    if case.target in NO_INPUTS:
+        pytest.skip(NO_INPUTS[case.target])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a forward pass that fails warns
+        report = explain_param_groups(model, 0.1, example_inputs=inputs)
+    assert not [d.name for d in report.decisions if d.contradicted]
+    plain = {d.name: d for d in explain_param_groups(model, 0.1).decisions}
+    assert [d.name for d in report.decisions if d.decays != plain[d.name].decays] == []
+    reached = [d for d in report.decisions if "do not reach it" not in d.evidence]
+    assert len(reached) > 0.7 * len(report.decisions)
 
 
 class TestLibraryTargets:
