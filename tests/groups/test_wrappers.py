@@ -1,6 +1,7 @@
 """Wrapped or not, the same decisions under the same names."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -129,6 +130,41 @@ def test_fsdp2(process_group):
     check(model)
     assert "FSDP" not in str(explain_param_groups(model))
     check(torch.compile(model))
+
+
+class Positions(nn.Module):
+    """Only a forward pass tells that `p` is a position; below and beside it are layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.rand(5, 4))
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.layers(x + self.p)
+
+
+def wrapped(how):
+    from torch.distributed.fsdp import fully_shard
+
+    model = Positions()
+    if how == "fsdp2":
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    return {"ddp": DistributedDataParallel, "compile": torch.compile}.get(how, lambda m: m)(model)
+
+
+@pytest.mark.parametrize("how", ["plain", "fsdp2", "ddp", "compile"])
+def test_use_is_seen_in_wrapped_models(process_group, how):
+    model = wrapped(how)
+    inputs = torch.zeros(2, 5, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = explain_param_groups(model, 0.1, example_inputs=inputs)
+    roles = {d.name: str(d.role) for d in report.decisions if not d.name.endswith("bias")}
+    assert roles == {"p": "position", "layers.0.weight": "matrix", "layers.1.weight": "output"}
+    model(inputs).sum().backward()  # it works as before
 
 
 def test_fsdp1(process_group):

@@ -6,7 +6,6 @@ values decide which way the model goes, a second copy with values runs instead.
 
 from __future__ import annotations
 
-import copy
 import logging
 import random
 import sys
@@ -21,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from ..places import Located, unwrap
+from .copies import copies_of_tensors, copy_of, is_sharded
 from .watch import Uses, Watcher, tensors_in
 
 
@@ -53,25 +53,27 @@ def _run_fake(inner: nn.Module, located: Sequence[Located], example_inputs: Any)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(tensor: Tensor) -> Tensor:
-        if not tensor.is_meta:
+        if not (tensor.is_meta or is_sharded(tensor)):
             return mode.from_tensor(tensor)
         with mode:  # what a forward pass makes itself is on the CPU
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
-    memo = _copies(inner, located, fake)
-    made = copy.deepcopy(inner, dict(memo))
+    memo = copies_of_tensors(inner, located, fake)
+    made = copy_of(inner, memo)
     with mode:
         return _run(made, {id(item.param): memo[id(item.param)] for item in located}, example_inputs, fake)
 
 
 def _run_real(inner: nn.Module, located: Sequence[Located], example_inputs: Any) -> Uses:
     def same(tensor: Tensor) -> Tensor:
+        if is_sharded(tensor):
+            raise RuntimeError("it depends on values, of which a sharded model has only a part here")
         made = tensor.detach().clone()
         return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
-    memo = _copies(inner, located, same)
-    made = copy.deepcopy(inner, dict(memo))
+    memo = copies_of_tensors(inner, located, same)
+    made = copy_of(inner, memo)
     return _run(made, {id(item.param): memo[id(item.param)] for item in located}, example_inputs, same)
 
 
@@ -91,21 +93,6 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
-
-
-def _copies(
-    model: nn.Module, located: Sequence[Located], make: Callable[[Tensor], Tensor]
-) -> dict[int, Tensor]:
-    """Copy every tensor of a model, also those in plain attributes: they may refuse to copy themselves."""
-    memo: dict[int, Tensor] = {}
-    held = [item.param for item in located]
-    for module in model.modules():
-        held += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        held += [t for key, value in vars(module).items() if key[0] != "_" for t in tensors_in(value)]
-    for tensor in held:
-        if id(tensor) not in memo:
-            memo[id(tensor)] = make(tensor)
-    return memo
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from .kinds import (
 )
 
 Key = int  # identity of a parameter
+_SIDES = frozenset({"left", "right"})
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Trail:
     def is_vector(self) -> bool:
         return sum(n != 1 for n in self.shape) <= 1
 
+    def after(self, step: str) -> Trail:
+        if step in _SIDES and self.steps & _SIDES:
+            return self  # only the first product tells what it is: a map's result may be a factor again
+        return Trail(self.shape, self.steps | {step})
+
     @property
     def is_table(self) -> bool:
         """Whether single rows were picked from it, and not matrices."""
@@ -61,8 +67,7 @@ class Weight:
     trails: Mapping[Key, Trail]
 
     def after(self, step: str) -> Weight:
-        trails = {key: Trail(t.shape, t.steps | {step}) for key, t in self.trails.items()}
-        return Weight(trails)
+        return Weight({key: trail.after(step) for key, trail in self.trails.items()})
 
 
 @dataclass(frozen=True)
@@ -295,7 +300,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> dict[Key, Scaled]:
         weight = operand.label
         assert isinstance(weight, Weight)
-        if any("left" in t.steps or "right" in t.steps for t in weight.trails.values()):
+        if any(trail.steps & _SIDES for trail in weight.trails.values()):
             self._settle(weight)
             return {}
         if name in SCALING:
@@ -315,7 +320,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _settle(self, weight: Weight) -> None:
         """A product of parameters met activations, and not as their map: learned rows went through a map."""
         self._use(weight, Kind.QUERY, lambda trail: "left" in trail.steps)
-        self._use(weight, Kind.MAP, lambda trail: "right" in trail.steps and "left" not in trail.steps)
+        self._use(weight, Kind.MAP, lambda trail: "right" in trail.steps)
 
     def _multiply(self, name: str, weights: list[_Operand], data: list[_Operand]) -> Data:
         left, right = PRODUCTS[name]
