@@ -96,6 +96,10 @@ def check_state(state: Mapping[str, Any], p: Tensor, name: str, *, saved: bool =
     if not _is_number(step):
         found = f"a tensor of shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
         raise RuntimeError(f"step of parameter {name} is {found}, expected a number")
+    if isinstance(step, Tensor) and (step.layout is not torch.strided or (step.is_meta and not p.is_meta)):
+        raise RuntimeError(
+            f"step of parameter {name} is a {step.layout} tensor on {step.device}: expected a number"
+        )
     if isinstance(step, Tensor) and not saved:
         check_writable(step, f"step of parameter {name}")
     for key in MOMENTS:

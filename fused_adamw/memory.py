@@ -211,6 +211,12 @@ class Guard:
         return functools.partial(extension.check_guard, guard)
 
 
+def is_counted(state: State, p: Tensor) -> bool:
+    """Whether the state has a step count of a parameter: it has had a gradient."""
+    of_p = state.get(p)
+    return isinstance(of_p, Mapping) and "step" in of_p
+
+
 def state_tensors(params: Iterable[Tensor], state: State) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """The parameters that have state, in its order, each with the tensors there that a step reads."""
     own = set(map(id, params))

@@ -31,7 +31,7 @@ from .checks import (
 from .distributed import has_peers, is_flattened, local_grads
 from .groups import build_param_groups, is_model, summarize_param_groups
 from .loading import Checkpointed
-from .memory import Gradients, State, Tensors
+from .memory import Gradients, State, Tensors, is_counted
 from .names import ParamNames, show_names_to_dcp
 from .plan import Plan
 from .second_clip import SecondClipDetector
@@ -358,8 +358,8 @@ class FusedHygieneAdamW(Checkpointed):
         state = dict(self.state)
         amsgrad = [group["amsgrad"] for group in self.param_groups for _ in group["params"]]
         for p, grad, has_maximum in zip(params, grads, amsgrad, strict=True):
-            of_p = state.get(p, {})
-            if grad is not None or (isinstance(of_p, Mapping) and "step" in of_p):
+            if grad is not None or is_counted(state, p):
+                of_p = state.get(p, {})
                 state[p] = {**of_p, **missing_state(of_p, p, has_maximum, self._state_dtype)}
         plan = Plan(
             self.param_groups,

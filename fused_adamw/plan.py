@@ -28,7 +28,7 @@ from .buckets import (
     why_not_tabular,
 )
 from .distributed import NormGroup, Reduction, is_flattened, local_tensors
-from .memory import Gradients, Guard, State, Tensors, overlapping
+from .memory import Gradients, Guard, State, Tensors, is_counted, overlapping
 from .tables import DeviceTable, Entry, Hyper, is_capturing, scalar_dtype
 
 
@@ -85,7 +85,7 @@ class Plan:
         kernels_for = functools.cache(kernels_for)
 
         # The parameters to step: those that have had a gradient.
-        stepped = {slot: p for slot, p in enumerate(params) if "step" in state.get(p, ())}
+        stepped = {slot: p for slot, p in enumerate(params) if is_counted(state, p)}
         self._expected = {
             slot: self._expected_grad(slot, p, grads[slot], previous) for slot, p in stepped.items()
         }

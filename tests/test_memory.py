@@ -197,7 +197,30 @@ def gradient_negative_at_the_same_address(held):
     held.scalar.grad = held.complex.conj().imag
 
 
+def parameter_negated(held):
+    held.p.data = torch._neg_view(held.p.data)
+
+
+def moment_negated(held):
+    held.s["exp_avg"] = torch._neg_view(held.s["exp_avg"])
+
+
+def gradient_negated(held):
+    held.p.grad = torch._neg_view(held.p.grad)
+
+
+def moment_born_in_inference_mode(held):
+    with torch.inference_mode():
+        held.s["exp_avg"] = torch.from_numpy(held.s["exp_avg"].numpy())
+
+
+def step_no_longer_the_state_s_first(held):
+    held.s["step"] = held.s.pop("step")
+
+
 CHANGES = [
+    *(parameter_negated, moment_negated, gradient_negated, moment_born_in_inference_mode),
+    step_no_longer_the_state_s_first,
     *(step_replaced_by_an_equal_one, moments_exchanged, moment_no_tensor, key_added, key_removed),
     *(names_exchanged, moment_of_a_subclass, moment_without_memory, gradient_without_memory),
     *(state_removed, state_of_another_parameter),
@@ -251,6 +274,32 @@ def test_what_a_step_changes_is_no_change(guarded):
     held.groups = [[held.p], [held.scalar, held.without]]
     held.state = {p: dict(s) for p, s in held.state.items()}
     assert check(held) == held.addresses()
+
+
+@pytest.mark.parametrize("key", [5, None, "lora", torch.zeros(2)], ids=["int", "None", "str", "tensor"])
+@pytest.mark.parametrize("value", [7, None, [torch.ones(2)], {"exp_avg": torch.ones(2)}, torch.ones(2)])
+def test_what_users_keep_in_the_state_is_no_change(guarded, key, value):
+    held = Held()
+    held.state = {key: value, **held.state}
+    held.s[key] = value
+    check = guarded(held)
+    for change in (held.state, held.s):
+        change[key] = torch.ones(3)
+        assert check(held) == held.addresses()
+        change["new"] = {"step": 1}
+        assert check(held) == held.addresses()
+        del change[key]
+        assert check(held) == held.addresses()
+
+
+def test_keys_that_are_equal_but_other_strings(guarded):
+    held = Held()
+    held.state[held.p] = {"".join(key): value for key, value in held.s.items()}
+    check = guarded(held)
+    held.state[held.p]["".join(["exp", "_avg"])] = held.s["exp_avg"]
+    assert check(held) == held.addresses()
+    held.state[held.p]["".join(["max", "_exp_avg_sq"])] = torch.ones(3, 4)
+    assert check(held) is None
 
 
 def test_gradients_come_and_go_and_move(guarded):
