@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .distributed import NormGroup, is_flattened
+from .tables import as_number
 
 # They are attributes of the optimizer, not group keys: those would end up in checkpoints, and torch's
 # checkpoints, which lack them, would not load.
@@ -19,11 +20,18 @@ _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
 def number_of(value: Any) -> float | None:
-    """The value as a float; None if it is no number, as a string is none: torch would not take it."""
+    """The value as a float; None if it is no number."""
     try:
-        return None if isinstance(value, (str, bytes)) else float(value)
+        return as_number(value)
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def hint_for_string(value: Any) -> str:
+    """How to go on from a string that should be a number; "" for anything else."""
+    if not isinstance(value, str):
+        return ""
+    return f": pass float({str(value)!r}). YAML reads 1e-3 as a string, 1.0e-3 as a number."
 
 
 def checked_max_grad_norm(value: Any) -> float | None:
@@ -83,10 +91,7 @@ def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
         raise TypeError(f"betas must be two numbers, got {betas!r}") from None
     for name, value in named.items():
         if isinstance(value, str):
-            raise TypeError(
-                f"{name} must be a number, got the string {value!r}: pass float({value!r}). YAML reads 1e-3 "
-                "as a string, 1.0e-3 as a number."
-            )
+            raise TypeError(f"{name} must be a number, got the string {value!r}{hint_for_string(value)}")
         if not isinstance(value, torch.Tensor) and number_of(value) is None:
             raise TypeError(f"{name} must be a number, got {value!r}")
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from .arguments import number_of
+from .arguments import hint_for_string, number_of
 from .distributed import is_partial, local_tensors, why_misplaced
-from .memory import lacks_memory
+from .memory import is_bound_to_inference, lacks_memory
 from .state import MOMENTS
 
 
@@ -47,7 +47,10 @@ def check_hypers(group: dict[str, Any], index: int) -> None:
             value = value.detach()
         number = number_of(value)
         if number is None:
-            raise TypeError(f"invalid {name} in parameter group {index}: {value!r}, expected a number")
+            raise TypeError(
+                f"invalid {name} in parameter group {index}: {value!r}, expected a number"
+                f"{hint_for_string(value)}"
+            )
         if not 0.0 <= number < below:
             limit = f" and below {below}" if below != math.inf else ""
             raise ValueError(
@@ -138,7 +141,7 @@ def check_writable(t: Tensor, what: str) -> None:
         reason = "is a conjugate view"
     elif t._is_zerotensor():
         reason = "is a tensor of zeros without memory"
-    elif t.is_inference() and not torch.is_inference_mode_enabled():
+    elif is_bound_to_inference(t) and not torch.is_inference_mode_enabled():
         reason = "was made in inference mode"
     if reason is not None:
         raise RuntimeError(f"{what} cannot be changed in place: it {reason}. Clone it first.")

@@ -67,7 +67,7 @@ class ParamNames:
             if not isinstance(group, dict) or "param_names" in group:
                 continue
             params = group.get("params", ())
-            if isinstance(params, (set, nn.Module)):
+            if isinstance(params, set) or not isinstance(params, Iterable):
                 continue  # refused by torch
             params = [params] if isinstance(params, Tensor) else list(params)
             group["params"] = params

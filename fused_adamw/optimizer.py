@@ -185,8 +185,8 @@ class FusedHygieneAdamW(Checkpointed):
             RuntimeError: The backend cannot run on a parameter's device; the group is `differentiable`.
         """
         index = len(self.param_groups)
-        given = set(param_group)
-        if self._names_are_ours:
+        given = set(param_group) if isinstance(param_group, dict) else set()
+        if self._names_are_ours and isinstance(param_group, dict):
             self._param_names.correct(self.param_groups)
             self._param_names.complete([*self.param_groups, param_group])
         super().add_param_group(param_group)

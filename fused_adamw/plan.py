@@ -28,7 +28,7 @@ from .buckets import (
     why_not_tabular,
 )
 from .distributed import NormGroup, Reduction, is_flattened, local_tensors
-from .memory import Gradients, Guard, State, Tensors, is_counted, overlapping
+from .memory import Gradients, Guard, State, Tensors, is_bound_to_inference, is_counted, overlapping
 from .tables import DeviceTable, Entry, Hyper, is_capturing, scalar_dtype
 
 
@@ -93,7 +93,7 @@ class Plan:
         tensors = Tensors(groups, state, grads)
         entries = [member.entry(tensors) for member in members]
         self._needs_inference_mode = any(
-            t.is_inference() for entry in entries for t in (entry.param, *entry.state().values())
+            is_bound_to_inference(t) for entry in entries for t in (entry.param, *entry.state().values())
         )
         self.launches: list[Launch] = []
         self._sums: dict[torch.device, Tensor] = {}

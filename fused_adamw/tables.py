@@ -93,6 +93,17 @@ def word_of(struct: type[ctypes.Structure], field: str) -> int:
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
+def as_number(value: Any) -> float:
+    """The value as a float, as `float` does it; but a string is no number, as it is none to torch.
+
+    Raises:
+        TypeError: It is a string, or nothing like a number.
+    """
+    if isinstance(value, (str, bytes, bytearray)):
+        raise TypeError(f"expected a number, got the string {value!r}")
+    return float(value)
+
+
 class Hyper(NamedTuple):
     """How one parameter group is stepped; numbers as Python has them."""
 
@@ -107,14 +118,14 @@ class Hyper(NamedTuple):
     def of(group: Mapping[str, Any]) -> Hyper:
         """Read a parameter group as it is now; schedulers change it between steps."""
         lr = group["lr"]
-        lr = lr.to(torch.float32) if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+        lr = lr.to(torch.float32) if isinstance(lr, Tensor) and lr.device.type != "cpu" else as_number(lr)
         beta1, beta2 = group["betas"]
         return Hyper(
             lr,
-            float(beta1),
-            float(beta2),
-            float(group["eps"]),
-            float(group["weight_decay"]),
+            as_number(beta1),
+            as_number(beta2),
+            as_number(group["eps"]),
+            as_number(group["weight_decay"]),
             bool(group["maximize"]),
         )
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "backends": {"extension", "tables"},
     "state": {"distributed", "memory"},
     "announce": set(),
-    "arguments": {"distributed"},
+    "arguments": {"distributed", "tables"},
     "checks": {"arguments", "distributed", "memory", "state"},
     "checkpoints": {"checks", "groups", "mismatch", "state"},
     "mismatch": {"groups"},

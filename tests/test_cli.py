@@ -261,6 +261,7 @@ class TestCommandLine:
             (["0.weight", "--diff", "all"], "--diff and names of parameters: expected one"),
             (["0.weight", "--width", "80"], "--width and names of parameters: expected one"),
             (["--json", "--width", "80"], "--json and --width: expected one"),
+            (["--lr", "0.1"], "--lr without --layer-decay: expected both"),
             (["--role", "norm=1", "--role", "norm=0"], "--role norm: expected once, got 2 values"),
         ],
     )

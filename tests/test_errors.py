@@ -27,6 +27,14 @@ def two_params(target, **options):
     [
         ("lr", None, "invalid lr in parameter group 1: None, expected a number"),
         ("eps", "small", "invalid eps in parameter group 1: 'small', expected a number"),
+        ("lr", "1e-3", r"invalid lr in parameter group 1: '1e-3'.*: pass float\('1e-3'\). YAML reads"),
+        (
+            "weight_decay",
+            np.str_("0.1"),
+            r"invalid weight_decay in parameter group 1: .*0.1.*pass float\('0.1'\)",
+        ),
+        ("betas", "98", r"invalid betas\[0\] in parameter group 1: '9', expected a number"),
+        ("betas", (0.9, b"0.99"), r"invalid betas\[1\] in parameter group 1: b'0.99', expected a number"),
         ("weight_decay", torch.ones(2), r"invalid weight_decay in parameter group 1: tensor\(.*expected a n"),
         ("betas", (0.9,), r"invalid betas in parameter group 1: \(0.9,\), expected two numbers"),
         ("betas", 0.9, "invalid betas in parameter group 1: 0.9, expected two numbers"),

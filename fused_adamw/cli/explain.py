@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer-decay", type=_factor, metavar="FACTOR", help="layer-wise learning-rate decay"
     )
-    parser.add_argument("--lr", type=_amount, default=1e-3, help="learning rate that --layer-decay scales")
+    parser.add_argument("--lr", type=_amount, help="learning rate that --layer-decay scales; default: 0.001")
     parser.add_argument(
         "--inputs",
         action="append",
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         roles=dict(_pair(text, "--role") for text in args.role),
         overrides=[_pair(text, "--override") for text in args.override],
         layer_decay=args.layer_decay,
-        lr=args.lr,
+        lr=1e-3 if args.lr is None else args.lr,
         example_inputs=_example_inputs(args, model),
     )
     shown = report.diff(args.diff) if args.diff else report
@@ -100,6 +100,8 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise ValueError("--inputs and --no-inputs: expected one")
     if args.json and args.width:
         raise ValueError("--json and --width: expected one, as a width is for tables")
+    if args.lr is not None and args.layer_decay is None:
+        raise ValueError("--lr without --layer-decay: expected both, as only --layer-decay scales it")
     roles = [text.rpartition("=")[0] for text in args.role]
     for role in roles:
         if roles.count(role) > 1:

@@ -292,6 +292,22 @@ def test_defaults_feed_groups_added_later(target):
     assert_same_path(params + more, peers + copies, 2)
 
 
+def test_a_parameter_list_is_added_to_a_model_s_groups():
+    """It is an iterable of tensors to torch; the others are refused as torch refuses them."""
+    optimizer = FusedHygieneAdamW(nn.Linear(2, 2))
+    added = nn.ParameterList([nn.Parameter(torch.ones(2))])
+    optimizer.add_param_group({"params": added})
+    assert optimizer.param_groups[-1]["params"] == list(added)
+    peer = torch.optim.AdamW(nn.Linear(2, 2).parameters())
+    for refused in ({"params": nn.Linear(2, 2)}, {"params": 5}, {"params": set(added)}, None):
+        with pytest.raises(TypeError) as theirs:
+            peer.add_param_group(refused)
+        with pytest.raises(TypeError) as ours:
+            optimizer.add_param_group(refused)
+        assert str(ours.value) == str(theirs.value)
+    assert len(optimizer.param_groups) == 3
+
+
 def test_a_group_is_the_user_s_own_dict(target):
     """As in torch: what is changed in it later counts."""
     (p,) = parameters([(4,)], device=target.device)
