@@ -135,6 +135,7 @@ def ninja_file(output: Path, build: Path) -> str:
     jobs = [
         ("bindings.o", "cxx", CSRC / "torch" / "bindings.cpp", torch_flags),
         ("guard.o", "cxx", CSRC / "python" / "guard.cpp", python_flags),  # of torch's headers only DLPack's
+        ("survey.o", "cxx", CSRC / "python" / "survey.cpp", python_flags),
     ]
     for name, flags in CPU_CAPABILITIES.items():
         if name == "Baseline" or x86:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .distributed import local_tensors
-from .memory import PLAIN, Tensors, is_dense, same_layout
+from .memory import STATE_KEYS, State, is_plain, same_layout
+from .snapshot import Form
 from .tables import (
     DTYPE_CODE,
     DeviceTable,
@@ -21,6 +22,7 @@ from .tables import (
     chunk_table,
     hyper_table,
     row_table,
+    set_column,
 )
 
 
@@ -62,6 +64,20 @@ class ReferenceBackend(Protocol):
         """Raise what `update` would raise; change nothing."""
 
 
+class Tensors(NamedTuple):
+    """What an optimizer holds when it steps.
+
+    Attributes:
+        groups: Its `param_groups`.
+        state: Its state.
+        grads: The gradients of all parameters, of DTensors the local ones.
+    """
+
+    groups: Sequence[Mapping[str, Any]]
+    state: State
+    grads: Sequence[Tensor | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """A parameter of a plan, and how to find its tensors. It keeps none of them alive."""
@@ -69,9 +85,15 @@ class Member:
     slot: int  # position among all parameters of all groups
     group: int
     index: int  # position in the group
+    id: int
+    numel: int
     domain: int  # gradients of one domain are summed together
     amsgrad: bool
     grad_dtype: torch.dtype
+    # Where a snapshot has the parameter, and its state: a position to add to that of each name.
+    place: int
+    place_of_state: int
+    places_in_state: Mapping[str, int]
 
     def entry(self, tensors: Tensors) -> Entry:
         """Look up the parameter and its state, as they are now."""
@@ -83,69 +105,119 @@ class Member:
         return Entry(self.slot, self.group, self.domain, p, m, v, v_max, step, self.grad_dtype)
 
 
-def why_not_tabular(entry: Entry, grad: Tensor | None, backend: KernelBackend) -> str | None:
-    """None if kernels can step this parameter by address and flat index, else the reason."""
-    tensors = {"parameter": entry.param, "exp_avg": entry.exp_avg, "exp_avg_sq": entry.exp_avg_sq}
-    if entry.max_exp_avg_sq is not None:
-        tensors["max_exp_avg_sq"] = entry.max_exp_avg_sq
-    moment_dtypes = {t.dtype for name, t in tensors.items() if name != "parameter"}
-    if grad is not None:
-        tensors["gradient"] = grad
-    for name, t in {**tensors, "step": entry.step}.items():
-        if type(t) not in PLAIN:
-            return f"{name} is a {type(t).__name__}"
-        if t.layout is not torch.strided or t.is_nested or t.is_neg() or t.is_conj() or t._is_zerotensor():
+def why_not_tabular(forms: Mapping[str, Form], backend: KernelBackend) -> str | None:
+    """None if kernels can step a parameter by address and flat index, else the reason.
+
+    Args:
+        forms: Of the parameter, its gradient, its moments and its step count, each under its name.
+        backend: The kernels.
+    """
+    for name, form in forms.items():
+        if not is_plain(form.type):
+            return f"{name} is a {form.type.__name__}"
+        if not form.is_plain:
             return f"{name} is not plain strided memory"
-    if entry.step.dtype is not torch.float32:
-        return f"step is counted in {entry.step.dtype}"
-    for name, t in tensors.items():
-        if not is_dense(t):
-            return f"{name} is not dense: strides {t.stride()} for shape {tuple(t.shape)}"
-        if not same_layout(t, entry.param):
-            return f"{name} has strides {t.stride()}, the parameter {entry.param.stride()}"
-    if len(moment_dtypes) > 1:
+    if forms["step"].dtype is not torch.float32:
+        return f"step is counted in {forms['step'].dtype}"
+    p, grad, m = (forms[name] for name in ("parameter", "gradient", "exp_avg"))
+    for name, form in forms.items():
+        if name == "step":
+            continue
+        if not form.is_dense:
+            return f"{name} is not dense: strides {form.stride} for shape {tuple(form.shape)}"
+        if form.shape != p.shape or not same_layout(p.shape, form.stride, p.stride):
+            return f"{name} has strides {form.stride}, the parameter {p.stride}"
+    if any(form.dtype != m.dtype for name, form in forms.items() if name in STATE_KEYS[1:]):
         return "moments of different dtypes"
-    dtypes = (entry.param.dtype, entry.grad_dtype, entry.exp_avg.dtype)
-    if not backend.supports(entry.param.device, *dtypes):
+    dtypes = (p.dtype, grad.dtype, m.dtype)
+    if not backend.supports(p.device, *dtypes):
         return "no kernel for parameter, gradient, moments of " + ", ".join(map(str, dtypes))
     return None
 
 
 class TableBucket:
-    """Parameters of one device and one set of dtypes, stepped by kernels in one launch."""
+    """Parameters of one device and one set of dtypes, stepped by kernels in one launch.
 
-    def __init__(self, entries: list[Entry], n_hypers: int, backend: KernelBackend) -> None:
-        first = entries[0]
-        self.device = first.param.device
-        self.slots = [entry.slot for entry in entries]
-        self.dtypes = (first.param.dtype, first.grad_dtype, first.exp_avg.dtype)
+    Args:
+        members: The parameters.
+        device: Where they are.
+        dtypes: Of the parameters, their gradients and their moments.
+        n_hypers: The number of groups.
+        backend: The kernels.
+        addresses: Where the tensors of the plan's snapshot are.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        device: torch.device,
+        dtypes: Sequence[torch.dtype],
+        n_hypers: int,
+        backend: KernelBackend,
+        addresses: Tensor,
+    ) -> None:
+        self.device = device
+        self.slots = [member.slot for member in members]
+        self.dtypes = dtypes
         self._backend = backend
-        numels = [entry.param.numel() for entry in entries]
-        chunk_size = backend.chunk_size(self.device, sum(numels))
-        self._hypers_on_host = n_hypers <= backend.max_host_hypers(self.device)
-        self._hypers_table = DeviceTable(self.device)
+        numels = [member.numel for member in members]
+        chunk_size = backend.chunk_size(device, sum(numels))
+        self._hypers_on_host = n_hypers <= backend.max_host_hypers(device)
+        self._rows_table, self._hypers_table = DeviceTable(device), DeviceTable(device)
         chunks = chunk_table(numels, chunk_size)
+        self._rows = row_table(
+            len(members),
+            numel=numels,
+            hyper=[member.group for member in members],
+            slot=self.slots,
+            ordinal=self.slots,
+        )
+        self._places = {"param": torch.tensor([member.place for member in members], device="cpu")}
+        for name in STATE_KEYS[:3]:
+            places = [member.place_of_state + member.places_in_state[name] for member in members]
+            self._places[name] = torch.tensor(places, device="cpu")
+        with_maximum = {i: member for i, member in enumerate(members) if member.amsgrad}
+        self._maxima = torch.tensor(list(with_maximum), device="cpu")
+        self._places_of_maxima = torch.tensor(
+            [m.place_of_state + m.places_in_state["max_exp_avg_sq"] for m in with_maximum.values()],
+            device="cpu",
+        )
         self._tables = Tables(
-            rows=DeviceTable(self.device).upload(_rows(entries)),
-            grads=torch.empty(0, dtype=torch.int64, device=self.device),
-            chunks=DeviceTable(self.device).upload(chunks),
+            rows=self._rows,
+            grads=torch.empty(0, dtype=torch.int64, device=device),
+            chunks=DeviceTable(device).upload(chunks),
             chunk_size=chunk_size,
             hypers=torch.empty(0, device="cpu"),
-            dtypes=tuple(DTYPE_CODE[dtype] for dtype in self.dtypes),
-            workspace=torch.zeros(1 + len(chunks), dtype=torch.float64, device=self.device),
+            dtypes=tuple(DTYPE_CODE[dtype] for dtype in dtypes),
+            workspace=torch.zeros(1 + len(chunks), dtype=torch.float64, device=device),
         )
-        self.domains = _domains(entries)
+        self.domains = _domains(members)
         self._chunks_of = [self._tables.chunks]  # of each domain
         if len(self.domains) > 1:
-            domain_of = torch.tensor([entry.domain for entry in entries], device="cpu")[chunks[:, 0]]
+            domain_of = torch.tensor([member.domain for member in members], device="cpu")[chunks[:, 0]]
             parts = [chunks[domain_of == domain] for domain in self.domains]
-            self._chunks_of = [DeviceTable(self.device).upload(part) for part in parts]
+            self._chunks_of = [DeviceTable(device).upload(part) for part in parts]
         self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
         self._captured: list[object] = []  # what graphs read at each replay
+        self.place(addresses)
+
+    def place(self, addresses: Tensor) -> None:
+        """Write where the tensors are: int64 on the host, as in the plan's snapshot."""
+        for name, places in self._places.items():
+            set_column(self._rows, name, addresses[places])
+        if len(self._maxima):  # under amsgrad never nowhere, even if it is empty
+            maxima = torch.zeros(len(self._rows), dtype=torch.int64, device="cpu")
+            maxima[self._maxima] = addresses[self._places_of_maxima].clamp(min=1)
+            set_column(self._rows, "max_exp_avg_sq", maxima)
+        self._tables.rows = self._rows_table.upload(self._rows)
 
     def set_grads(self, addresses: Tensor) -> None:
         """Note the table of gradients, int64 on the device: an address for each slot of the plan."""
         self._tables.grads = addresses
+
+    def keep_for_graph(self) -> None:
+        """Keep the present tables for as long as this bucket lives: a captured graph reads them."""
+        self._captured.append((self._tables.rows, self._tables.grads, self._tables.hypers, self._lrs))
 
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
         """Write the table of hyper-parameters, one row per group."""
@@ -164,10 +236,6 @@ class TableBucket:
                 self._lrs.append(hyper.lr.to(self.device))
                 row["lr"], row["lr_address"] = 0.0, self._lrs[-1].data_ptr()
         return row
-
-    def keep_for_graph(self) -> None:
-        """Keep the present tables for as long as this bucket lives: a captured graph reads them."""
-        self._captured.append((self._tables.grads, self._tables.hypers, self._lrs))
 
     def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
         """Write the sum of squares of each domain's gradients to its tensor of one float64."""
@@ -188,17 +256,14 @@ class TensorBucket:
     Even without parameters it computes and reports the gradient norm and skipped steps.
     """
 
-    def __init__(
-        self, parts: Sequence[tuple[Member, Entry]], device: torch.device, backend: ReferenceBackend
-    ) -> None:
+    def __init__(self, members: Sequence[Member], device: torch.device, backend: ReferenceBackend) -> None:
         self.device = device
-        entries = [entry for _, entry in parts]
-        self.domains = _domains(entries)
-        self._members = [member for member, _ in parts]
-        self.slots = [member.slot for member in self._members]
+        self.domains = _domains(members)
+        self._members = members
+        self.slots = [member.slot for member in members]
         # A parameter that is listed twice is stepped twice, as in torch, but has one gradient.
-        once = {id(entry.param): entry for entry in entries}.values()
-        self._slots_of = [[e.slot for e in once if e.domain == domain] for domain in self.domains]
+        once = {member.id: member for member in members}.values()
+        self._slots_of = [[m.slot for m in once if m.domain == domain] for domain in self.domains]
         self._hypers: Sequence[Hyper] = ()
         self._backend = backend
 
@@ -230,25 +295,6 @@ class TensorBucket:
 Bucket = TableBucket | TensorBucket
 
 
-def _rows(entries: Sequence[Entry]) -> Tensor:
-    """The rows of the entries, on the host."""
-    maxima = [entry.max_exp_avg_sq for entry in entries]
-    slots = [entry.slot for entry in entries]
-    return row_table(
-        len(entries),
-        param=[entry.param.data_ptr() for entry in entries],
-        exp_avg=[entry.exp_avg.data_ptr() for entry in entries],
-        exp_avg_sq=[entry.exp_avg_sq.data_ptr() for entry in entries],
-        # Never nowhere under amsgrad, even if it is empty.
-        max_exp_avg_sq=[0 if v_max is None else v_max.data_ptr() or 1 for v_max in maxima],
-        step=[entry.step.data_ptr() for entry in entries],
-        numel=[entry.param.numel() for entry in entries],
-        hyper=[entry.group for entry in entries],
-        slot=slots,
-        ordinal=slots,
-    )
-
-
-def _domains(entries: Iterable[Entry]) -> list[int]:
+def _domains(members: Iterable[Member]) -> list[int]:
     """The domains of the norm that a bucket's gradients belong to."""
-    return list(dict.fromkeys(entry.domain for entry in entries))
+    return list(dict.fromkeys(member.domain for member in members))

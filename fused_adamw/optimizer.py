@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -21,6 +20,7 @@ from .arguments import (
     checked_state_dtype,
 )
 from .backends import check_backend, kernels_for, reference
+from .buckets import Tensors
 from .checks import (
     check_fused,
     check_hypers,
@@ -30,11 +30,13 @@ from .checks import (
 )
 from .distributed import has_peers, is_flattened, local_grads
 from .groups import build_param_groups, is_model, summarize_param_groups
+from .guard import Found
 from .loading import Checkpointed
-from .memory import Gradients, State, Tensors, is_counted
+from .memory import State, is_counted
 from .names import ParamNames, show_names_to_dcp
-from .plan import Plan
+from .plan import Plan, Request
 from .second_clip import SecondClipDetector
+from .snapshot import Snapshot
 from .state import missing_state
 from .tables import Hyper, StepInputs, is_capturing
 
@@ -256,30 +258,24 @@ class FusedHygieneAdamW(Checkpointed):
             with torch.enable_grad():
                 loss = closure()
 
-        # Whatever may raise comes before the first launch.
         hypers = self._hypers()
-        plan, grads, state = self._current_plan()
+        plan, found, state = self._current_plan()
         self._check_norm_is_known(plan.flattened)
-        plan.prepare(hypers, grads)
-        has_norm = self._needs_norm()
-        if has_norm:
-            plan.sum_of_squares(grads.tensors)
-        sums, found_inf = plan.totals(has_norm, getattr(self, "found_inf", None), self._norm_group)
-        runs = [
-            (bucket, self._step_inputs(sums.get(bucket.device), found_inf, status))
-            for bucket, _, status in plan.launches
-        ]
-        self._second_clip.observe(runs[0][1])
-        tensors = Tensors(self.param_groups, state, grads.tensors)
-        if plan is not self._plan:
-            for bucket, inputs in runs:
-                bucket.rehearse(tensors, inputs)
-            self._adopt(plan, state)
+        request = Request(
+            self._max_grad_norm,
+            self._skip_nonfinite,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+            self._norm_group,
+        )
 
-        for bucket, inputs in runs:
-            bucket.update(tensors, inputs)
-        torch.autograd.graph.increment_version(grads.stepped)
-        self._has_norm = has_norm
+        def before_updates(inputs: StepInputs) -> None:
+            self._second_clip.observe(inputs)
+            if plan is not self._plan:
+                self._adopt(plan, state)
+
+        plan.run(Tensors(self.param_groups, state, found.grads), found, hypers, request, before_updates)
+        self._has_norm = request.needs_norm
         return loss
 
     def _check_graph_capture(self) -> None:
@@ -307,7 +303,7 @@ class FusedHygieneAdamW(Checkpointed):
                 check_hypers(group, index)  # names what is wrong
             raise
 
-    def _current_plan(self) -> tuple[Plan, Gradients, State]:
+    def _current_plan(self) -> tuple[Plan, Found, State]:
         """Return the plan (a new one if the old one is out of date), the gradients, the state it is for."""
         plan = self._plan
         if plan is not None and (seen := plan.check(self.param_groups, self.state)) is not None:
@@ -315,17 +311,33 @@ class FusedHygieneAdamW(Checkpointed):
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
         local, state = local_grads(params, grads), cast(State, self.state)
-        if plan is None or local is None or not plan.is_current(self.param_groups, params, local, state):
+        is_current = (
+            plan is not None
+            and local is not None
+            and plan.is_current(self.param_groups, Snapshot(params, local, state))
+        )
+        if not is_current:
             self._check_inputs(params, grads)
             plan, local, state = self._new_plan(params, grads, local)
-        return plan, Gradients.of(params, local), state
+        assert plan is not None
+        assert local is not None
+        return plan, Found.of(params, local), state
 
     def _check_inputs(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Refuse what no plan could be made of, in the mode that the step is called in."""
-        names = self._names()
         fused = [group["fused"] for group in self.param_groups for _ in group["params"]]
-        for name, p, grad, is_fused in zip(names, params, grads, fused, strict=True):
+        snapshot = Snapshot(params, grads, self.state)
+        checked: set[object] = set()
+        names: list[str] = []
+        for slot, (p, grad, is_fused) in enumerate(zip(params, grads, fused, strict=True)):
             state = self.state.get(p, {})
+            kind = snapshot.kind(slot, state)
+            if kind is not None:  # else it differs from all others
+                if (is_fused, kind) in checked:
+                    continue
+                checked.add((is_fused, kind))
+            names = names or self._names()
+            name = names[slot]
             if is_fused and grad is not None and not state:
                 check_fused(p, name)
             check_step(state, p, grad, name)
@@ -382,28 +394,10 @@ class FusedHygieneAdamW(Checkpointed):
                     mine.update(of_p)
         if self._plan is not None and self._plan.was_captured:
             self._captured_plans.append(self._plan)
-        self._plan, self._status = plan, plan.launches[0].status
-        names = self._names()
+        self._plan, self._status = plan, plan.status
+        names = self._names() if plan.fallbacks else []
         for slot, reason in plan.fallbacks.items():
             logger.debug("parameter %s is stepped by the reference: %s", names[slot], reason)
-
-    def _step_inputs(self, sums: Tensor | None, found_inf: Tensor | None, status: Tensor) -> StepInputs:
-        def on_device(value: Any) -> Tensor | None:
-            if value is None:
-                return None
-            if isinstance(value, Tensor) and value.device.type in ("cuda", status.device.type):
-                return value.to(status.device, torch.float32).reshape(())
-            # By a kernel: a copy from the host would synchronise.
-            return torch.full((), float(value), dtype=torch.float32, device=status.device)
-
-        return StepInputs(
-            sums=sums,
-            max_grad_norm=math.inf if self._max_grad_norm is None else self._max_grad_norm,
-            grad_scale=on_device(getattr(self, "grad_scale", None)),
-            found_inf=on_device(found_inf),
-            skip_nonfinite=self._skip_nonfinite,
-            status=status,
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         self._param_names.correct(self.param_groups)

@@ -4,13 +4,14 @@ Rows say where parameters live, chunks share out the work, hypers say how each g
 has the same layouts in C++. Buckets hold these tables, each for one launch.
 
 A plan is built once and kept as long as it is valid: every step reads all addresses again and compares. New
-addresses of gradients are written into the rows; any other change makes the plan stale, and the optimizer
-builds another.
+addresses of gradients are a table of their own; where parameters or state have moved, their rows are written
+anew; any other change makes the plan stale, and the optimizer builds another.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,11 +26,14 @@ from .buckets import (
     ReferenceBackend,
     TableBucket,
     TensorBucket,
+    Tensors,
     why_not_tabular,
 )
-from .distributed import NormGroup, Reduction, is_flattened, local_tensors
-from .memory import Gradients, Guard, State, Tensors, is_bound_to_inference, is_counted, overlapping
-from .tables import DeviceTable, Entry, Hyper, is_capturing, scalar_dtype
+from .distributed import NormGroup, Reduction, is_flattened
+from .guard import Found, Guard
+from .memory import STATE_KEYS, Spans, State
+from .snapshot import Form, Snapshot
+from .tables import DeviceTable, Hyper, StepInputs, is_capturing, scalar_dtype
 
 
 class Launch(NamedTuple):
@@ -38,6 +42,49 @@ class Launch(NamedTuple):
     bucket: Bucket
     sums: list[Tensor]  # one element for each of the bucket's domains: its sum of squares
     status: Tensor  # float64 (2,): the gradient norm, steps skipped so far. All launches report the same
+
+
+class Request(NamedTuple):
+    """What a step is asked for, beside the hyper-parameters of groups.
+
+    Attributes:
+        max_grad_norm: Clip to this global norm; None: no clipping.
+        skip_nonfinite: Skip the step where the norm is not finite.
+        grad_scale: The loss scale that the gradients still carry: a number, or one element on any device.
+        found_inf: Not 0: skip the step. One element on any device: what a GradScaler found in this process.
+        norm_group: Sums over the processes that hold the other parameters.
+    """
+
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    grad_scale: Any
+    found_inf: Any
+    norm_group: NormGroup | None
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether the norm of the gradients has to be known."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    def inputs(self, status: Tensor, sums: Tensor | None, found_inf: Any) -> StepInputs:
+        """What kernels need to know, on the device of `status`."""
+
+        def here(value: Any) -> Tensor | None:
+            if value is None:
+                return None
+            if isinstance(value, Tensor) and value.device.type in ("cuda", status.device.type):
+                return value.to(status.device, torch.float32).reshape(())
+            # By a kernel: a copy from the host would synchronise.
+            return torch.full((), float(value), dtype=torch.float32, device=status.device)
+
+        return StepInputs(
+            status,
+            sums,
+            math.inf if self.max_grad_norm is None else self.max_grad_norm,
+            here(self.grad_scale),
+            here(found_inf),
+            self.skip_nonfinite,
+        )
 
 
 class Plan:
@@ -72,7 +119,7 @@ class Plan:
         previous: Plan | None,
     ) -> None:
         params: list[Tensor] = [p for group in groups for p in group["params"]]
-        self._ids = list(map(id, params))
+        snapshot = Snapshot(params, grads, state)
         self.flattened = [slot for slot, p in enumerate(params) if is_flattened(p)]
         self._reduction = Reduction(params)
         self._structure = self._structure_of(groups)
@@ -81,93 +128,131 @@ class Plan:
         self._hypers: list[Hyper] = []
         self._tables_are_of_graph = False
         self.was_captured = False
+        self._has_run = False
         self.fallbacks: dict[int, str] = {}
-        kernels_for = functools.cache(kernels_for)
+        self._snapshot = snapshot
+        self._expected = self._expected_grads(previous)
+        self._needs_inference_mode = snapshot.is_bound_to_inference
+        self._spans = Spans([form.span for form in snapshot.forms])
+        addresses = torch.frombuffer(snapshot.addresses or array("q", [0]), dtype=torch.int64)
+        self._shared = self._spans.overlapping(addresses)
 
-        # The parameters to step: those that have had a gradient.
-        stepped = {slot: p for slot, p in enumerate(params) if is_counted(state, p)}
-        self._expected = {
-            slot: self._expected_grad(slot, p, grads[slot], previous) for slot, p in stepped.items()
-        }
-        members = self._members(groups, stepped)
-        tensors = Tensors(groups, state, grads)
-        entries = [member.entry(tensors) for member in members]
-        self._needs_inference_mode = any(
-            is_bound_to_inference(t) for entry in entries for t in (entry.param, *entry.state().values())
-        )
         self.launches: list[Launch] = []
         self._sums: dict[torch.device, Tensor] = {}
         self._grad_tables: dict[torch.device, DeviceTable] = {}
         self._sums_of: list[list[Tensor]] = [[] for _ in range(self._reduction.n_domains)]
-        local_params = local_tensors(params)
-        parts = self._parts(members, entries, local_params, grads, kernels_for)
-        for device, buckets in self._buckets(parts, len(groups), kernels_for, reference).items():
+        kernels_for = functools.cache(kernels_for)
+        for device, by_dtypes in self._parts(self._members(groups), kernels_for).items():
+            buckets = [
+                TableBucket(members, device, dtypes, len(groups), walker, addresses)
+                if dtypes and (walker := kernels_for(device)) is not None
+                else TensorBucket(members, device, reference)
+                for dtypes, members in sorted(by_dtypes.items(), key=lambda item: item[0] != ())
+            ]
             if status is None:
                 status = torch.zeros(2, dtype=scalar_dtype(device), device=device)
             self._add_launches(device, buckets, status)
-        known = [
-            None if slot not in stepped else self._expected[slot] if grad is None else grad
-            for slot, grad in enumerate(grads)
-        ]
-        self._guard = Guard(params, known, state)
+        self._guard = self._new_guard(params)
+        snapshot.forget()
 
-    def _members(self, groups: Sequence[Mapping[str, Any]], stepped: Mapping[int, Tensor]) -> list[Member]:
-        places = [(group, index) for group, g in enumerate(groups) for index in range(len(g["params"]))]
+    def _new_guard(self, params: Sequence[Tensor]) -> Guard | None:
+        """The check in C++, where there is one for these tensors."""
+        try:
+            return Guard(params, self._expected, self._snapshot)
+        except RuntimeError:
+            return None
+
+    def _expected_grads(self, previous: Plan | None) -> list[Form | None]:
+        """What gradients look like: as the present one, the last one seen, or the parameter.
+
+        None where there must be none: the parameter has no state yet.
+        """
+        snapshot = self._snapshot
+        seen = {} if previous is None else dict(zip(previous._snapshot.ids, previous._expected, strict=True))
         return [
-            Member(
-                slot,
-                *places[slot],
-                self._reduction.domain_of[slot],
-                bool(groups[places[slot][0]]["amsgrad"]),
-                self._expected[slot].dtype,
-            )
-            for slot in stepped
+            (grad or seen.get(id_) or snapshot.form(slot).of_grad())
+            if "step" in snapshot.places(slot)[1]
+            else None
+            for slot, (grad, id_) in enumerate(zip(snapshot.grads, snapshot.ids, strict=True))
         ]
+
+    def _members(self, groups: Sequence[Mapping[str, Any]]) -> list[Member]:
+        """The parameters to step: those that have had a gradient."""
+        snapshot, slot, members = self._snapshot, -1, []
+        n_state = len(snapshot.forms) - len(snapshot.ids)
+        for group, options in enumerate(groups):
+            amsgrad = bool(options["amsgrad"])
+            for index in range(len(options["params"])):
+                slot += 1
+                if (grad := self._expected[slot]) is not None:
+                    members.append(
+                        Member(
+                            slot,
+                            group,
+                            index,
+                            snapshot.ids[slot],
+                            snapshot.form(slot).numel,
+                            self._reduction.domain_of[slot],
+                            amsgrad,
+                            grad.dtype,
+                            n_state + slot,
+                            *snapshot.places(slot),
+                        )
+                    )
+        return members
 
     def _parts(
         self,
         members: Sequence[Member],
-        entries: Sequence[Entry],
-        local_params: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
         kernels_for: Callable[[torch.device], KernelBackend | None],
     ) -> _Parts:
         """Put together what one launch can step, on each device; notes `fallbacks`."""
-        shared = _shared(entries, local_params)
+        snapshot = self._snapshot
         parts: _Parts = {}
-        for member, entry in zip(members, entries, strict=True):
-            slot, device = entry.slot, entry.param.device
-            dtypes: tuple[torch.dtype, ...] = ()  # left to the reference
-            if (backend := kernels_for(device)) is not None:
-                grad = grads[slot]
-                reason = why_not_tabular(entry, self._expected[slot] if grad is None else grad, backend)
-                reason = reason or shared.get(slot)  # rows are stepped at the same time
-                if reason is not None:
-                    self.fallbacks[slot] = reason
-                else:
-                    dtypes = (entry.param.dtype, entry.grad_dtype, entry.exp_avg.dtype)
-            parts.setdefault(device, {}).setdefault(dtypes, []).append((member, entry))
+        judged: dict[object, tuple[str | None, list[Member]]] = {}
+        for member in members:
+            start, names = member.place_of_state, member.places_in_state
+            p, grad = snapshot.forms[member.place], self._expected[member.slot]
+            # What follows from the forms of all tensors is worked out once.
+            key = (p, grad, member.amsgrad, *names, *snapshot.forms[start : start + len(names)])
+            if key not in judged:
+                reason, dtypes = self._judge(member, kernels_for(p.device))
+                judged[key] = reason, parts.setdefault(p.device, {}).setdefault(dtypes, [])
+            reason, part = judged[key]
+            if reason is None and self._shared and (reason := self._why_shared(member)) is not None:
+                part = parts[p.device].setdefault((), [])
+            if reason is not None:
+                self.fallbacks[member.slot] = reason
+            part.append(member)
+        parts = {
+            device: found
+            for device, by_dtypes in parts.items()
+            if (found := {dtypes: part for dtypes, part in by_dtypes.items() if part})
+        }
         if not parts:  # norm and skipped steps are reported even if there is nothing to step
-            home = local_params[0].device if local_params else torch.device("cpu")
-            parts[home] = {(): []}
+            parts[snapshot.forms[-1].device if snapshot.forms else torch.device("cpu")] = {(): []}
         return parts
 
-    @staticmethod
-    def _buckets(
-        parts: _Parts,
-        n_groups: int,
-        kernels_for: Callable[[torch.device], KernelBackend | None],
-        reference: ReferenceBackend,
-    ) -> dict[torch.device, list[Bucket]]:
-        return {
-            device: [
-                TableBucket([entry for _, entry in pairs], n_groups, walker)
-                if dtypes and (walker := kernels_for(device)) is not None
-                else TensorBucket(pairs, device, reference)
-                for dtypes, pairs in sorted(by_dtypes.items(), key=lambda item: item[0] != ())
-            ]
-            for device, by_dtypes in parts.items()
-        }
+    def _judge(
+        self, member: Member, backend: KernelBackend | None
+    ) -> tuple[str | None, tuple[torch.dtype, ...]]:
+        """Why kernels that serve its device do not step a parameter, and the dtypes of those that do."""
+        forms = self._snapshot.forms
+        names = STATE_KEYS if member.amsgrad else STATE_KEYS[:3]
+        named = {name: forms[member.place_of_state + member.places_in_state[name]] for name in names}
+        p, grad = forms[member.place], self._expected[member.slot]
+        assert grad is not None
+        if backend is None:
+            return None, ()
+        reason = why_not_tabular({"parameter": p, "gradient": grad, **named}, backend)
+        return reason, () if reason else (p.dtype, grad.dtype, named["exp_avg"].dtype)
+
+    def _why_shared(self, member: Member) -> str | None:
+        """Why rows that are stepped at the same time would step on each other."""
+        places = {"parameter": member.place}
+        places |= {name: member.place_of_state + i for name, i in member.places_in_state.items()}
+        shared = [name for name, place in places.items() if place in self._shared]
+        return f"{shared[0]} shares memory with another one" if shared else None
 
     def _add_launches(self, device: torch.device, buckets: Sequence[Bucket], status: Tensor) -> None:
         """Give the buckets of a device their places in its vector of sums, and a status each."""
@@ -186,49 +271,57 @@ class Plan:
                 self._grad_tables[device] = DeviceTable(device)
 
     @staticmethod
-    def _expected_grad(slot: int, p: Tensor, grad: Tensor | None, previous: Plan | None) -> Tensor:
-        """The layout of a gradient: of the present one, else of the last one seen, else of the parameter.
-
-        A meta tensor: it has no memory to keep.
-        """
-        is_known = previous is not None and slot in previous._expected and previous._ids[slot] == id(p)
-        if grad is None and previous is not None and is_known:
-            return previous._expected[slot]
-        like: Tensor = local_tensors([p])[0] if grad is None else grad
-        with torch.inference_mode(False):
-            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
-
-    @staticmethod
     def _structure_of(groups: Sequence[Mapping[str, Any]]) -> list[object]:
         return [(len(group["params"]), bool(group["amsgrad"])) for group in groups]
 
-    def check(self, groups: Sequence[Mapping[str, Any]], state: State) -> Gradients | None:
-        """The gradients, if one call shows that the plan is current; None if it takes `is_current` to tell.
+    def check(self, groups: Sequence[Mapping[str, Any]], state: State) -> Found | None:
+        """What a step needs, if one call shows that the plan is current; None: `is_current` can tell.
 
         Args:
             groups: The optimizer's `param_groups` now.
             state: The optimizer's state now.
         """
-        if not self._is_for(groups):
+        if self._guard is None or not self._is_for(groups):
             return None
-        return self._guard.check([group["params"] for group in groups], state)
+        found = self._guard.check([group["params"] for group in groups], state)
+        if found is None or (found.moved is not None and not self._move(found.moved)):
+            return None
+        return found
 
-    def is_current(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        params: list[Tensor],
-        grads: Sequence[Tensor | None],
-        state: State,
-    ) -> bool:
-        """Whether the plan still describes the optimizer, up to gradient addresses and hyper-parameters.
+    def is_current(self, groups: Sequence[Mapping[str, Any]], snapshot: Snapshot) -> bool:
+        """Whether the plan describes the optimizer, up to gradient addresses and hyper-parameters.
+
+        Where all that has changed is where tensors are, the plan follows them.
 
         Args:
             groups: The optimizer's `param_groups` now.
-            params: All parameters of all groups now, in order.
-            grads: Their gradients now, `local_grads` of them.
-            state: The optimizer's state now.
+            snapshot: Its parameters, state and gradients now.
         """
-        return self._is_for(groups) and self._guard.matches(params, grads, state)
+        if not self._is_for(groups) or not snapshot.matches(self._snapshot, self._expected):
+            return False
+        is_moved = snapshot.addresses != self._snapshot.addresses
+        return not is_moved or self._move(snapshot.addresses.tobytes())
+
+    def _move(self, addresses: bytes) -> bool:
+        """Follow tensors to other addresses: an int64 each, as in `Snapshot.addresses`.
+
+        False: it takes another plan, as they share memory where they did not, or the other way round.
+        """
+        numbers = array("q", addresses)
+        table = torch.frombuffer(numbers, dtype=torch.int64)
+        # What may be written to outside of inference mode takes a look at each tensor.
+        if any(form.is_inference for form in set(self._snapshot.forms)):
+            return False
+        if any(map(is_capturing, self._sums)) or self._spans.overlapping(table) != self._shared:
+            return False
+        for bucket, _, _ in self.launches:
+            if isinstance(bucket, TableBucket):
+                bucket.place(table)
+        # Last: a move that was interrupted is seen again.
+        self._snapshot.addresses = numbers
+        if self._guard is not None:
+            self._guard.move(addresses)
+        return True
 
     def _is_for(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether groups have the known structure, and tensors made in inference mode may be written to."""
@@ -236,7 +329,47 @@ class Plan:
             not self._needs_inference_mode or torch.is_inference_mode_enabled()
         )
 
-    def prepare(self, hypers: list[Hyper], grads: Gradients) -> None:
+    def run(
+        self,
+        tensors: Tensors,
+        found: Found,
+        hypers: list[Hyper],
+        request: Request,
+        before_updates: Callable[[StepInputs], None],
+    ) -> None:
+        """Step: mutates parameters, moments and step counts.
+
+        Args:
+            tensors: What the optimizer holds.
+            found: Where it is now.
+            hypers: How each group is stepped.
+            request: What else the step is asked for.
+            before_updates: Called with the first launch's inputs when the norm is known and nothing has
+                changed yet; may raise.
+        """
+        self._prepare(hypers, found)
+        if request.needs_norm:
+            self._sum_squares(found.grads)
+        sums, found_inf = self._totals(request.needs_norm, request.found_inf, request.norm_group)
+        runs = [
+            (bucket, request.inputs(status, sums.get(bucket.device), found_inf))
+            for bucket, _, status in self.launches
+        ]
+        if not self._has_run:
+            for bucket, inputs in runs:
+                bucket.rehearse(tensors, inputs)
+        before_updates(runs[0][1])
+        self._has_run = True
+        for bucket, inputs in runs:
+            bucket.update(tensors, inputs)
+        torch.autograd.graph.increment_version(found.stepped)
+
+    @property
+    def status(self) -> Tensor:
+        """float64 (2,): the gradient norm of the last step, steps skipped so far."""
+        return self.launches[0].status
+
+    def _prepare(self, hypers: list[Hyper], found: Found) -> None:
         """Bring gradient addresses and hyper-parameters up to date, where they changed.
 
         The tables of a captured step are left to its graph, which may even be what fills them: the next step
@@ -244,15 +377,15 @@ class Plan:
         """
         if self._tables_are_of_graph:
             self._grad_addresses = self._hyper_keys = None
-        if grads.addresses != self._grad_addresses:
+        if found.addresses != self._grad_addresses:
             self._grad_addresses = None  # until all buckets have them
-            addresses = array("q", grads.addresses)
+            addresses = array("q", found.addresses)
             table = torch.frombuffer(addresses or array("q", [0]), dtype=torch.int64)
             on_device = {device: tables.upload(table) for device, tables in self._grad_tables.items()}
             for bucket, _, _ in self.launches:
                 if isinstance(bucket, TableBucket):
                     bucket.set_grads(on_device[bucket.device])
-            self._grad_addresses = grads.addresses
+            self._grad_addresses = found.addresses
         keys = [hyper.key() for hyper in hypers]
         if keys != self._hyper_keys or self._reads_lr_of_another_device(hypers):
             self._hyper_keys = None
@@ -274,18 +407,18 @@ class Plan:
             for device in self._sums
         )
 
-    def sum_of_squares(self, grads: Sequence[Tensor | None]) -> None:
-        """Sum the squares of this process's gradients, one sum per bucket and domain, for `totals`."""
+    def _sum_squares(self, grads: Sequence[Tensor | None]) -> None:
+        """Sum the squares of this process's gradients, one sum per bucket and domain, for `_totals`."""
         for bucket, sums, _ in self.launches:
             bucket.sum_of_squares(grads, sums)
 
-    def totals(
+    def _totals(
         self, is_summed: bool, found_inf: Tensor | None, norm_group: NormGroup | None
     ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
         """Sum the squares and `found_inf` over devices and processes.
 
         Args:
-            is_summed: Whether `sum_of_squares` has run.
+            is_summed: Whether `_sum_squares` has run.
             found_inf: One element on any device: what a GradScaler found in this process.
             norm_group: Sums over the processes that hold the other parameters.
 
@@ -315,14 +448,4 @@ class Plan:
 
 
 # On each device, by the dtypes of its tables (none for the reference): what one launch can step.
-_Parts = dict[torch.device, dict[tuple[torch.dtype, ...], list[tuple[Member, Entry]]]]
-
-
-def _shared(entries: Sequence[Entry], local_params: Sequence[Tensor]) -> dict[int, str]:
-    """Slots of the entries that write to memory of another parameter or its state, and a reason for each."""
-    owned = [(slot, "parameter", p) for slot, p in enumerate(local_params)]
-    owned += [(entry.slot, name, t) for entry in entries for name, t in entry.state().items()]
-    return {
-        owned[i][0]: f"{owned[i][1]} shares memory with another one"
-        for i in sorted(overlapping([t for _, _, t in owned]), reverse=True)
-    }
+_Parts = dict[torch.device, dict[tuple[torch.dtype, ...], list[Member]]]

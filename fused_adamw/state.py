@@ -31,9 +31,11 @@ def new_moment(p: Tensor, state_dtype: torch.dtype | None) -> Tensor:
         )
 
 
-def new_step(p: Tensor, value: Any = 0.0) -> Tensor:
+def new_step(p: Tensor, value: Any = None) -> Tensor:
     """A step count in the form of torch's fused optimizers: 0-dim float32 beside `p`."""
     step = torch.zeros((), dtype=torch.float32, device=p.device)
+    if value is None:
+        return step
     (value,) = local_tensors([value])
     with torch._C.DisableTorchFunctionSubclass():
         if isinstance(value, Tensor):
@@ -57,7 +59,7 @@ def missing_state(
         state_dtype: Dtype of new moments; None: the parameter's.
     """
     missing = {}
-    step = state.get("step", 0.0)
+    step = state.get("step")
     if not isinstance(step, Tensor) or step.device != p.device:
         missing["step"] = new_step(p, step)
     for key in MOMENTS[: 3 if amsgrad else 2]:

@@ -19,10 +19,12 @@ ALLOWED = {
     "tables": set(),
     "formats": set(),
     "extension": set(),
-    "memory": {"extension", "distributed"},
+    "memory": set(),
+    "snapshot": {"extension", "memory"},
+    "guard": {"distributed", "extension", "memory", "snapshot"},
     "distributed": set(),
-    "buckets": {"distributed", "memory", "tables"},
-    "plan": {"buckets", "distributed", "memory", "tables"},
+    "buckets": {"distributed", "memory", "snapshot", "tables"},
+    "plan": {"buckets", "distributed", "guard", "memory", "snapshot", "tables"},
     "backends": {"extension", "tables"},
     "state": {"distributed", "memory"},
     "announce": set(),
@@ -35,7 +37,8 @@ ALLOWED = {
     "second_clip": {"tables"},
     "loading": {"arguments", "checkpoints", "names", "regroup", "state"},
     "optimizer": {"announce", "arguments", "backends", "checks", "distributed", "groups", "loading"}
-    | {"memory", "names", "plan", "second_clip", "state", "tables"},
+    | {"buckets", "guard", "memory", "names", "plan", "snapshot"}
+    | {"second_clip", "state", "tables"},
     "version": set(),
     "__init__": {"groups", "backends", "optimizer", "version"},
     "cli": {"groups", "backends", "optimizer", "version"},
@@ -70,8 +73,11 @@ ALLOWED_INCLUDES = {
     "cuda/dispatch.cu": {"cuda/kernels.h", "cuda/layouts.h", "cuda/switches.h"},
     "python/dispatch_keys.h": set(),
     "python/guard.h": set(),
+    "python/survey.h": set(),
+    "python/survey.cpp": {"python/dispatch_keys.h", "python/survey.h"},
     "python/guard.cpp": {"python/dispatch_keys.h", "python/guard.h"},
-    "torch/bindings.cpp": {"adamw.h", "cpu/kernels.h", "cuda/kernels.h", "python/guard.h", "tables.h"},
+    "torch/bindings.cpp": {"adamw.h", "cpu/kernels.h", "cuda/kernels.h", "tables.h"}
+    | {"python/guard.h", "python/survey.h"},
 }
 SEES_TORCH = {"torch/bindings.cpp": ".*"} | dict.fromkeys(
     ("python/dispatch_keys.h", "python/guard.cpp"), "ATen/dlpack.h"

@@ -231,23 +231,40 @@ def test_step_in_inference_mode(target):
     assert p.requires_grad
 
 
-def test_tensor_subclasses_are_stepped_by_the_reference():
-    """A kernel must not take the address of what is a tensor only by name."""
+def test_subclasses_that_change_nothing_are_stepped_by_kernels():
+    class Named(torch.Tensor):
+        """Adds an attribute, as libraries do."""
 
-    class Wrapped(torch.Tensor):
+    class NamedParameter(torch.nn.Parameter):
         pass
 
-    p = torch.nn.Parameter(torch.ones(3).as_subclass(Wrapped))
     q = torch.nn.Parameter(torch.ones(3))
-    results = []
-    for param in (p, q):
-        optimizer = NATIVE.adamw([param])
-        param.grad = torch.full_like(param, 2.0)
+    params = [torch.nn.Parameter(torch.ones(3).as_subclass(Named)), NamedParameter(torch.ones(3)), q]
+    optimizer = NATIVE.adamw(params)
+    for step in range(3):
+        for p in params:
+            p.grad = torch.full((3,), 2.0 + step)
         optimizer.step()
-        results.append(optimizer._plan.fallbacks)
-    assert "is a" in results[0][0]
-    assert not results[1]
-    assert torch.equal(p.detach().as_subclass(torch.Tensor), q.detach())
+    assert type(params[0]) is Named
+    assert not optimizer._plan.fallbacks
+    assert optimizer._plan.check(optimizer.param_groups, optimizer.state) is not None
+    assert all(torch.equal(p.detach().as_subclass(torch.Tensor), q.detach()) for p in params)
+    assert all(type(t) is torch.Tensor for p in params for t in optimizer.state[p].values())
+
+
+def test_subclasses_of_their_own_behaviour_are_stepped_by_the_reference():
+    """A kernel must not take the address of what is a tensor only by name."""
+
+    class Logged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    p = torch.nn.Parameter(torch.ones(3).as_subclass(Logged))
+    optimizer = NATIVE.adamw([p])
+    p.grad = torch.full((3,), 2.0)
+    optimizer.step()
+    assert optimizer._plan.fallbacks == {0: "parameter is a Logged"}
 
 
 # The operators

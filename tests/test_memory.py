@@ -4,10 +4,12 @@ import gc
 import weakref
 from array import array
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 
-from fused_adamw import memory
+from fused_adamw import guard, memory, snapshot
 from fused_adamw.extension import load_extension
 
 
@@ -38,29 +40,36 @@ class Held:
 
 
 def python_guard(held):
-    guard = memory.Guard(held.params, held.known_grads, held.state)
+    before = snapshot.Snapshot(held.params, held.known_grads, held.state)
+    before.forget()
 
     def check(held):
         grads = [p.grad for p in held.params]
-        is_same = guard.matches(held.params, grads, held.state)
-        return memory.Gradients.of(held.params, grads).addresses if is_same else None
+        now = snapshot.Snapshot(held.params, grads, held.state)
+        is_same = now.matches(before, before.grads) and now.addresses == before.addresses
+        return guard.Found.of(held.params, grads).addresses if is_same else None
 
     return check
+
+
+def new_guard(held):
+    seen = snapshot.Snapshot(held.params, held.known_grads, held.state)
+    return guard.Guard(held.params, seen.grads, seen)
 
 
 def native_guard(held):
     if isinstance(load_extension(), str):
         pytest.skip("the extension is not built")
-    guard = memory.Guard(held.params, held.known_grads, held.state)
+    native = new_guard(held)
 
     def check(held):
-        grads = guard.check(held.groups, held.state)
-        if grads is None:
+        found = native.check(held.groups, held.state)
+        if found is None or found.moved is not None:
             return None
         present = [p for p in held.params if p.grad is not None]
-        assert list(map(id, grads.tensors)) == [id(p.grad) for p in held.params]
-        assert list(map(id, grads.stepped)) == list(map(id, present))
-        return grads.addresses
+        assert list(map(id, found.grads)) == [id(p.grad) for p in held.params]
+        assert list(map(id, found.stepped)) == list(map(id, present))
+        return found.addresses
 
     return check
 
@@ -375,7 +384,12 @@ def test_an_interrupt_is_not_swallowed():
 
 
 def a_subclass(held):
-    held.s["exp_avg"] = held.s["exp_avg"].as_subclass(type("Subclass", (torch.Tensor,), {}))
+    class Subclass(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    held.s["exp_avg"] = held.s["exp_avg"].as_subclass(Subclass)
 
 
 def a_sparse_one(held):
@@ -390,7 +404,8 @@ def a_meta_one(held):
 def test_other_kinds_of_tensors_are_compared_in_python(tensor):
     held = Held()
     tensor(held)
-    assert native_guard(held)(held) is None
+    with pytest.raises(RuntimeError):
+        new_guard(held)
     check = python_guard(held)
     assert check(held) == held.addresses()
     held.s["exp_avg"] = torch.ones(3, 4)
@@ -399,9 +414,10 @@ def test_other_kinds_of_tensors_are_compared_in_python(tensor):
 
 def test_without_an_extension_all_are_compared_in_python(monkeypatch):
     held = Held()
-    monkeypatch.setattr(memory, "load_extension", lambda: "not built")
-    guard = memory.Guard(held.params, held.known_grads, held.state)
-    assert guard.check(held.groups, held.state) is None
+    for module in (guard, snapshot):
+        monkeypatch.setattr(module, "load_extension", lambda: "not built")
+    with pytest.raises(RuntimeError, match="not built"):
+        new_guard(held)
     assert python_guard(held)(held) == held.addresses()
 
 
@@ -409,12 +425,12 @@ def test_functions_of_the_extension_refuse_other_types():
     extension = load_extension()
     if isinstance(extension, str):
         pytest.skip("the extension is not built")
-    probes = memory._probes()
+    probes = memory.probes()
     guard = extension.make_guard(torch.Tensor, (), (), (), probes)
-    assert extension.check_guard(guard, [], {}) == (b"", [], [])
+    assert extension.check_guard(guard, [], {}) == (b"", [], [], None)
     assert extension.check_guard(guard, [()], {}) is None  # only lists are walked
     assert extension.check_guard(guard, [[1]], {}) is None
-    assert extension.check_guard(guard, [], {1: 2}) == (b"", [], [])  # not the optimizer's
+    assert extension.check_guard(guard, [], {1: 2}) == (b"", [], [], None)  # not the optimizer's
     assert extension.check_guard(guard, [], ()) is None
     for args in [(), (guard,), (guard, (), {}), (guard, [], {}, 1)]:
         with pytest.raises(TypeError, match="a capsule, a list and a mapping"):
@@ -431,6 +447,18 @@ def test_functions_of_the_extension_refuse_other_types():
         extension.make_guard(torch.Tensor)
     with pytest.raises(AttributeError, match="dlpack"):
         extension.make_guard(int, (), (), (), probes)
+    assert extension.move_guard(guard, b"") is None
+    with pytest.raises(ValueError, match="0 bytes, got 8"):
+        extension.move_guard(guard, bytes(8))
+    for args in [(), (guard,), (guard, []), (guard, b"", 1)]:
+        with pytest.raises(TypeError, match="a capsule and bytes"):
+            extension.move_guard(*args)
+    assert extension.survey(torch.Tensor, [], probes) == (b"", b"")
+    for args in [(), (torch.Tensor, (), probes), (torch.Tensor, [], probes, 1)]:
+        with pytest.raises(TypeError, match="a type, a list and a tuple"):
+            extension.survey(*args)
+    with pytest.raises(NotImplementedError, match="another layout"):
+        extension.survey(torch.Tensor, [t], ((t, 12345),))
 
 
 # Layouts
@@ -449,7 +477,9 @@ def test_functions_of_the_extension_refuse_other_types():
     ],
 )
 def test_same_layout(a, b, same):
-    assert memory.same_layout(a, b) == memory.same_layout(b, a) == same
+    strides = a.stride(), b.stride()
+    for one, other in (strides, strides[::-1]):
+        assert (a.shape == b.shape and memory.same_layout(a.shape, one, other)) == same
 
 
 @pytest.mark.parametrize(
@@ -469,4 +499,63 @@ def test_same_layout(a, b, same):
     ],
 )
 def test_is_dense(t, dense):
-    assert memory.is_dense(t) == dense
+    assert memory.is_dense(t.shape, t.stride()) == dense
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=12))
+def test_overlapping(pieces):
+    """Against the bytes of each."""
+    spans = memory.Spans([size for _, size in pieces])
+    found = spans.overlapping(torch.tensor([start for start, _ in pieces], dtype=torch.int64))
+    covered = [set(range(start, start + size)) for start, size in pieces]
+    shared = {i for i, a in enumerate(covered) for j, b in enumerate(covered) if i != j and a & b}
+    assert found <= shared
+    assert bool(found) == bool(shared)
+    # All but pieces that lie in a longer one are named beside it.
+    assert all(any(a & covered[j] for j in found) for i, a in enumerate(covered) if i in shared)
+
+
+def assorted_tensors():
+    class Subclass(torch.Tensor):
+        pass
+
+    x = torch.zeros(3, 4)
+    with torch.inference_mode():
+        born_in_inference = torch.zeros(3, 4)
+    return [
+        x, torch.zeros(3, 4), torch.nn.Parameter(x), x.t(), x[:, :1], x[:, :2], x.half(), x.view(4, 3),
+        x.as_subclass(Subclass), torch.zeros(()), torch.zeros(0, 4), x.to(torch.complex64),
+        x.to(torch.complex64).conj(), x.to(torch.complex64).conj().imag, born_in_inference,
+        torch.zeros(1, 1, 1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1, 1, 1),
+    ]  # fmt: skip
+
+
+def test_a_survey_in_cpp_tells_the_same_tensors_apart(monkeypatch):
+    """As one in Python, and says the same of them."""
+    if isinstance(load_extension(), str):
+        pytest.skip("the extension is not built")
+    tensors = assorted_tensors()
+    forms, addresses = snapshot.Forms().survey(tensors)
+    monkeypatch.setattr(snapshot, "load_extension", lambda: "not built")
+    expected, same_addresses = snapshot.Forms().survey(tensors)
+    assert addresses == same_addresses
+    assert [form.key for form in forms] == [form.key for form in expected]
+    assert [forms.index(form) for form in forms] == [expected.index(form) for form in expected]
+
+
+def test_a_guard_follows_what_has_moved():
+    if isinstance(load_extension(), str):
+        pytest.skip("the extension is not built")
+    held = Held()
+    native = new_guard(held)
+    held.s["exp_avg"], held.p.data = held.s["exp_avg"].clone(), held.p.detach().clone()
+    found = native.check(held.groups, held.state)
+    assert found.addresses == held.addresses()
+    here = snapshot.Snapshot(held.params, held.known_grads, held.state)
+    assert found.moved == here.addresses.tobytes()
+    assert native.check(held.groups, held.state).moved == found.moved  # until it is told
+    native.move(found.moved)
+    for _ in range(3):
+        assert native.check(held.groups, held.state).moved is None
+    held.s["exp_avg"].untyped_storage().resize_(0)
+    assert native.check(held.groups, held.state) is None

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <new>
+#include <vector>
 
 namespace fused_adamw {
 
@@ -43,27 +45,78 @@ inline const char* cdata_of(PyObject* tensor) {
   return static_cast<const char*>(checked(PyLong_AsVoidPtr(address.get())));
 }
 
+// Tells where and how tensors are, through DLPack.
+class Dlpack {
+ public:
+  explicit Dlpack(PyObject* tensor_type) {
+    const Owned capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
+    const auto* const api = static_cast<const DLPackExchangeAPI*>(
+        checked(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api")));
+    convert_ = api->dltensor_from_py_object_no_sync;
+    if (api->header.version.major != DLPACK_MAJOR_VERSION || !convert_) {
+      PyErr_SetString(PyExc_NotImplementedError, "another version of DLPack");
+      throw PythonError();
+    }
+  }
+
+  DLTensor operator()(PyObject* tensor) const {
+    DLTensor t;
+    if (convert_(tensor, &t) != 0) throw PythonError();
+    return t;
+  }
+
+ private:
+  DLPackDLTensorFromPyObjectNoSync convert_;
+};
+
+inline int64_t address_of(const DLTensor& t) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) + t.byte_offset);
+}
+
+// Runs f; what it throws becomes a Python exception.
+template <typename F>
+PyObject* guarded(const F& f) {
+  try {
+    return f();
+  } catch (const PythonError&) {
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  }
+  return nullptr;
+}
+
+inline PyObject* as_bytes(const std::vector<int64_t>& numbers) {
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(numbers.data()),
+                                   static_cast<Py_ssize_t>(numbers.size() * sizeof(int64_t)));
+}
+
 class KeyReader {
  public:
   // probes: tuple of (tensor, its keys), of which no two tensors have the same keys and sizes.
   void locate(const DLTensor& first, PyObject* probes) {
     sizes_ = reinterpret_cast<const char*>(first.shape) - cdata_of(item(item(probes, 0), 0));
-    for (keys_ = 0; keys_ < kSearched; keys_ += sizeof(int64_t)) {
-      bool found = true;
-      for (Py_ssize_t i = 0; found && i < PyTuple_Size(probes); ++i) {
-        PyObject* const probe = item(probes, i);
-        found = load(cdata_of(item(probe, 0)) + keys_) == as_keys(item(probe, 1));
-      }
-      if (found) return;
+    keys_ = find(probes, [](PyObject* probe) { return as_keys(item(probe, 1)); });
+    if (keys_ == kSearched) {
+      PyErr_SetString(PyExc_NotImplementedError, "another layout of tensors");
+      throw PythonError();
     }
-    PyErr_SetString(PyExc_NotImplementedError, "another layout of tensors");
-    throw PythonError();
+    storage_ = find(probes, [](PyObject* probe) {
+      const Owned storage(PyObject_CallMethod(item(probe, 0), "untyped_storage", nullptr));
+      return reinterpret_cast<int64_t>(cdata_of(storage.get()));
+    });
   }
 
-  int64_t operator()(PyObject* tensor, const DLTensor& t) const {
-    const char* const start =
-        t.ndim > kInlineDims ? cdata_of(tensor) : reinterpret_cast<const char*>(t.shape) - sizes_;
-    return load(start + keys_);
+  int64_t operator()(PyObject* tensor, const DLTensor& t) const { return load(start_of(tensor, t) + keys_); }
+
+  // Where the tensor itself is.
+  const char* start_of(PyObject* tensor, const DLTensor& t) const {
+    return t.ndim > kInlineDims ? cdata_of(tensor) : reinterpret_cast<const char*>(t.shape) - sizes_;
+  }
+
+  // Where its storage is; null if that is not known.
+  const char* storage_of(PyObject* tensor, const DLTensor& t) const {
+    return storage_ == kSearched ? nullptr
+                                 : reinterpret_cast<const char*>(load(start_of(tensor, t) + storage_));
   }
 
   // Whether a tensor is where its sizes are expected.
@@ -83,13 +136,27 @@ class KeyReader {
   // Within how many bytes of a tensor its dispatch keys are looked for.
   static constexpr int64_t kSearched = 256;
 
+  // The offset at which all probes have what is expected of them; kSearched if there is none.
+  template <typename F>
+  static int64_t find(PyObject* probes, const F& expected) {
+    for (int64_t offset = 0; offset < kSearched; offset += sizeof(int64_t)) {
+      bool found = true;
+      for (Py_ssize_t i = 0; found && i < PyTuple_Size(probes); ++i) {
+        PyObject* const probe = item(probes, i);
+        found = load(cdata_of(item(probe, 0)) + offset) == expected(probe);
+      }
+      if (found) return offset;
+    }
+    return kSearched;
+  }
+
   static int64_t load(const char* from) {
     int64_t keys;
     std::memcpy(&keys, from, sizeof keys);
     return keys;
   }
 
-  int64_t sizes_ = 0, keys_ = 0;  // offsets
+  int64_t sizes_ = 0, keys_ = 0, storage_ = kSearched;  // offsets
 };
 
 }  // namespace fused_adamw

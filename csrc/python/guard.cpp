@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <vector>
@@ -44,10 +45,6 @@ const Names& names() {
 
 bool is_empty(const DLTensor& t) { return std::find(t.shape, t.shape + t.ndim, 0) != t.shape + t.ndim; }
 
-int64_t address_of(const DLTensor& t) {
-  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) + t.byte_offset);
-}
-
 // Passes what kernels rely on beside a tensor's address to `take`, one by one, until that returns false.
 // The first number, of dimensions, determines how many follow.
 template <typename F>
@@ -83,8 +80,11 @@ struct Object {
   Kept name;  // under which the state has it
   PyTypeObject* type = nullptr;
   PyTypeObject* local_type = nullptr;
-  Kept spec;  // where a DTensor is: its mesh and placements; nothing for other tensors
-  // Where the tensor and its storage were, which a check reaches through the object: hints to prefetch.
+  Kept grad_type;     // of a parameter: the type of its gradient
+  size_t number = 0;  // which of the numbers is its address
+  Kept spec;          // where a DTensor is: its mesh and placements; nothing for other tensors
+  // Where the tensor and its storage were, which a check reaches through the object: hints to prefetch,
+  // looked up by the first check that finds the tensor where it was.
   const char* behind[2] = {};
 };
 
@@ -99,17 +99,13 @@ bool with_local(PyObject* tensor, bool is_dtensor, const F& f) {
 class Guard {
  public:
   Guard(PyObject* tensor_type, PyObject* params, PyObject* grads, PyObject* state, PyObject* probes)
-      : tensor_type(reinterpret_cast<PyTypeObject*>(tensor_type)) {
-    const Owned capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
-    const auto* const api = static_cast<const DLPackExchangeAPI*>(
-        checked(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api")));
-    to_dlpack_ = api->dltensor_from_py_object_no_sync;
-    if (api->header.version.major != DLPACK_MAJOR_VERSION || !to_dlpack_) {
-      PyErr_SetString(PyExc_NotImplementedError, "another version of DLPack");
-      throw PythonError();
-    }
-    keys_.locate(to_dlpack(item(item(probes, 0), 0)), probes);
-    for (Py_ssize_t i = 0; i < PyTuple_Size(state); ++i) {
+      : to_dlpack(tensor_type) {
+    keys.locate(to_dlpack(item(item(probes, 0), 0)), probes);
+    const Py_ssize_t n_state = PyTuple_Size(state), n_params = PyTuple_Size(params);
+    if (n_state < 0 || n_params < 0) throw PythonError();
+    this->state.reserve(5 * static_cast<size_t>(n_state));
+    this->params.reserve(static_cast<size_t>(n_params));
+    for (Py_ssize_t i = 0; i < n_state; ++i) {
       PyObject* const of_param = item(state, i);
       this->state.emplace_back();
       this->state.back().object = item(of_param, 0);
@@ -118,26 +114,37 @@ class Guard {
         this->state.back().name = keep(item(of_param, j));
       }
     }
-    for (Py_ssize_t i = 0; i < PyTuple_Size(params); ++i) {
+    for (Py_ssize_t i = 0; i < n_params; ++i) {
       this->params.push_back(record(item(params, i)));
-      record_grad(item(grads, i));
+      record_grad(item(grads, i), &this->params.back());
       own_.push_back(item(params, i));
     }
     std::sort(own_.begin(), own_.end());
     if (PyErr_Occurred()) throw PythonError();
   }
 
-  DLTensor to_dlpack(PyObject* tensor) const {
-    DLTensor t;
-    if (to_dlpack_(tensor, &t) != 0) throw PythonError();
-    return t;
-  }
-  int64_t keys(PyObject* tensor, const DLTensor& t) const { return keys_(tensor, t); }
-
   // Whether the state of this object is the optimizer's own.
   bool is_param(PyObject* object) const { return std::binary_search(own_.begin(), own_.end(), object); }
 
-  PyTypeObject* const tensor_type;
+  // Records where the tensors of the state and the parameters have moved: addresses as `check_guard` returns
+  // them.
+  void move(const int64_t* addresses) {
+    for (std::vector<Object>* const objects : {&state, &params}) {
+      for (Object& object : *objects) {
+        if (!object.type) continue;
+        numbers[object.number] = *addresses++;
+      }
+    }
+  }
+  // How many addresses that are.
+  size_t n_tensors() const {
+    size_t n = params.size();
+    for (const Object& object : state) n += object.type != nullptr;
+    return n;
+  }
+
+  const Dlpack to_dlpack;
+  KeyReader keys;
   // In the order of a check. Of each parameter in the state itself, then what belongs to it.
   std::vector<Object> state, params;
   // Address and description of each tensor of the state and each parameter; after a parameter its gradient's
@@ -149,26 +156,28 @@ class Guard {
     Object object;
     object.object = tensor;
     object.type = Py_TYPE(tensor);
-    if (PyObject_HasAttr(tensor, names().local_tensor) == 1) {
+    if (is_dtensor(object.type, tensor)) {
       object.spec.reset(checked(PyObject_GetAttr(tensor, names().spec)));
     }
     with_local(tensor, object.spec != nullptr, [&](PyObject* local) {
       const DLTensor t = to_dlpack(local);
-      if (!keys_.knows(local, t)) {
+      if (!keys.knows(local, t)) {
         PyErr_SetString(PyExc_NotImplementedError, "a tensor of another layout");
         throw PythonError();
       }
       object.local_type = Py_TYPE(local);
+      object.number = numbers.size();
+      object.behind[0] = keys.start_of(local, t);
+      object.behind[1] = keys.storage_of(local, t);
       numbers.push_back(address_of(t));
-      object.behind[0] = cdata_of(local);
-      object.behind[1] = cdata_of(Owned(PyObject_CallMethod(local, "untyped_storage", nullptr)).get());
       return record_description(t, keys(local, t));
     });
     return object;
   }
 
-  void record_grad(PyObject* expected) {
+  void record_grad(PyObject* expected, Object* param) {
     if (expected == Py_None) return numbers.push_back(kNoGrad);
+    param->grad_type = keep(item(expected, 4));
     DLTensor t = to_dlpack(item(expected, 0));
     std::vector<int64_t> shape = integers(item(expected, 1)), strides = integers(item(expected, 2));
     t.ndim = static_cast<int32_t>(shape.size());
@@ -177,29 +186,39 @@ class Guard {
     record_description(t, KeyReader::as_keys(item(expected, 3)));
   }
 
+  // Whether tensors of a type are DTensors. Asking each of the others would raise an AttributeError each
+  // time.
+  bool is_dtensor(PyTypeObject* type, PyObject* tensor) {
+    const auto known = std::find(other_types_.begin(), other_types_.end(), type);
+    if (known != other_types_.end()) return false;
+    if (PyObject_HasAttr(tensor, names().local_tensor) == 1) return true;
+    other_types_.push_back(type);
+    return false;
+  }
+
   bool record_description(const DLTensor& t, int64_t keys) {
     return describe(t, keys, [this](int64_t number) { return numbers.push_back(number), true; });
   }
 
-  DLPackDLTensorFromPyObjectNoSync to_dlpack_;
-  KeyReader keys_;
-  std::vector<PyObject*> own_;  // the parameters, sorted
+  std::vector<PyObject*> own_;              // the parameters, sorted
+  std::vector<PyTypeObject*> other_types_;  // of tensors that are no DTensors
 };
 
 // One comparison with what was recorded.
 class Check {
  public:
-  explicit Check(const Guard& guard)
+  explicit Check(Guard& guard)
       : guard_(guard),
         number_(guard.numbers.data()),
         grads_(PyList_New(static_cast<Py_ssize_t>(guard.params.size()))) {
     addresses_.reserve(guard.params.size());
+    found_.reserve(guard.state.size() + guard.params.size());
   }
 
   bool is_same_state(PyObject* state) {
     PyObject *param, *of_param, *name, *value;
     size_t n = 0;
-    const std::vector<Object>& known = guard_.state;
+    std::vector<Object>& known = guard_.state;
     for (Py_ssize_t i = 0; PyDict_Next(state, &i, &param, &of_param);) {
       if (n == known.size() || param != known[n].object) {
         if (guard_.is_param(param)) return false;
@@ -209,7 +228,7 @@ class Check {
       ++n;
       for (Py_ssize_t j = 0; PyDict_Next(of_param, &j, &name, &value);) {
         if (n < known.size() && name == known[n].name.get()) {
-          if (!is_unmoved(value, known, n++)) return false;
+          if (!is_alike(value, known, n++)) return false;
         } else if (is_read(name)) {
           return false;
         }
@@ -220,28 +239,29 @@ class Check {
 
   bool finds_grads(PyObject* groups) {
     size_t n = 0;
-    const std::vector<Object>& known = guard_.params;
+    std::vector<Object>& known = guard_.params;
     for (Py_ssize_t i = 0; i < PyList_Size(groups); ++i) {
       PyObject* const params = PyList_GetItem(groups, i);
       if (!PyList_Check(params)) return false;
       for (Py_ssize_t j = 0; j < PyList_Size(params); ++j, ++n) {
         PyObject* const param = PyList_GetItem(params, j);
-        if (n == known.size() || param != known[n].object || !is_unmoved(param, known, n)) return false;
+        if (n == known.size() || param != known[n].object || !is_alike(param, known, n)) return false;
         if (!finds_grad(known[n])) return false;
       }
     }
     return n == known.size();
   }
 
-  // The gradients found: (bytes, list), and the list of what is stepped.
+  // The gradients found: (bytes, list), the list of what is stepped, and the addresses of all tensors of the
+  // state and all parameters, if any has moved.
   PyObject* result() {
     const Owned stepped(PyList_New(static_cast<Py_ssize_t>(stepped_.size())));
     for (size_t i = 0; i < stepped_.size(); ++i)
       PyList_SetItem(stepped.get(), static_cast<Py_ssize_t>(i), stepped_[i].release());
-    const Owned bytes(
-        PyBytes_FromStringAndSize(reinterpret_cast<const char*>(addresses_.data()),
-                                  static_cast<Py_ssize_t>(addresses_.size() * sizeof(int64_t))));
-    return checked(PyTuple_Pack(3, bytes.get(), grads_.get(), stepped.get()));
+    const Owned bytes(as_bytes(addresses_));
+    if (!has_moved_) return checked(PyTuple_Pack(4, bytes.get(), grads_.get(), stepped.get(), Py_None));
+    const Owned moved(as_bytes(found_));
+    return checked(PyTuple_Pack(4, bytes.get(), grads_.get(), stepped.get(), moved.get()));
   }
 
  private:
@@ -254,8 +274,9 @@ class Check {
     });
   }
 
-  // Whether the tensor has the address and description of the n-th recorded one. It may be another object.
-  bool is_unmoved(PyObject* tensor, const std::vector<Object>& known, size_t n) {
+  // Whether the tensor has the description of the n-th recorded one; notes where it is. It may be another
+  // object.
+  bool is_alike(PyObject* tensor, std::vector<Object>& known, size_t n) {
     if (n + kAhead < known.size()) prefetch(known[n + kAhead]);
     if (Py_TYPE(tensor) != known[n].type) return false;
     PyObject* const spec = known[n].spec.get();
@@ -263,7 +284,15 @@ class Check {
     return with_local(tensor, spec, [&](PyObject* local) {
       if (Py_TYPE(local) != known[n].local_type) return false;
       const DLTensor t = guard_.to_dlpack(local);
-      return address_of(t) == *number_++ && is_as_expected(local, t);
+      const int64_t address = address_of(t);
+      found_.push_back(address);
+      if (address != *number_++) {
+        if (!address && !is_empty(t)) return false;  // its memory was taken away
+        known[n].behind[0] = guard_.keys.start_of(local, t);
+        known[n].behind[1] = guard_.keys.storage_of(local, t);
+        has_moved_ = true;
+      }
+      return is_as_expected(local, t);
     });
   }
 
@@ -284,7 +313,7 @@ class Check {
     PyObject* const spec = param.spec.get();
     if (spec && !is_placed(grad.get(), spec)) return false;
     return with_local(grad.get(), spec, [&](PyObject* local) {
-      if (Py_TYPE(local) != guard_.tensor_type) return false;
+      if (reinterpret_cast<PyObject*>(Py_TYPE(local)) != param.grad_type.get()) return false;
       const DLTensor t = guard_.to_dlpack(local);
       if (!is_as_expected(local, t)) return false;
       const int64_t address = address_of(t);
@@ -321,26 +350,16 @@ class Check {
     return describe(t, guard_.keys(tensor, t), [this](int64_t number) { return number == *number_++; });
   }
 
-  const Guard& guard_;
-  const int64_t* number_;  // the next one to compare
-  std::vector<int64_t> addresses_;
+  Guard& guard_;
+  const int64_t* number_;           // the next one to compare
+  std::vector<int64_t> addresses_;  // of gradients
+  std::vector<int64_t> found_;      // addresses of all else
+  bool has_moved_ = false;
   const Owned grads_;
   std::vector<Kept> stepped_;
 };
 
 void destroy(PyObject* capsule) { delete static_cast<Guard*>(PyCapsule_GetPointer(capsule, kCapsule)); }
-
-// Runs f; what it throws becomes a Python exception.
-template <typename F>
-PyObject* guarded(const F& f) {
-  try {
-    return f();
-  } catch (const PythonError&) {
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  }
-  return nullptr;
-}
 
 }  // namespace
 
@@ -357,7 +376,7 @@ PyObject* make_guard(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
 PyObject* check_guard(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
   if (n_args != 3 || !PyList_Check(args[1]))
     return PyErr_Format(PyExc_TypeError, "check_guard expects a capsule, a list and a mapping");
-  const auto* const guard = static_cast<const Guard*>(PyCapsule_GetPointer(args[0], kCapsule));
+  auto* const guard = static_cast<Guard*>(PyCapsule_GetPointer(args[0], kCapsule));
   if (!guard) return nullptr;
   return guarded([args, guard]() -> PyObject* {
     Check check(*guard);
@@ -371,6 +390,21 @@ PyObject* check_guard(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
     }
     return check.result();
   });
+}
+
+PyObject* move_guard(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
+  if (n_args != 2 || !PyBytes_Check(args[1]))
+    return PyErr_Format(PyExc_TypeError, "move_guard expects a capsule and bytes");
+  auto* const guard = static_cast<Guard*>(PyCapsule_GetPointer(args[0], kCapsule));
+  if (!guard) return nullptr;
+  const Py_ssize_t expected = static_cast<Py_ssize_t>(guard->n_tensors() * sizeof(int64_t));
+  if (PyBytes_Size(args[1]) != expected)
+    return PyErr_Format(PyExc_ValueError, "move_guard expects %zd bytes, got %zd", expected,
+                        PyBytes_Size(args[1]));
+  std::vector<int64_t> addresses(guard->n_tensors());
+  std::memcpy(addresses.data(), PyBytes_AsString(args[1]), static_cast<size_t>(expected));
+  guard->move(addresses.data());
+  Py_RETURN_NONE;
 }
 
 }  // namespace fused_adamw

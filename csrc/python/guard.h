@@ -23,7 +23,7 @@ namespace fused_adamw {
 // by their identity. Raises if DLPack cannot describe a tensor, or dispatch keys are not found.
 PyObject* make_guard(PyObject* module, PyObject* const* args, Py_ssize_t n_args);
 
-// check_guard(capsule, params, state) -> (bytes, list, list) | None
+// check_guard(capsule, params, state) -> (bytes, list, list, bytes | None) | None
 //
 //   params       list of the lists of parameters of all groups
 //   state        the optimizer's state, a dict; what it has for others than the parameters is not looked at
@@ -31,7 +31,14 @@ PyObject* make_guard(PyObject* module, PyObject* const* args, Py_ssize_t n_args)
 // Returns the addresses of all gradients, an int64 each, 0 where there is none, and the gradients themselves,
 // of DTensors their local tensors, None where there is none: as long as the caller holds these, their memory
 // stays, whatever other threads do. Then the parameters that have a gradient, and the local tensors of
-// DTensors among them. None if anything is not as it was, or cannot be checked.
+// DTensors among them. Last, if a tensor is alike but elsewhere, the addresses of all tensors of the state,
+// in its order, and of all parameters; else None. None alone if anything else is not as it was, or cannot be
+// checked.
 PyObject* check_guard(PyObject* module, PyObject* const* args, Py_ssize_t n_args);
+
+// move_guard(capsule, bytes) -> None
+//
+// Records these addresses, as `check_guard` returned them, for where tensors are.
+PyObject* move_guard(PyObject* module, PyObject* const* args, Py_ssize_t n_args);
 
 }  // namespace fused_adamw

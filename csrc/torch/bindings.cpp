@@ -18,6 +18,7 @@
 #include "../adamw.h"
 #include "../cpu/kernels.h"
 #include "../python/guard.h"
+#include "../python/survey.h"
 #ifdef FUSED_ADAMW_CUDA
 #include "../cuda/kernels.h"
 // Absent from a CPU-only torch, where the extension must still load.
@@ -260,7 +261,10 @@ PyMODINIT_FUNC PyInit__C(void) {
       {"make_guard", fastcall(&fused_adamw::make_guard), METH_FASTCALL,
        "make_guard(tensor_type, params, grads, state, probes)"},
       {"check_guard", fastcall(&fused_adamw::check_guard), METH_FASTCALL,
-       "check_guard(guard, params, state) -> (bytes, list, list) | None"},
+       "check_guard(guard, params, state) -> (bytes, list, list, bytes | None) | None"},
+      {"move_guard", fastcall(&fused_adamw::move_guard), METH_FASTCALL, "move_guard(guard, addresses)"},
+      {"survey", fastcall(&fused_adamw::survey), METH_FASTCALL,
+       "survey(tensor_type, tensors, probes) -> (bytes, bytes)"},
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {
