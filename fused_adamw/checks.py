@@ -12,7 +12,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from .arguments import hint_for_string, number_of
 from .distributed import is_partial, local_tensors, why_misplaced
-from .memory import is_bound_to_inference, lacks_memory
+from .memory import lacks_memory
 from .state import MOMENTS
 
 
@@ -141,7 +141,7 @@ def check_writable(t: Tensor, what: str) -> None:
         reason = "is a conjugate view"
     elif t._is_zerotensor():
         reason = "is a tensor of zeros without memory"
-    elif is_bound_to_inference(t) and not torch.is_inference_mode_enabled():
+    elif t.is_inference() and not torch.is_inference_mode_enabled():
         reason = "was made in inference mode"
     if reason is not None:
         raise RuntimeError(f"{what} cannot be changed in place: it {reason}. Clone it first.")

@@ -96,19 +96,6 @@ def lacks_memory(t: Tensor) -> bool:
     return t.numel() > 0 and address_of(t) == 0
 
 
-def is_bound_to_inference(t: Tensor) -> bool:
-    """Whether a tensor may be written to in inference mode alone: it was made there, and has no version.
-
-    A parameter whose `.data` was made there keeps the version that it had, and stays writable.
-    """
-    if not t.is_inference():
-        return False
-    try:
-        return t._version < 0
-    except RuntimeError:
-        return True
-
-
 def dispatch_keys(t: Tensor) -> int:
     """The keys by which torch's dispatcher knows a tensor, as the bits of an int64.
 

@@ -132,7 +132,7 @@ class Plan:
         self.fallbacks: dict[int, str] = {}
         self._snapshot = snapshot
         self._expected = self._expected_grads(previous)
-        self._needs_inference_mode = snapshot.is_bound_to_inference
+        self._needs_inference_mode = any(form.is_inference for form in set(snapshot.forms))
         self._spans = Spans([form.span for form in snapshot.forms])
         addresses = torch.frombuffer(snapshot.addresses or array("q", [0]), dtype=torch.int64)
         self._shared = self._spans.overlapping(addresses)
@@ -309,9 +309,6 @@ class Plan:
         """
         numbers = array("q", addresses)
         table = torch.frombuffer(numbers, dtype=torch.int64)
-        # What may be written to outside of inference mode takes a look at each tensor.
-        if any(form.is_inference for form in set(self._snapshot.forms)):
-            return False
         if any(map(is_capturing, self._sums)) or self._spans.overlapping(table) != self._shared:
             return False
         for bucket, _, _ in self.launches:

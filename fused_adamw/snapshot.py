@@ -15,7 +15,6 @@ from .memory import (
     State,
     address_of,
     dispatch_keys,
-    is_bound_to_inference,
     is_dense,
     is_plain,
     probes,
@@ -144,8 +143,6 @@ class Snapshot:
         forms: Of the tensors of the state, in its order, then of the parameters.
         addresses: Where they are, in the same order.
         grads: The form of each gradient; None where there is none.
-        is_bound_to_inference: Whether a parameter or a tensor of the state may be written to in inference
-            mode alone.
     """
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], state: State) -> None:
@@ -173,10 +170,6 @@ class Snapshot:
         present = [g for g in grads if g is not None]
         of_all, addresses = forms.survey([*tensors, *present])
         self.forms, self.addresses = of_all[: len(tensors)], addresses[: len(tensors)]
-        self.is_bound_to_inference = any(
-            form.is_inference and is_bound_to_inference(t)
-            for form, t in zip(self.forms, tensors, strict=True)
-        )
         of_grads = iter(of_all[len(tensors) :])
         self.grads = [None if g is None else next(of_grads) for g in grads]
         self._lacks_memory = 0 in addresses and any(
@@ -200,13 +193,11 @@ class Snapshot:
         """
         p, grad = self.form(slot), self.grads[slot]
         start, names = self.places(slot)
-        others = self.forms[start : start + len(names)]
         is_known = isinstance(state, dict) and state.keys() == names.keys()
         is_plain = p.is_plain and (grad is None or grad.is_plain)
-        is_inference = p.is_inference or any(form.is_inference for form in others)
-        if self._lacks_memory or not is_known or not is_plain or is_inference:
+        if self._lacks_memory or not is_known or not is_plain:
             return None
-        return (p, grad, *names, *others)
+        return (p, grad, *names, *self.forms[start : start + len(names)])
 
     def forget(self) -> None:
         """Let go of all tensors."""

@@ -122,8 +122,9 @@ def test_python_api_is_a_part_of_the_stable_one():
         "Module_Create2 Capsule_New Capsule_GetPointer _NoneStruct _TrueStruct _IncRef _DecRef Type_GetFlags"
     )
     errors = "Err_Occurred Err_Clear Err_Format Err_SetString Err_NoMemory Err_ExceptionMatches"
-    errors += " Exc_Exception Exc_TypeError Exc_NotImplementedError"
-    values = "Long_AsLongLong Long_AsVoidPtr Unicode_InternFromString Bytes_FromStringAndSize"
+    errors += " Exc_Exception Exc_TypeError Exc_ValueError Exc_NotImplementedError"
+    values = "Long_AsLongLong Long_AsVoidPtr Unicode_InternFromString"
+    values += " Bytes_FromStringAndSize Bytes_AsString Bytes_Size"
     containers = "Dict_Next List_New List_Size List_GetItem List_SetItem Tuple_Size Tuple_GetItem Tuple_Pack"
     objects = "GetAttr GetAttrString HasAttr CallMethod CallMethodObjArgs RichCompareBool"
     known = {*module.split(), *errors.split(), *values.split(), *containers.split()}

@@ -348,19 +348,6 @@ def test_what_was_made_in_inference_mode_is_written_there_only(target, what):
     assert unchanged_since(optimizer, before)
 
 
-def test_data_from_inference_mode_leaves_a_parameter_writable(target):
-    """Weights that come from an inference engine: the parameter keeps its version, and torch writes to it."""
-
-    def act(optimizer, params):
-        for p in params:
-            with torch.inference_mode():
-                data = p.detach() * 0.5
-            p.data = data
-        steps(optimizer, params, first=3)
-
-    both(target, act)
-
-
 def test_a_state_loaded_in_inference_mode_is_used_after_it(target):
     results = []
     for mode in (torch.inference_mode, torch.no_grad):
