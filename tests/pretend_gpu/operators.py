@@ -7,8 +7,8 @@ import threading
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, empty, empty_strided  # tests put others in their place in torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_map
 
 from . import device as gpu
@@ -28,9 +28,9 @@ def memory_of(t: Tensor) -> Tensor:
     """A CPU tensor over the memory of a tensor of the pretend GPU."""
     storage = t.untyped_storage()
     if storage.nbytes() == 0 or t.numel() == 0:
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+        return empty_strided(t.shape, t.stride(), dtype=t.dtype)
     memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
-    view = torch.empty(0, dtype=t.dtype).set_(
+    view = empty(0, dtype=t.dtype).set_(
         torch.frombuffer(memory, dtype=torch.uint8).untyped_storage(), t.storage_offset(), t.shape, t.stride()
     )
     if t.is_neg():
@@ -47,6 +47,8 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As torch calls it."""
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # it has no memory: its class takes it apart first
         kwargs = kwargs or {}
         name = func._schema.name
         devices: list[torch.device] = []
@@ -135,7 +137,7 @@ def _to_gpu(name: str, out: Any, given: dict[int, Tensor], target: torch.device)
             return given[id(x)]
         if target.type != "cuda" or x.device.type != "cpu":
             return x
-        result = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=target)
+        result = empty_strided(x.shape, x.stride(), dtype=x.dtype, device=target)
         gpu.run_everything()
         memory_of(result).copy_(x)
         return result
@@ -165,7 +167,7 @@ def _capture(
         if id(x) in copies:
             results.append(None)
             return copies[id(x)]
-        result = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=target)
+        result = empty_strided(x.shape, x.stride(), dtype=x.dtype, device=target)
         results.append(memory_of(result))
         return result
 
