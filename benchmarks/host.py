@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from fused_adamw.buckets import TableBucket
-from fused_adamw.plan import Plan
+from fused_adamw.step.launch import TableBucket
+from fused_adamw.step.plan import Plan
 
 from .cases import SCALARS, TRAIN_MANY, Case, Gradients
 from .peers import Problem, fused, ours

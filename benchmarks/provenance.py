@@ -24,8 +24,8 @@ SOURCES = (
     "fused_adamw/backends",
     "fused_adamw/tables.py",
     "fused_adamw/formats.py",
-    "fused_adamw/buckets.py",
-    "fused_adamw/plan.py",
+    "fused_adamw/device.py",
+    "fused_adamw/step",
 )
 
 

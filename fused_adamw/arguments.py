@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import NormGroup, is_flattened
+from .dtensors import is_flattened
+from .step.norm import NormGroup
 from .tables import as_number
 
 # They are attributes of the optimizer, not group keys: those would end up in checkpoints, and torch's

@@ -12,33 +12,21 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from .announce import announce, logger
-from .arguments import (
-    OWN,
-    check_numbers,
-    checked_max_grad_norm,
-    checked_skip_nonfinite,
-    checked_state_dtype,
-)
+from .arguments import OWN, check_numbers, checked_max_grad_norm, checked_skip_nonfinite, checked_state_dtype
 from .backends import check_backend, kernels_for, reference
-from .buckets import Tensors
-from .checks import (
-    check_fused,
-    check_hypers,
-    check_no_transform,
-    check_not_differentiable,
-    check_step,
-)
-from .distributed import has_peers, is_flattened, local_grads
+from .device import is_capturing
+from .dtensors import has_peers, is_flattened, local_grads
 from .groups import build_param_groups, is_model, summarize_param_groups
-from .guard import Found
-from .loading import Checkpointed
-from .memory import State, is_counted
 from .names import ParamNames, show_names_to_dcp
-from .plan import Plan, Request
-from .second_clip import SecondClipDetector
-from .snapshot import Snapshot
-from .state import missing_state
-from .tables import Hyper, StepInputs, is_capturing
+from .state.checks import check_fused, check_hypers, check_no_transform, check_not_differentiable, check_step
+from .state.contents import is_counted, missing_state
+from .state.loading import Checkpointed
+from .step.double_clip import SecondClipDetector
+from .step.guard import Found
+from .step.launch import Tensors
+from .step.plan import Plan, Request
+from .step.snapshot import Snapshot
+from .tables import Hyper, State, StepInputs
 
 # Attributes that a copy of the optimizer keeps. It builds a plan of its own, as a plan is full of addresses.
 _COPIED = (

@@ -15,6 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# `Optimizer.state`: a step reads only what it holds for the optimizer's own parameters, under `STATE_KEYS`.
+# Whatever else users keep there is theirs.
+State = Mapping[Any, Any]
+# The last one is there with amsgrad only.
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
 _Address, _Int64, _Double = ctypes.c_uint64, ctypes.c_int64, ctypes.c_double
 
 
@@ -275,41 +281,3 @@ def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
     first = torch.cumsum(counts, 0) - counts
     index = torch.arange(row.numel(), device="cpu") - first[row]
     return torch.stack([row, index], dim=1).to(torch.int32)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of the device is being captured into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class DeviceTable:
-    """Copies host tables to a device without waiting for it.
-
-    The allocator of pinned memory keeps a staging buffer untouched until its copy is done. A captured graph
-    repeats the copy at every replay, so its staging buffer is kept. Pinned memory cannot be allocated during
-    a capture: each upload outside of one leaves a spare buffer.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._spare: Tensor | None = None
-        self._kept: list[Tensor] = []
-
-    def upload(self, table: Tensor) -> Tensor:
-        """Return a copy of `table` on the device; on the CPU, the table itself."""
-        if self.device.type == "cpu":
-            return table
-        if not is_capturing(self.device):
-            if self._spare is None:
-                self._spare = torch.empty_like(table, pin_memory=True)
-            return table.pin_memory().to(self.device, non_blocking=True)
-        if self._spare is None:
-            raise RuntimeError("run a step of the optimizer without capture before each capture")
-        staging, self._spare = self._spare.copy_(table), None
-        self._kept.append(staging)
-        return staging.to(self.device, non_blocking=True)
-
-
-def scalar_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating dtype that the device has."""
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -16,41 +16,54 @@ PACKAGE = ROOT / "fused_adamw"
 # Who may import whom, by the first component under fused_adamw.
 ALLOWED = {
     "groups": set(),
-    "tables": set(),
-    "formats": set(),
+    "device": set(),
+    "dtensors": set(),
     "extension": set(),
-    "memory": set(),
-    "snapshot": {"extension", "memory"},
-    "guard": {"distributed", "extension", "memory", "snapshot"},
-    "distributed": set(),
-    "buckets": {"distributed", "memory", "snapshot", "tables"},
-    "plan": {"buckets", "distributed", "guard", "memory", "snapshot", "tables"},
-    "backends": {"extension", "tables"},
-    "state": {"distributed", "memory"},
+    "formats": set(),
+    "layout": set(),
+    "tables": set(),
+    "backends": {"device", "extension", "tables"},
+    "step": {"device", "dtensors", "extension", "layout", "tables"},
     "announce": set(),
-    "arguments": {"distributed", "tables"},
-    "checks": {"arguments", "distributed", "memory", "state"},
-    "checkpoints": {"checks", "groups", "mismatch", "state"},
-    "mismatch": {"groups"},
-    "regroup": {"checkpoints", "groups"},
+    "arguments": {"dtensors", "step", "tables"},
     "names": {"groups"},
-    "second_clip": {"tables"},
-    "loading": {"arguments", "checkpoints", "names", "regroup", "state"},
-    "optimizer": {"announce", "arguments", "backends", "checks", "distributed", "groups", "loading"}
-    | {"buckets", "guard", "memory", "names", "plan", "snapshot"}
-    | {"second_clip", "state", "tables"},
+    "state": {"arguments", "dtensors", "groups", "layout", "names", "tables"},
+    "optimizer": {"announce", "arguments", "backends", "device", "dtensors", "groups", "names", "state"}
+    | {"step", "tables"},
     "version": set(),
     "__init__": {"groups", "backends", "optimizer", "version"},
     "cli": {"groups", "backends", "optimizer", "version"},
     "__main__": {"cli"},
 }
-# And within the folder of a backend: the rule knows no formats, and a format no rule.
-ALLOWED_IN_TRITON = {
-    "rule": set(),
-    "formats": set(),
-    "kernels": {"formats", "rule"},
-    "__init__": {"formats", "kernels"},
+# And within folders.
+ALLOWED_WITHIN = {
+    "step": {
+        "__init__": set(),
+        "double_clip": set(),
+        "norm": set(),
+        "snapshot": set(),
+        "guard": {"snapshot"},
+        "launch": {"snapshot"},
+        "plan": {"guard", "launch", "norm", "snapshot"},
+    },
+    "state": {
+        "__init__": set(),
+        "contents": set(),
+        "mismatch": set(),
+        "checks": {"contents"},
+        "checkpoints": {"checks", "contents", "mismatch"},
+        "regroup": {"checkpoints"},
+        "loading": {"checkpoints", "contents", "regroup"},
+    },
+    # The rule knows no formats, and a format no rule.
+    "backends/triton": {
+        "rule": set(),
+        "formats": set(),
+        "kernels": {"formats", "rule"},
+        "__init__": {"formats", "kernels"},
+    },
 }
+MODULES = sorted(PACKAGE.rglob("*.py"))
 CSRC = ROOT / "csrc"
 # Includes of our own headers, and who may see torch. The rule knows no formats, and a format no rule.
 ALLOWED_INCLUDES = {
@@ -90,7 +103,7 @@ def component(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """First components under fused_adamw that a module imports, absolutely or relatively."""
+    """The modules of fused_adamw that a module imports, absolutely or relatively: dotted names under it."""
     found = set()
     package = ["fused_adamw", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
@@ -102,21 +115,51 @@ def imports_of(path: Path) -> set[str]:
             names = [f"{module}.{alias.name}" for alias in node.names]
         else:
             continue
-        found |= {name.split(".")[1] for name in names if name.startswith("fused_adamw.")}
+        found |= {name.removeprefix("fused_adamw.") for name in names if name.startswith("fused_adamw.")}
     return found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def file_of(dotted: str) -> Path | None:
+    """The file that a dotted name under fused_adamw, or one with a module's content added, is in."""
+    parts = dotted.split(".")
+    for n in (len(parts), len(parts) - 1):
+        stem = PACKAGE.joinpath(*parts[:n])
+        for path in (stem.with_suffix(".py"), stem / "__init__.py"):
+            if n and path.exists():
+                return path
+    return None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_one_way(path):
     me = component(path)
-    assert imports_of(path) - {me, "_C"} <= ALLOWED[me]
+    assert {name.split(".")[0] for name in imports_of(path)} - {me, "_C"} <= ALLOWED[me]
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "backends" / "triton").glob("*.py")), ids=lambda p: p.stem)
-def test_imports_within_triton_go_one_way(path):
-    nodes = ast.walk(ast.parse(path.read_text()))
-    siblings = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.level == 1}
-    assert siblings <= ALLOWED_IN_TRITON[path.stem]
+@pytest.mark.parametrize("folder", ALLOWED_WITHIN)
+def test_imports_within_folders_go_one_way(folder):
+    inside = folder.replace("/", ".") + "."
+    for path in (PACKAGE / folder).glob("*.py"):
+        names = {n.removeprefix(inside).split(".")[0] for n in imports_of(path) if n.startswith(inside)}
+        siblings = {name for name in names if (PACKAGE / folder / f"{name}.py").exists()}
+        assert siblings <= ALLOWED_WITHIN[folder][path.stem], path
+
+
+def test_no_circle_of_imports():
+    """At any depth, between any two modules."""
+    graph = {path: {file_of(name) for name in imports_of(path)} - {None, path} for path in MODULES}
+    done, way = set(), []
+
+    def visit(path):
+        assert path not in way, [str(p.relative_to(PACKAGE)) for p in [*way[way.index(path) :], path]]
+        if path not in done:
+            way.append(path)
+            for other in graph[path]:
+                visit(other)
+            done.add(way.pop())
+
+    for path in MODULES:
+        visit(path)
 
 
 @pytest.mark.parametrize("name", SOURCES)

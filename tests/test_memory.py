@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from fused_adamw import guard, memory, snapshot
+from fused_adamw import layout
 from fused_adamw.extension import load_extension
+from fused_adamw.step import guard, snapshot
 
 
 class Held:
@@ -425,7 +426,7 @@ def test_functions_of_the_extension_refuse_other_types():
     extension = load_extension()
     if isinstance(extension, str):
         pytest.skip("the extension is not built")
-    probes = memory.probes()
+    probes = layout.probes()
     guard = extension.make_guard(torch.Tensor, (), (), (), probes)
     assert extension.check_guard(guard, [], {}) == (b"", [], [], None)
     assert extension.check_guard(guard, [()], {}) is None  # only lists are walked
@@ -479,7 +480,7 @@ def test_functions_of_the_extension_refuse_other_types():
 def test_same_layout(a, b, same):
     strides = a.stride(), b.stride()
     for one, other in (strides, strides[::-1]):
-        assert (a.shape == b.shape and memory.same_layout(a.shape, one, other)) == same
+        assert (a.shape == b.shape and layout.same_layout(a.shape, one, other)) == same
 
 
 @pytest.mark.parametrize(
@@ -499,13 +500,13 @@ def test_same_layout(a, b, same):
     ],
 )
 def test_is_dense(t, dense):
-    assert memory.is_dense(t.shape, t.stride()) == dense
+    assert layout.is_dense(t.shape, t.stride()) == dense
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=12))
 def test_overlapping(pieces):
     """Against the bytes of each."""
-    spans = memory.Spans([size for _, size in pieces])
+    spans = layout.Spans([size for _, size in pieces])
     found = spans.overlapping(torch.tensor([start for start, _ in pieces], dtype=torch.int64))
     covered = [set(range(start, start + size)) for start, size in pieces]
     shared = {i for i, a in enumerate(covered) for j, b in enumerate(covered) if i != j and a & b}

@@ -14,9 +14,10 @@ import torch
 from common import NATIVE, assert_same_path, give_grads, parameters, twins
 from torch.optim.lr_scheduler import LambdaLR
 
-from fused_adamw import guard, plan, snapshot, tables
 from fused_adamw import optimizer as optimizer_module
+from fused_adamw import tables
 from fused_adamw.extension import load_extension
+from fused_adamw.step import guard, plan, snapshot
 
 CSRC = Path(__file__).parents[1] / "csrc"
 

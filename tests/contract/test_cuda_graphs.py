@@ -7,8 +7,8 @@ import pytest
 import torch
 from common import NATIVE, TARGETS, Target, give_grads, parameters, snapshot, twins, unchanged_since
 
-from fused_adamw import buckets, plan
 from fused_adamw import optimizer as optimizer_module
+from fused_adamw.step import launch, plan
 
 SHAPES = [(70,), (5, 5)]
 on_gpu = pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0].device == "cuda"])
@@ -261,13 +261,13 @@ def test_a_captured_step_leaves_its_tables_to_the_graph(monkeypatch):
     written = []
 
     def spy(name):
-        real = getattr(buckets.TableBucket, name)
+        real = getattr(launch.TableBucket, name)
 
         def method(*args):
             written.append(name)
             return real(*args)
 
-        monkeypatch.setattr(buckets.TableBucket, name, method)
+        monkeypatch.setattr(launch.TableBucket, name, method)
 
     spy("set_grads")
     spy("set_hypers")

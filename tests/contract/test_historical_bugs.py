@@ -19,7 +19,8 @@ from common import (
 )
 from torch import nn
 
-from fused_adamw import buckets, tables
+from fused_adamw import tables
+from fused_adamw.step import launch
 
 TESTS = Path(__file__).parents[1]
 
@@ -131,7 +132,7 @@ def test_positions_that_32_bits_do_not_hold(target, dtype, monkeypatch):
         table = tables.chunk_table(numels, size)
         return table[torch.isin(table[:, 1], torch.tensor(FAR) // size)]
 
-    monkeypatch.setattr(buckets, "chunk_table", far_chunks)
+    monkeypatch.setattr(launch, "chunk_table", far_chunks)
     tensors, places = step_far(target, 2**32 + 1, dtype)
     for t in tensors:
         for place in places:

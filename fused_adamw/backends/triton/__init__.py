@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...tables import DTYPE_CODE, StepInputs, Tables, is_capturing
+from ...device import is_capturing
+from ...tables import DTYPE_CODE, StepInputs, Tables
 from .formats import Formats
 from .kernels import norm_kernel, update_kernel
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .distributed import is_dtensor, local_tensors
-from .extension import load_extension
-from .memory import State, address_of, is_plain, probes
+from ..dtensors import is_dtensor, local_tensors
+from ..extension import load_extension
+from ..layout import address_of, is_plain, probes
+from ..tables import State
 from .snapshot import Form, Snapshot
 
 

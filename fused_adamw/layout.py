@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-
-# `Optimizer.state`: a step reads only what it holds for the optimizer's own parameters, under `STATE_KEYS`.
-# Whatever else users keep there is theirs.
-State = Mapping[Any, Any]
-# The last one is there with amsgrad only.
-STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 @functools.cache
@@ -104,12 +98,6 @@ def dispatch_keys(t: Tensor) -> int:
     """
     keys: int = torch._C._dispatch_keys(t).raw_repr()
     return keys - (keys >> 63 << 64)
-
-
-def is_counted(state: State, p: Tensor) -> bool:
-    """Whether the state has a step count of a parameter: it has had a gradient."""
-    of_p = state.get(p)
-    return isinstance(of_p, Mapping) and "step" in of_p
 
 
 @functools.cache

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import local_tensors
-from .memory import STATE_KEYS
+from ..dtensors import local_tensors
+from ..tables import STATE_KEYS, State
 
 MOMENTS = STATE_KEYS[1:]
 
@@ -79,3 +79,9 @@ def copied_state(saved: Mapping[str, Any], p: Tensor, state_dtype: torch.dtype |
             with torch._C.DisableTorchFunctionSubclass():
                 state[key].copy_(value)
     return state
+
+
+def is_counted(state: State, p: Tensor) -> bool:
+    """Whether the state has a step count of a parameter: it has had a gradient."""
+    of_p = state.get(p)
+    return isinstance(of_p, Mapping) and "step" in of_p

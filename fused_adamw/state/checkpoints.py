@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..groups import compare_param_names, decay_changes
 from .checks import check_not_differentiable, check_saved
-from .groups import compare_param_names, decay_changes
+from .contents import MOMENTS
 from .mismatch import explain_mismatch
-from .state import MOMENTS
 
 
 def checked_state_dict(

@@ -9,16 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .extension import load_extension
-from .memory import (
-    STATE_KEYS,
-    State,
-    address_of,
-    dispatch_keys,
-    is_dense,
-    is_plain,
-    probes,
-)
+from ..extension import load_extension
+from ..layout import address_of, dispatch_keys, is_dense, is_plain, probes
+from ..tables import STATE_KEYS, State
 
 _STATE_KEYS = frozenset(STATE_KEYS)
 _Key = tuple[Any, ...]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .groups import POLICIES, build_param_groups
+from ..groups import POLICIES, build_param_groups
 
 _BY_NAME = "optimizer.load_state_dict_by_name(state_dict{})"
 _POLICIES = ("all", "nanogpt", "huggingface", "timm")  # the likely ones first

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .distributed import local_tensors
-from .memory import STATE_KEYS, State, is_plain, same_layout
-from .snapshot import Form
-from .tables import (
+from ..device import DeviceTable
+from ..dtensors import local_tensors
+from ..layout import is_plain, same_layout
+from ..tables import (
     DTYPE_CODE,
-    DeviceTable,
+    STATE_KEYS,
     Entry,
     Hyper,
+    State,
     StepInputs,
     Tables,
     chunk_table,
@@ -24,6 +25,7 @@ from .tables import (
     row_table,
     set_column,
 )
+from .snapshot import Form
 
 
 class KernelBackend(Protocol):

@@ -7,7 +7,7 @@ import warnings
 
 from torch import Tensor
 
-from .tables import StepInputs
+from ..tables import StepInputs
 
 # A norm that stays this close to max_grad_norm for this many steps in a row is the work of another clip: one
 # that merely drifts past it moves on sooner. Clipped bfloat16 gradients are too coarse to be recognised.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from .arguments import OwnArguments
+from ..arguments import OwnArguments
+from ..names import ParamNames
 from .checkpoints import checked_state_dict
-from .names import ParamNames
+from .contents import copied_state
 from .regroup import Names, regrouped
-from .state import copied_state
 
 
 class Checkpointed(OwnArguments):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from .arguments import hint_for_string, number_of
-from .distributed import is_partial, local_tensors, why_misplaced
-from .memory import lacks_memory
-from .state import MOMENTS
+from ..arguments import hint_for_string, number_of
+from ..dtensors import is_partial, local_tensors, why_misplaced
+from ..layout import lacks_memory
+from .contents import MOMENTS
 
 
 def check_not_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:

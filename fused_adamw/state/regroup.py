@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from ..groups.places import canonical
 from .checkpoints import check_shapes
-from .groups.places import canonical
 
 # The parameters of a saved optimizer, by name: what it was given, had it been given names.
 Names: TypeAlias = "Iterable[str | tuple[str, Tensor] | Mapping[str, Any]]"

@@ -19,7 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .buckets import (
+from ..device import DeviceTable, is_capturing, scalar_dtype
+from ..dtensors import is_flattened
+from ..layout import Spans
+from ..tables import STATE_KEYS, Hyper, State, StepInputs
+from .guard import Found, Guard
+from .launch import (
     Bucket,
     KernelBackend,
     Member,
@@ -29,11 +34,8 @@ from .buckets import (
     Tensors,
     why_not_tabular,
 )
-from .distributed import NormGroup, Reduction, is_flattened
-from .guard import Found, Guard
-from .memory import STATE_KEYS, Spans, State
+from .norm import NormGroup, Reduction
 from .snapshot import Form, Snapshot
-from .tables import DeviceTable, Hyper, StepInputs, is_capturing, scalar_dtype
 
 
 class Launch(NamedTuple):

@@ -1,0 +1,1 @@
+"""What a state holds, what is refused, what is saved and loaded."""

@@ -1,0 +1,1 @@
+"""What makes a step: the plan, its launches, the guard that keeps it true, the norm of all gradients."""
