@@ -28,8 +28,8 @@ from .timing import threads
 #: The parts of a step, in their order, by the function that does each.
 PARTS: dict[str, tuple[Any, str]] = {
     "check state, parameters, gradients": (Plan, "check"),
-    "gradient addresses, hyper-parameters": (Plan, "_prepare"),
-    "norm": (Plan, "_sum_squares"),
+    "gradient addresses, hyper-parameters": (Plan, "prepare"),
+    "norm": (Plan, "sum_of_squares"),
     "update": (TableBucket, "update"),
     "version counters": (torch.autograd.graph, "increment_version"),
 }

@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 from torch import Tensor
+
+# The kinds of devices that kernels are written for.
+KINDS = ("cpu", "cuda")
+NO_GPU = "torch sees no CUDA device"
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether a device is one that the CUDA and Triton kernels are for."""
+    return device.type == "cuda"
+
+
+def has_gpu() -> bool:
+    """Whether torch sees such a device."""
+    return torch.cuda.is_available()
+
+
+def gpu_names() -> list[str]:
+    """What they are called."""
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU, such as (9, 0)."""
+    return torch.cuda.get_device_capability(device)
+
+
+def multiprocessors_of(device: int) -> int:
+    """The number of multiprocessors of a GPU."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def on_gpu(device: int) -> AbstractContextManager[None]:
+    """Makes a GPU the current one."""
+    current: AbstractContextManager[None] = torch.cuda.device(device)
+    return current
 
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the current stream of the device is being captured into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return is_gpu(device) and torch.cuda.is_current_stream_capturing()
 
 
 class DeviceTable:
@@ -42,3 +81,15 @@ class DeviceTable:
 def scalar_dtype(device: torch.device) -> torch.dtype:
     """The widest floating dtype that the device has."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def scalar_on(device: torch.device, value: Any) -> Tensor | None:
+    """A number, or one element on any device, as a float32 on this one; None: None.
+
+    Without a copy from the host, which would synchronise.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Tensor) and (is_gpu(value.device) or value.device.type == device.type):
+        return value.to(device, torch.float32).reshape(())
+    return torch.full((), float(value), dtype=torch.float32, device=device)

@@ -29,7 +29,7 @@ def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> lis
     mesh. A Partial gradient, of which every process has an addend, is summed by it. `grads` is not changed.
 
     Returns:
-        A local tensor for each gradient; None if one does not fit, as `why_misplaced` and `is_partial` tell.
+        A local tensor for each gradient; None if one does not fit, as `misplacement` and `is_partial` tell.
     """
     placed = list(grads)
     for slot, (p, grad) in enumerate(zip(params, grads, strict=True)):
@@ -52,7 +52,7 @@ def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> lis
     return local
 
 
-def why_misplaced(t: Tensor, p: Tensor, can_move: bool) -> str | None:
+def misplacement(t: Tensor, p: Tensor, can_move: bool) -> str | None:
     """None if `t` is distributed as its parameter is, or can be; otherwise what is wrong.
 
     Args:

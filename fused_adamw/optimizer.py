@@ -21,7 +21,7 @@ from .names import ParamNames, show_names_to_dcp
 from .state.checks import check_fused, check_hypers, check_no_transform, check_not_differentiable, check_step
 from .state.contents import is_counted, missing_state
 from .state.loading import Checkpointed
-from .step.double_clip import SecondClipDetector
+from .step.double_clip import DoubleClipDetector
 from .step.guard import Found
 from .step.launch import Tensors
 from .step.plan import Plan, Request
@@ -128,7 +128,7 @@ class FusedHygieneAdamW(Checkpointed):
         self._captured_plans: list[Plan] = []  # replaced since, but graphs still read their tables
         self._status: Tensor | None = None  # float64: norm of the last step, steps skipped so far
         self._has_norm = False
-        self._second_clip = SecondClipDetector()
+        self._double_clip = DoubleClipDetector()
         self.norm_process_group = norm_process_group
 
         groups: Any = params
@@ -258,7 +258,7 @@ class FusedHygieneAdamW(Checkpointed):
         )
 
         def before_updates(inputs: StepInputs) -> None:
-            self._second_clip.observe(inputs)
+            self._double_clip.observe(inputs)
             if plan is not self._plan:
                 self._adopt(plan, state)
 
@@ -394,7 +394,7 @@ class FusedHygieneAdamW(Checkpointed):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None
         self._captured_plans = []
-        self._second_clip = SecondClipDetector()
+        self._double_clip = DoubleClipDetector()
         self.__dict__.setdefault("_param_names", ParamNames())
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:

@@ -198,7 +198,7 @@ class Entry:
 
     slot: int  # position among all parameters of all groups
     group: int
-    domain: int  # gradients of one domain are summed together
+    sum_group: int  # gradients of one sum group are summed together
     param: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor

@@ -54,7 +54,7 @@ def assert_refused(optimizer, act, error=Refused):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_warning_of_a_second_clip(target):
+def test_a_warning_of_a_double_clip(target):
     params, optimizer = problem(target, 0, max_grad_norm=1.0)
     if target.device != "cpu":
         pytest.skip("no warning")

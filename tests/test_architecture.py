@@ -32,7 +32,7 @@ ALLOWED = {
     | {"step", "tables"},
     "version": set(),
     "__init__": {"groups", "backends", "optimizer", "version"},
-    "cli": {"groups", "backends", "optimizer", "version"},
+    "cli": {"groups", "backends", "device", "optimizer", "version"},
     "__main__": {"cli"},
 }
 # And within folders.
@@ -160,6 +160,15 @@ def test_no_circle_of_imports():
 
     for path in MODULES:
         visit(path)
+
+
+def test_what_only_a_gpu_has_is_in_one_place():
+    """Elsewhere no device is told by its name, and nothing of torch.cuda is used."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_name = isinstance(node, ast.Constant) and node.value == "cuda"
+            is_module = isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda"
+            assert path.name == "device.py" or not (is_name or is_module), f"{path}:{node.lineno}"
 
 
 @pytest.mark.parametrize("name", SOURCES)

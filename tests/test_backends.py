@@ -86,7 +86,7 @@ def test_a_gpu_is_served_by_the_architectures_of_this_build(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for major, minor, number in [*gpus, (5, 0, 50)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=(major, minor): c)
-        reason = native.why_not(torch.device("cuda"))
+        reason = native.unavailable_reason(torch.device("cuda"))
         if number in built:
             assert reason is None
         else:
@@ -310,7 +310,7 @@ def update_args(t, **inputs):
 
 @pytest.fixture
 def ops():
-    assert native.why_not(CPU) is None
+    assert native.unavailable_reason(CPU) is None
     return torch.ops.fused_adamw
 
 

@@ -153,7 +153,8 @@ def test_source_distribution_installs_and_imports(tmp_path):
     # Without CUDA kernels, a GPU is told why.
     why = (
         ONLY_HERE
-        + "from fused_adamw.backends import native; import torch; print(native.why_not(torch.device('cuda')))"
+        + "from fused_adamw.backends import native; import torch\n"
+        + "print(native.unavailable_reason(torch.device('cuda')))"
     )
     assert "no nvcc was found" in run(sys.executable, "-c", why, cwd=tmp_path.parent, env=env)
 

@@ -46,7 +46,7 @@ def run(tmp_path: Path) -> Run:
     """A dry run that has looked at its machine."""
     machine = {
         "provenance": {"device": "pretend", "source_sha256": "0", "torch": "2"},
-        "why_not": {"native": None, "triton": "not here", "reference": None},
+        "unavailable_reason": {"native": None, "triton": "not here", "reference": None},
     }
     (logs := tmp_path / "logs").mkdir()
     deadline = time.monotonic() + 60
@@ -244,7 +244,7 @@ def test_tests_that_are_all_skipped_show_nothing(
 def test_a_build_without_cuda_is_not_enough(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "command", lambda *_, **__: (0, ""))
     monkeypatch.setattr(Run, "probe", lambda _: None)
-    run.machine["why_not"]["native"] = "built without CUDA"
+    run.machine["unavailable_reason"]["native"] = "built without CUDA"
     run.run("build", stages.build, 1)
     assert run.stages["build"]["status"] == FAILED
     assert "native built without CUDA" in summary.summarize(run)[0]

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from fused_adamw.backends import why_not
+from fused_adamw.backends import unavailable_reason
 
 from ..provenance import provenance
 
@@ -19,7 +19,9 @@ def main(device_type: str, commit: str | None) -> None:
     found = {"is_there": is_there}
     if is_there:
         found["provenance"] = provenance(device, commit)
-        found["why_not"] = {name: why_not(name, device) for name in ("native", "triton", "reference")}
+        found["unavailable_reason"] = {
+            name: unavailable_reason(name, device) for name in ("native", "triton", "reference")
+        }
         found["capability"] = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     print(json.dumps(found))
 

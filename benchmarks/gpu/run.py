@@ -94,8 +94,12 @@ class Run:
     def backends(self) -> tuple[str, ...]:
         """Ours, as far as they can run here."""
         asked = ("native", "reference") if self.dry_run else ("native", "triton")
-        why_not = self.machine.get("why_not", {})
-        return tuple(backend for backend in asked if backend in why_not and why_not[backend] is None)
+        unavailable_reason = self.machine.get("unavailable_reason", {})
+        return tuple(
+            backend
+            for backend in asked
+            if backend in unavailable_reason and unavailable_reason[backend] is None
+        )
 
     def run(self, name: str, stage: Callable[[Run], Found], seconds: float) -> None:
         """Run a stage; whatever happens, note it, write what there is, and go on."""

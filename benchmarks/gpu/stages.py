@@ -50,7 +50,7 @@ def build(run: Run) -> Found:
     run.command("info", sys.executable, "-m", "fused_adamw", "info")
     run.probe()
     # Without nvcc, the build leaves CUDA out and succeeds.
-    missing = run.machine["why_not"]["native"]
+    missing = run.machine["unavailable_reason"]["native"]
     status = FAILED if code == 0 and missing else status_of(code)
     return {"status": status, "exit_code": code, "native": missing or "available"}
 

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+from ..device import KINDS, NO_GPU, has_gpu, is_gpu
 from . import native, reference
 
 BACKENDS = ("auto", "native", "triton", "reference")
@@ -50,14 +51,14 @@ def _triton() -> ModuleType | str:
         return f"triton does not load ({error})"
 
 
-def why_not(backend: str, device: torch.device) -> str | None:
+def unavailable_reason(backend: str, device: torch.device) -> str | None:
     """None if `backend` can step parameters on `device`, else the reason."""
     if backend == "reference":
         return None
     module = native if backend == "native" else _triton()
     if isinstance(module, str):
         return module
-    reason: str | None = module.why_not(device)
+    reason: str | None = module.unavailable_reason(device)
     return reason
 
 
@@ -79,13 +80,13 @@ def kernels_for(backend: str, device: torch.device) -> ModuleType | None:
     if backend == "reference":
         return None
     if backend == "auto":
-        if native.why_not(device) is None:
+        if native.unavailable_reason(device) is None:
             return native
-        if device.type == "cpu" or why_not("triton", device) is not None:
+        if device.type == "cpu" or unavailable_reason("triton", device) is not None:
             return None
         backend = "triton"
-    if reason := why_not(backend, device):
-        usable = [name for name in BACKENDS[1:] if why_not(name, device) is None]
+    if reason := unavailable_reason(backend, device):
+        usable = [name for name in BACKENDS[1:] if unavailable_reason(name, device) is None]
         raise RuntimeError(
             f"backend {backend!r} cannot run on {device}: {reason}. Available: {', '.join(usable)}"
         )
@@ -96,7 +97,7 @@ def kernels_for(backend: str, device: torch.device) -> ModuleType | None:
 
 def available_backends() -> list[BackendStatus]:
     """Every backend on every kind of device: whether it can run here and, if not, why."""
-    devices = [torch.device("cpu"), torch.device("cuda")]
+    devices = list(map(torch.device, KINDS))
     return [
         BackendStatus(backend, device.type, _status(backend, device))
         for backend in BACKENDS[1:]
@@ -105,7 +106,7 @@ def available_backends() -> list[BackendStatus]:
 
 
 def _status(backend: str, device: torch.device) -> str | None:
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if is_gpu(device) and not has_gpu():
         built = native.build_info().get("cuda_archs") if backend == "native" else None
-        return "torch sees no CUDA device" + (f" (built for {built})" if built else "")
-    return why_not(backend, device)
+        return NO_GPU + (f" (built for {built})" if built else "")
+    return unavailable_reason(backend, device)

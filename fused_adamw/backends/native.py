@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..device import NO_GPU, capability_of, has_gpu, is_gpu
 from ..extension import load_extension
 from ..tables import DTYPE_CODE, StepInputs, Tables
 
@@ -64,20 +65,20 @@ def _serves(capability: tuple[int, int], archs: str) -> bool:
     return False
 
 
-def why_not(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """None if tensors on `device` can be served, else the reason."""
     if error := _load_error():
         return error
     if device.type == "cpu":
         return None
-    if device.type != "cuda":
+    if not is_gpu(device):
         return f"no kernels for {device.type} devices"
     archs = build_info()["cuda_archs"]
     if not archs:
         return "the extension was built without CUDA: no nvcc was found"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
+    if not has_gpu():
+        return NO_GPU
+    capability = capability_of(device)
     if not _serves(capability, archs):
         return f"the extension was built for {archs}, the GPU is sm_{capability[0]}{capability[1]}"
     return None
@@ -102,12 +103,12 @@ def chunk_size(device: torch.device, numel: int) -> int:
 
     Never the model of a GPU: the last bits of the norm depend on it.
     """
-    return _SMALL_CHUNK_SIZE if device.type == "cuda" and numel < _SMALL_MODEL else _CHUNK_SIZE
+    return _SMALL_CHUNK_SIZE if is_gpu(device) and numel < _SMALL_MODEL else _CHUNK_SIZE
 
 
 def max_host_hypers(device: torch.device) -> int:
     """Up to how many hyper rows may stay in host memory."""
-    return _MAX_INLINE_HYPERS if device.type == "cuda" else 1 << 62
+    return _MAX_INLINE_HYPERS if is_gpu(device) else 1 << 62
 
 
 @functools.cache

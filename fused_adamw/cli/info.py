@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from ..backends import available_backends, build_info, kernels_for
+from ..device import gpu_names
 from ..groups import build_param_groups
 from ..optimizer import FusedHygieneAdamW
 from ..version import __version__
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     built = build_info()
     archs = built.get("cuda_archs")
     triton = _version("triton")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = gpu_names()
     for name, value in {
         "fused_adamw": __version__,
         "torch": torch.__version__,

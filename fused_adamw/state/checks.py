@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from ..arguments import hint_for_string, number_of
-from ..dtensors import is_partial, local_tensors, why_misplaced
+from ..dtensors import is_partial, local_tensors, misplacement
 from ..layout import lacks_memory
 from .contents import MOMENTS
 
@@ -185,7 +185,7 @@ def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: s
     if grad is not None:
         others["gradient"] = grad
     for what, t in others.items():
-        if reason := why_misplaced(t, p, can_move=what == "gradient"):
+        if reason := misplacement(t, p, can_move=what == "gradient"):
             raise RuntimeError(f"{what} of parameter {name} {reason}")
     if grad is not None:
         mine = {f"{what} of parameter {name}": t for what, t in others.items()} | {f"parameter {name}": p}
@@ -200,7 +200,7 @@ def check_saved(state: Mapping[str, Any], p: Tensor, name: str) -> None:
     """Refuse a saved state that is not AdamW's, or is distributed differently from its parameter."""
     for key in MOMENTS:
         moment = state.get(key)
-        if isinstance(moment, Tensor) and (reason := why_misplaced(moment, p, can_move=True)):
+        if isinstance(moment, Tensor) and (reason := misplacement(moment, p, can_move=True)):
             raise ValueError(
                 f"the saved {key} of parameter {name} {reason}. Load what others saved through "
                 "torch.distributed.checkpoint.state_dict"

@@ -14,7 +14,7 @@ from ..tables import StepInputs
 _TOLERANCE, _STEPS = 1e-4, 8
 
 
-class SecondClipDetector:
+class DoubleClipDetector:
     """Counts the steps in a row whose gradient norm equals `max_grad_norm`, and warns once."""
 
     def __init__(self) -> None:

@@ -89,7 +89,7 @@ class Member:
     index: int  # position in the group
     id: int
     numel: int
-    domain: int  # gradients of one domain are summed together
+    sum_group: int  # gradients of one sum group are summed together
     amsgrad: bool
     grad_dtype: torch.dtype
     # Where a snapshot has the parameter, and its state: a position to add to that of each name.
@@ -104,10 +104,10 @@ class Member:
         v_max = state["max_exp_avg_sq"] if self.amsgrad else None
         p, m, v, v_max, step = local_tensors((p, state["exp_avg"], state["exp_avg_sq"], v_max, state["step"]))
         step = step.view(()) if step.dim() else step  # others may count with it
-        return Entry(self.slot, self.group, self.domain, p, m, v, v_max, step, self.grad_dtype)
+        return Entry(self.slot, self.group, self.sum_group, p, m, v, v_max, step, self.grad_dtype)
 
 
-def why_not_tabular(forms: Mapping[str, Form], backend: KernelBackend) -> str | None:
+def fallback_reason(forms: Mapping[str, Form], backend: KernelBackend) -> str | None:
     """None if kernels can step a parameter by address and flat index, else the reason.
 
     Args:
@@ -193,11 +193,11 @@ class TableBucket:
             dtypes=tuple(DTYPE_CODE[dtype] for dtype in dtypes),
             workspace=torch.zeros(1 + len(chunks), dtype=torch.float64, device=device),
         )
-        self.domains = _domains(members)
-        self._chunks_of = [self._tables.chunks]  # of each domain
-        if len(self.domains) > 1:
-            domain_of = torch.tensor([member.domain for member in members], device="cpu")[chunks[:, 0]]
-            parts = [chunks[domain_of == domain] for domain in self.domains]
+        self.sum_groups = _sum_groups(members)
+        self._chunks_of = [self._tables.chunks]  # of each sum group
+        if len(self.sum_groups) > 1:
+            sum_group_of = torch.tensor([member.sum_group for member in members], device="cpu")[chunks[:, 0]]
+            parts = [chunks[sum_group_of == sum_group] for sum_group in self.sum_groups]
             self._chunks_of = [DeviceTable(device).upload(part) for part in parts]
         self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
         self._captured: list[object] = []  # what graphs read at each replay
@@ -240,7 +240,7 @@ class TableBucket:
         return row
 
     def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
-        """Write the sum of squares of each domain's gradients to its tensor of one float64."""
+        """Write the sum of squares of each sum group's gradients to its tensor of one float64."""
         for chunks, out in zip(self._chunks_of, sums, strict=True):
             self._backend.sum_of_squares(self._tables, chunks, out)
 
@@ -260,12 +260,12 @@ class TensorBucket:
 
     def __init__(self, members: Sequence[Member], device: torch.device, backend: ReferenceBackend) -> None:
         self.device = device
-        self.domains = _domains(members)
+        self.sum_groups = _sum_groups(members)
         self._members = members
         self.slots = [member.slot for member in members]
         # A parameter that is listed twice is stepped twice, as in torch, but has one gradient.
         once = {member.id: member for member in members}.values()
-        self._slots_of = [[m.slot for m in once if m.domain == domain] for domain in self.domains]
+        self._slots_of = [[m.slot for m in once if m.sum_group == sum_group] for sum_group in self.sum_groups]
         self._hypers: Sequence[Hyper] = ()
         self._backend = backend
 
@@ -277,7 +277,7 @@ class TensorBucket:
         """Nothing to keep: a graph keeps the memory that torch's operators allocate in it."""
 
     def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
-        """Write the sum of squares of each domain's gradients to its tensor of one element."""
+        """Write the sum of squares of each sum group's gradients to its tensor of one element."""
         for mine, out in zip(self._slots_of, sums, strict=True):
             self._backend.sum_of_squares([g for slot in mine if (g := grads[slot]) is not None], out)
 
@@ -297,6 +297,6 @@ class TensorBucket:
 Bucket = TableBucket | TensorBucket
 
 
-def _domains(members: Iterable[Member]) -> list[int]:
-    """The domains of the norm that a bucket's gradients belong to."""
-    return list(dict.fromkeys(member.domain for member in members))
+def _sum_groups(members: Iterable[Member]) -> list[int]:
+    """The sum groups that a bucket's gradients belong to."""
+    return list(dict.fromkeys(member.sum_group for member in members))

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..device import scalar_dtype
+
 
 class NormGroup:
     """Sums over the processes that hold the other parameters.
@@ -79,14 +81,16 @@ def _device_of(group: Any, device: torch.device | None) -> torch.device:
 
 
 class _MeshSum:
-    """A mesh and the domains whose sums are reduced over it."""
+    """A mesh and the sum groups whose sums are reduced over it."""
 
     def __init__(self, mesh: Any, params_device: torch.device) -> None:
         self._mesh = mesh
         # Parameters may be offloaded to the CPU, which the mesh's groups need not serve.
         is_theirs = params_device.type == mesh.device_type
         self.device = params_device if is_theirs else torch.device(mesh.device_type)
-        self.domains: list[tuple[int, int]] = []  # domain, number of processes that have each of its values
+        self.sum_groups: list[
+            tuple[int, int]
+        ] = []  # sum group, number of processes that have each of its values
 
     @functools.cached_property
     def groups(self) -> list[Any]:
@@ -102,6 +106,76 @@ class _MeshSum:
         return [mesh.get_group(dim) for dim in range(mesh.ndim)]
 
 
+class Sums:
+    """Where launches leave sums of squares, and how these become the norm of all gradients.
+
+    Args:
+        reduction: Sums over processes.
+
+    Attributes:
+        by_device: For each device a float64 vector of all sums on it.
+    """
+
+    def __init__(self, reduction: Reduction) -> None:
+        self.by_device: dict[torch.device, Tensor] = {}
+        self._reduction = reduction
+        self._parts: list[list[Tensor]] = [[] for _ in range(reduction.n_sum_groups)]
+
+    def add(self, device: torch.device, sum_groups: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+        """Make room on a device.
+
+        Args:
+            device: The device; a new one.
+            sum_groups: Those that each launch has gradients of.
+
+        Returns:
+            For each launch a tensor of one element for each of its sum groups.
+        """
+        # In the order of sum groups, so that the sums of each are neighbours.
+        parts = sorted((group, launch) for launch, groups in enumerate(sum_groups) for group in groups)
+        sums = torch.zeros(len(parts), dtype=scalar_dtype(device), device=device)
+        place = {part: sums[i : i + 1] for i, part in enumerate(parts)}
+        for group in {group for group, _ in parts}:
+            mine = [i for i, part in enumerate(parts) if part[0] == group]
+            self._parts[group].append(sums[mine[0] : mine[-1] + 1])
+        self.by_device[device] = sums
+        return [[place[group, launch] for group in groups] for launch, groups in enumerate(sum_groups)]
+
+    def totals(
+        self, is_summed: bool, found_inf: Tensor | None, norm_group: NormGroup | None
+    ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
+        """Sum the squares and `found_inf` over devices and processes.
+
+        Args:
+            is_summed: Whether launches have left their sums.
+            found_inf: One element on any device: what a GradScaler found in this process.
+            norm_group: Sums over the processes that hold the other parameters.
+
+        Returns:
+            For each device, a float64 vector whose sum is the sum of squares of all gradients, empty without
+            `is_summed`; and `found_inf`, one element. The host waits only where an accelerator's sum has to
+            reach the CPU or the other way round.
+        """
+        here = self._reduction.is_local and norm_group is None
+        if here and (not is_summed or len(self.by_device) == 1):
+            return (self.by_device if is_summed else {}), found_inf
+        if not is_summed and found_inf is None:
+            return {}, None
+        own = next(iter(self.by_device.values()))
+        flag = own.new_zeros(()) if found_inf is None else torch.as_tensor(found_inf).to(own)
+        by_group = [self._sum_of(parts, own) if is_summed else None for parts in self._parts]
+        total, flag = self._reduction(by_group, flag.reshape(()), norm_group)
+        devices = self.by_device if is_summed else ()
+        sums = {device: total.to(device, self.by_device[device].dtype).reshape(1) for device in devices}
+        return sums, found_inf if here else flag
+
+    @staticmethod
+    def _sum_of(parts: Sequence[Tensor], own: Tensor) -> Tensor | None:
+        """The sum over a sum group in this process, on the device of `own`; None if it has no gradients."""
+        sums = [part.sum().to(own) for part in parts]
+        return functools.reduce(torch.add, sums) if sums else None
+
+
 class Reduction:
     """Sums over the processes that hold an optimizer's parameters together.
 
@@ -112,26 +186,26 @@ class Reduction:
         params: All parameters of the optimizer.
 
     Attributes:
-        domain_of: For each parameter its domain, a number below `n_domains`. Squares of a domain are reduced
-            together, so they may be summed first. Domain 0 is that of plain tensors.
-        n_domains: Number of domains.
+        sum_group_of: For each parameter its sum group, a number below `n_sum_groups`. Squares of a sum group
+            are reduced over the same processes, so they may be summed first. Plain tensors have group 0.
+        n_sum_groups: Number of sum groups.
         is_local: Whether no parameter is a DTensor.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._device = params[0].device if params else None
-        self.domain_of: list[int] = []
-        domains: dict[tuple[Any, int], int] = {(None, 1): 0}
+        self.sum_group_of: list[int] = []
+        sum_groups: dict[tuple[Any, int], int] = {(None, 1): 0}
         meshes: dict[Any, _MeshSum] = {}
         for p in params:
             spec: Any = getattr(p, "_spec", None)
             mesh, copies = (None, 1) if spec is None else (spec.mesh, _copies(spec))
-            if (mesh, copies) not in domains:
-                domain = domains[mesh, copies] = len(domains)
-                meshes.setdefault(mesh, _MeshSum(mesh, p.device)).domains.append((domain, copies))
-            self.domain_of.append(domains[mesh, copies])
+            if (mesh, copies) not in sum_groups:
+                sum_group = sum_groups[mesh, copies] = len(sum_groups)
+                meshes.setdefault(mesh, _MeshSum(mesh, p.device)).sum_groups.append((sum_group, copies))
+            self.sum_group_of.append(sum_groups[mesh, copies])
         self._meshes = list(meshes.values())  # in the order in which the parameters name them
-        self.n_domains = len(domains)
+        self.n_sum_groups = len(sum_groups)
         self.is_local = not meshes
 
     def __call__(
@@ -142,7 +216,7 @@ class Reduction:
         The host waits only where a mesh's device is not that of `found_inf`.
 
         Args:
-            sums: For each domain the sum of squares in this process, 0-dim, on any device; None: 0.
+            sums: For each sum group the sum of squares in this process, 0-dim, on any device; None: 0.
             found_inf: 0-dim, of the dtype and on the device of the results.
             norm_group: Adds up over processes that hold other parameters.
 
@@ -152,8 +226,8 @@ class Reduction:
         total = torch.zeros_like(found_inf) if (own := sums[0]) is None else own.to(found_inf)
         for mesh in self._meshes:
             here = torch.zeros((), dtype=found_inf.dtype, device=mesh.device)
-            for domain, copies in mesh.domains:
-                if (squares := sums[domain]) is not None:
+            for sum_group, copies in mesh.sum_groups:
+                if (squares := sums[sum_group]) is not None:
                     here = here + squares.to(here) / copies
             wire = torch.stack([here, found_inf.to(mesh.device)])
             for group in mesh.groups:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..device import DeviceTable, is_capturing, scalar_dtype
+from ..device import DeviceTable, is_capturing, scalar_dtype, scalar_on
 from ..dtensors import is_flattened
 from ..layout import Spans
 from ..tables import STATE_KEYS, Hyper, State, StepInputs
@@ -32,9 +32,9 @@ from .launch import (
     TableBucket,
     TensorBucket,
     Tensors,
-    why_not_tabular,
+    fallback_reason,
 )
-from .norm import NormGroup, Reduction
+from .norm import NormGroup, Reduction, Sums
 from .snapshot import Form, Snapshot
 
 
@@ -42,7 +42,7 @@ class Launch(NamedTuple):
     """A bucket to run, and where it reports."""
 
     bucket: Bucket
-    sums: list[Tensor]  # one element for each of the bucket's domains: its sum of squares
+    sums: list[Tensor]  # one element for each of the bucket's sum groups: its sum of squares
     status: Tensor  # float64 (2,): the gradient norm, steps skipped so far. All launches report the same
 
 
@@ -70,21 +70,12 @@ class Request(NamedTuple):
 
     def inputs(self, status: Tensor, sums: Tensor | None, found_inf: Any) -> StepInputs:
         """What kernels need to know, on the device of `status`."""
-
-        def here(value: Any) -> Tensor | None:
-            if value is None:
-                return None
-            if isinstance(value, Tensor) and value.device.type in ("cuda", status.device.type):
-                return value.to(status.device, torch.float32).reshape(())
-            # By a kernel: a copy from the host would synchronise.
-            return torch.full((), float(value), dtype=torch.float32, device=status.device)
-
         return StepInputs(
             status,
             sums,
             math.inf if self.max_grad_norm is None else self.max_grad_norm,
-            here(self.grad_scale),
-            here(found_inf),
+            scalar_on(status.device, self.grad_scale),
+            scalar_on(status.device, found_inf),
             self.skip_nonfinite,
         )
 
@@ -140,9 +131,8 @@ class Plan:
         self._shared = self._spans.overlapping(addresses)
 
         self.launches: list[Launch] = []
-        self._sums: dict[torch.device, Tensor] = {}
+        self._sums = Sums(self._reduction)
         self._grad_tables: dict[torch.device, DeviceTable] = {}
-        self._sums_of: list[list[Tensor]] = [[] for _ in range(self._reduction.n_domains)]
         kernels_for = functools.cache(kernels_for)
         for device, by_dtypes in self._parts(self._members(groups), kernels_for).items():
             buckets = [
@@ -194,7 +184,7 @@ class Plan:
                             index,
                             snapshot.ids[slot],
                             snapshot.form(slot).numel,
-                            self._reduction.domain_of[slot],
+                            self._reduction.sum_group_of[slot],
                             amsgrad,
                             grad.dtype,
                             n_state + slot,
@@ -221,7 +211,7 @@ class Plan:
                 reason, dtypes = self._judge(member, kernels_for(p.device))
                 judged[key] = reason, parts.setdefault(p.device, {}).setdefault(dtypes, [])
             reason, part = judged[key]
-            if reason is None and self._shared and (reason := self._why_shared(member)) is not None:
+            if reason is None and self._shared and (reason := self._shared_reason(member)) is not None:
                 part = parts[p.device].setdefault((), [])
             if reason is not None:
                 self.fallbacks[member.slot] = reason
@@ -246,10 +236,10 @@ class Plan:
         assert grad is not None
         if backend is None:
             return None, ()
-        reason = why_not_tabular({"parameter": p, "gradient": grad, **named}, backend)
+        reason = fallback_reason({"parameter": p, "gradient": grad, **named}, backend)
         return reason, () if reason else (p.dtype, grad.dtype, named["exp_avg"].dtype)
 
-    def _why_shared(self, member: Member) -> str | None:
+    def _shared_reason(self, member: Member) -> str | None:
         """Why rows that are stepped at the same time would step on each other."""
         places = {"parameter": member.place}
         places |= {name: member.place_of_state + i for name, i in member.places_in_state.items()}
@@ -257,18 +247,11 @@ class Plan:
         return f"{shared[0]} shares memory with another one" if shared else None
 
     def _add_launches(self, device: torch.device, buckets: Sequence[Bucket], status: Tensor) -> None:
-        """Give the buckets of a device their places in its vector of sums, and a status each."""
-        # In the order of domains, so that the sums of each are neighbours.
-        parts = sorted((domain, i) for i, bucket in enumerate(buckets) for domain in bucket.domains)
-        sums = torch.zeros(len(parts), dtype=scalar_dtype(device), device=device)
-        place = {part: sums[i : i + 1] for i, part in enumerate(parts)}
-        for domain in {domain for domain, _ in parts}:
-            mine = [i for i, part in enumerate(parts) if part[0] == domain]
-            self._sums_of[domain].append(sums[mine[0] : mine[-1] + 1])
-        self._sums[device] = sums
-        for i, bucket in enumerate(buckets):
-            places = [place[domain, i] for domain in bucket.domains]
-            self.launches.append(Launch(bucket, places, status.to(device, sums.dtype, copy=True)))
+        """Give the buckets of a device their places for sums of squares, and a status each."""
+        places = self._sums.add(device, [bucket.sum_groups for bucket in buckets])
+        for bucket, of_bucket in zip(buckets, places, strict=True):
+            own_status = status.to(device, scalar_dtype(device), copy=True)
+            self.launches.append(Launch(bucket, of_bucket, own_status))
             if isinstance(bucket, TableBucket):
                 self._grad_tables[device] = DeviceTable(device)
 
@@ -311,7 +294,7 @@ class Plan:
         """
         numbers = array("q", addresses)
         table = torch.frombuffer(numbers, dtype=torch.int64)
-        if any(map(is_capturing, self._sums)) or self._spans.overlapping(table) != self._shared:
+        if any(map(is_capturing, self._sums.by_device)) or self._spans.overlapping(table) != self._shared:
             return False
         for bucket, _, _ in self.launches:
             if isinstance(bucket, TableBucket):
@@ -346,10 +329,10 @@ class Plan:
             before_updates: Called with the first launch's inputs when the norm is known and nothing has
                 changed yet; may raise.
         """
-        self._prepare(hypers, found)
+        self.prepare(hypers, found)
         if request.needs_norm:
-            self._sum_squares(found.grads)
-        sums, found_inf = self._totals(request.needs_norm, request.found_inf, request.norm_group)
+            self.sum_of_squares(found.grads)
+        sums, found_inf = self._sums.totals(request.needs_norm, request.found_inf, request.norm_group)
         runs = [
             (bucket, request.inputs(status, sums.get(bucket.device), found_inf))
             for bucket, _, status in self.launches
@@ -368,7 +351,7 @@ class Plan:
         """float64 (2,): the gradient norm of the last step, steps skipped so far."""
         return self.launches[0].status
 
-    def _prepare(self, hypers: list[Hyper], found: Found) -> None:
+    def prepare(self, hypers: list[Hyper], found: Found) -> None:
         """Bring gradient addresses and hyper-parameters up to date, where they changed.
 
         The tables of a captured step are left to its graph, which may even be what fills them: the next step
@@ -392,58 +375,24 @@ class Plan:
                 bucket.set_hypers(hypers)
             self._hyper_keys = keys
         self._hypers = hypers  # keeps the tensors that tables point to
-        self._tables_are_of_graph = any(map(is_capturing, self._sums))
+        self._tables_are_of_graph = any(map(is_capturing, self._sums.by_device))
         if self._tables_are_of_graph:
             self.was_captured = True
             for bucket, _, _ in self.launches:
                 bucket.keep_for_graph()
+
+    def sum_of_squares(self, grads: Sequence[Tensor | None]) -> None:
+        """Sum the squares of this process's gradients, one sum for each launch and sum group."""
+        for bucket, places, _ in self.launches:
+            bucket.sum_of_squares(grads, places)
 
     def _reads_lr_of_another_device(self, hypers: Iterable[Hyper]) -> bool:
         return any(
             hyper.lr.device != device
             for hyper in hypers
             if isinstance(hyper.lr, Tensor)
-            for device in self._sums
+            for device in self._sums.by_device
         )
-
-    def _sum_squares(self, grads: Sequence[Tensor | None]) -> None:
-        """Sum the squares of this process's gradients, one sum per bucket and domain, for `_totals`."""
-        for bucket, sums, _ in self.launches:
-            bucket.sum_of_squares(grads, sums)
-
-    def _totals(
-        self, is_summed: bool, found_inf: Tensor | None, norm_group: NormGroup | None
-    ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
-        """Sum the squares and `found_inf` over devices and processes.
-
-        Args:
-            is_summed: Whether `_sum_squares` has run.
-            found_inf: One element on any device: what a GradScaler found in this process.
-            norm_group: Sums over the processes that hold the other parameters.
-
-        Returns:
-            For each device of the plan, a float64 vector whose sum is the sum of squares of all gradients,
-            empty without `is_summed`; and `found_inf`, one element. The host waits only where an
-            accelerator's sum has to reach the CPU or the other way round.
-        """
-        here = self._reduction.is_local and norm_group is None
-        if here and (not is_summed or len(self._sums) == 1):
-            return (self._sums if is_summed else {}), found_inf
-        if not is_summed and found_inf is None:
-            return {}, None
-        own = next(iter(self._sums.values()))
-        flag = own.new_zeros(()) if found_inf is None else torch.as_tensor(found_inf).to(own)
-        by_domain = [self._sum_of(domain) if is_summed else None for domain in range(len(self._sums_of))]
-        total, flag = self._reduction(by_domain, flag.reshape(()), norm_group)
-        devices = self._sums if is_summed else ()
-        sums = {device: total.to(device, self._sums[device].dtype).reshape(1) for device in devices}
-        return sums, found_inf if here else flag
-
-    def _sum_of(self, domain: int) -> Tensor | None:
-        """The sum over a domain in this process, on the plan's first device; None if it has no gradients."""
-        own = next(iter(self._sums.values()))
-        sums = [part.sum().to(own) for part in self._sums_of[domain]]
-        return functools.reduce(torch.add, sums) if sums else None
 
 
 # On each device, by the dtypes of its tables (none for the reference): what one launch can step.

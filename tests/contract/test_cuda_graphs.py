@@ -284,7 +284,7 @@ def test_a_captured_step_leaves_its_tables_to_the_graph(monkeypatch):
 def test_a_capture_does_not_compile(monkeypatch):
     """Triton's kernels: the step to run before is one that launches the same ones."""
     backend = pytest.importorskip("fused_adamw.backends.triton", exc_type=ImportError)
-    if backend.why_not(torch.device("cpu")):
+    if backend.unavailable_reason(torch.device("cpu")):
         pytest.skip("needs Triton's interpreter")
     params = parameters(SHAPES)
     optimizer = Target("triton", "cpu").adamw(params)

@@ -85,7 +85,7 @@ def test_trainer(more):
         assert_norms_before_clipping(logger.logged, 12)
 
 
-def test_mixed_precision_refuses_a_second_clip():
+def test_mixed_precision_refuses_a_double_clip():
     def build(model):
         return FusedHygieneAdamW(model, max_grad_norm=1.0)
 

@@ -39,7 +39,7 @@ def switched(switched_library):
 
 @pytest.fixture
 def cpu(threads):
-    assert native.why_not(torch.device("cpu")) is None
+    assert native.unavailable_reason(torch.device("cpu")) is None
     return Native()
 
 
@@ -47,7 +47,7 @@ def cpu(threads):
 def triton(monkeypatch):
     pytest.importorskip("triton", minversion="3.6")
     kernels = Triton(monkeypatch)
-    if reason := kernels.backend.why_not(torch.device("cpu")):
+    if reason := kernels.backend.unavailable_reason(torch.device("cpu")):
         pytest.skip(reason)
     return kernels
 

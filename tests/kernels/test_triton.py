@@ -55,7 +55,7 @@ def test_equals_the_native_kernels(triton, cpu, dtypes):
             np.testing.assert_allclose(mine.values, other.values, triton.rtol(dtypes), 0)
 
 
-def test_why_not(triton):
-    assert triton.backend.why_not(torch.device("cpu")) is None
-    assert "interpreter" in triton.backend.why_not(torch.device("cuda"))
-    assert "mps" in triton.backend.why_not(torch.device("mps"))
+def test_unavailable_reason(triton):
+    assert triton.backend.unavailable_reason(torch.device("cpu")) is None
+    assert "interpreter" in triton.backend.unavailable_reason(torch.device("cuda"))
+    assert "mps" in triton.backend.unavailable_reason(torch.device("mps"))

@@ -207,12 +207,12 @@ def test_other_types_compile(gpu, dtypes):
     assert (single is None) == (dtypes[0] == F64), "float64 is stepped in float64"
 
 
-def test_why_not(monkeypatch):
-    assert "TRITON_INTERPRET=1" in backend.why_not(torch.device("cpu"))
+def test_unavailable_reason(monkeypatch):
+    assert "TRITON_INTERPRET=1" in backend.unavailable_reason(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device" in backend.why_not(torch.device("cuda"))
+    assert "no CUDA device" in backend.unavailable_reason(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert backend.why_not(torch.device("cuda")) is None
-    assert "mps" in backend.why_not(torch.device("mps"))
+    assert backend.unavailable_reason(torch.device("cuda")) is None
+    assert "mps" in backend.unavailable_reason(torch.device("mps"))
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    assert "3.6" in backend.why_not(torch.device("cuda"))
+    assert "3.6" in backend.unavailable_reason(torch.device("cuda"))

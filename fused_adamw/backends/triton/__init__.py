@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...device import is_capturing
+from ...device import NO_GPU, has_gpu, is_capturing, is_gpu, multiprocessors_of, on_gpu
 from ...tables import DTYPE_CODE, StepInputs, Tables
 from .formats import Formats
 from .kernels import norm_kernel, update_kernel
@@ -47,8 +47,7 @@ def _block(*formats: tl.dtype) -> int:
 
 @functools.cache
 def _multiprocessors(device: int) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
+    return multiprocessors_of(device)
 
 
 _launched: set[tuple[object, ...]] = set()
@@ -87,22 +86,22 @@ def _launch(kernel: Any, t: Tables, chunks: torch.Tensor, **arguments: object) -
         return
     device = t.rows.get_device()
     grid = (max(1, min(n_chunks, _PROGRAMS_PER_SM * _multiprocessors(device))),)
-    with torch.cuda.device(device):  # Triton launches on the current device, on its current stream
+    with on_gpu(device):  # Triton launches on the current device, on its current stream
         kernel[grid](**given, **_OPTIONS)
 
 
-def why_not(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """None if tensors on `device` can be served, else the reason."""
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
         return f"Triton {triton.__version__} is installed, 3.6 or later is needed"
     if device.type == "cpu":
         return None if _INTERPRETED else "CPU tensors need TRITON_INTERPRET=1 set before Triton is imported"
-    if device.type != "cuda":
+    if not is_gpu(device):
         return f"no kernels for {device.type} devices"
     if _INTERPRETED:
         return "TRITON_INTERPRET=1 is set, and the interpreter cannot read the memory of a GPU"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+    if not has_gpu():
+        return NO_GPU
     return None
 
 
@@ -121,7 +120,7 @@ def max_host_hypers(device: torch.device) -> int:
 
     None for a GPU: Triton has no kernel parameter that could be indexed. A new lr is uploaded, in one copy.
     """
-    return 0 if device.type == "cuda" else 1 << 62
+    return 0 if is_gpu(device) else 1 << 62
 
 
 def sum_of_squares(t: Tables, chunks: torch.Tensor, out: torch.Tensor) -> None:
