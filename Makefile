@@ -30,10 +30,9 @@ train: $(BUILT) ## train the example against torch's AdamW (ARGS="--model cnn" .
 test: $(BUILT) ## the tests, without the slow ones (ARGS="-k clip" ...)
 	$(BIN)/python -m pytest -m "not slow" -n auto $(ARGS)
 
-test-all: $(BUILT) ## all tests, with those of other libraries and on the pretend GPU
+test-all: $(BUILT) ## all tests, with those of real models from other libraries
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-integrations.txt
 	$(BIN)/python -m pytest -n auto $(ARGS)
-	$(MAKE) test-pretend-gpu
 
 $(CUDA_VENV)/.ready: requirements.txt requirements-cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
