@@ -290,7 +290,8 @@ class Plan:
     def _move(self, addresses: bytes) -> bool:
         """Follow tensors to other addresses: an int64 each, as in `Snapshot.addresses`.
 
-        False: it takes another plan, as they share memory where they did not, or the other way round.
+        False: it takes another plan, as they share memory where they did not, or the other way round, or as a
+        graph is being captured, which would write the rows at each replay.
         """
         numbers = array("q", addresses)
         table = torch.frombuffer(numbers, dtype=torch.int64)
