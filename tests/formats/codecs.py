@@ -10,11 +10,11 @@ import torch
 from fused_adamw.formats import FORMATS, noise_hash, noise_word
 
 # How numpy sees what a format keeps.
-VIEW = {torch.bfloat16: (torch.int16, np.uint16)}
+VIEW = dict.fromkeys((torch.bfloat16, torch.float16), (torch.int16, np.uint16))
 
 
 def to_numpy(t):
-    """A tensor's values, bfloat16 as uint16."""
+    """A tensor's values, those of 16-bit floats as uint16."""
     seen, dtype = VIEW.get(t.dtype, (t.dtype, None))
     out = t.contiguous().view(seen).cpu().numpy()
     return out if dtype is None else out.view(dtype)
@@ -54,9 +54,13 @@ class Torch:
 
 
 class Cpp:
-    """csrc/formats.h and csrc/noise.h, compiled by g++ as the kernels are."""
+    """csrc/formats.h, csrc/noise.h and csrc/cpu/blocks.h, compiled by g++ as the kernels are.
 
-    def __init__(self, compiler, folder):
+    Attributes:
+        block: Elements that the walk on the CPU loads and stores at once.
+    """
+
+    def __init__(self, compiler, folder, isa=()):
         library = folder / "formats.so"
         flags = [
             "-std=c++17",
@@ -67,10 +71,13 @@ class Cpp:
             "-ffp-contract=off",
             "-Wall",
             "-Werror",
+            *isa,
         ]
         source = Path(__file__).with_name("library.cpp")
         subprocess.run([compiler, *flags, "-o", library, source], check=True)
         self.library = ctypes.CDLL(str(library))
+        self.library.block.restype = ctypes.c_int64
+        self.block = self.library.block()
 
     def store(self, name, x, noise=None):
         x = np.ascontiguousarray(x, np.float32)
@@ -94,6 +101,23 @@ class Cpp:
         rows, columns = map(ctypes.c_int64, values.shape)
         self.library[f"load_{name}"](*map(address, (values, side)), rows, columns, address(x))
         return x.reshape(shape)
+
+    def load_blocks(self, name, values, n):
+        """Load a vector n values at a time."""
+        x = np.zeros(len(values), np.float32)
+        for i in range(0, len(values), n):
+            part, to = values[i : i + n], x[i : i + n]
+            self.library[f"load_block_{name}"](address(part), ctypes.c_int64(len(part)), address(to))
+        return x
+
+    def store_blocks(self, name, x, n):
+        """Store a vector n values at a time, and nothing after them."""
+        out = np.full(len(x) + 1, 0x1234, np.uint16)
+        for i in range(0, len(x), n):
+            part = x[i : i + n]
+            self.library[f"store_block_{name}"](address(out[i:]), ctypes.c_int64(len(part)), address(part))
+            assert out[i + len(part)] == 0x1234
+        return out[:-1]
 
     def noise_hash(self, seed, ordinal, step, index):
         index = np.ascontiguousarray(index, np.uint64)

@@ -17,13 +17,35 @@ def one_thread(threads):
     threads(1)
 
 
-@pytest.fixture(scope="session")
-def cpp(tmp_path_factory):
-    """The formats in C++."""
+def compiled(tmp_path_factory, isa=()):
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    return Cpp(compiler, tmp_path_factory.mktemp("formats"))
+    return Cpp(compiler, tmp_path_factory.mktemp("formats"), isa)
+
+
+@pytest.fixture(scope="session")
+def cpp(tmp_path_factory):
+    """The formats in C++."""
+    return compiled(tmp_path_factory)
+
+
+# For each instruction set that has loops of its own: the compiler's flags, and what /proc/cpuinfo calls it.
+ISAS = {
+    "baseline": ([], ""),
+    "avx2": (["-mavx2", "-mf16c"], "avx2"),
+    "avx512": (["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"], "avx512vl"),
+}
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@pytest.fixture(scope="session", params=ISAS)
+def by_isa(request, tmp_path_factory):
+    """The same, for each instruction set."""
+    flags, feature = ISAS[request.param]
+    if feature and not (CPUINFO.exists() and f" {feature} " in CPUINFO.read_text()):
+        pytest.skip(f"this processor has no {feature}")
+    return compiled(tmp_path_factory, flags)
 
 
 CODECS = ["torch-cpu", pytest.param("torch-cuda", marks=pytest.mark.gpu), "cpp"]

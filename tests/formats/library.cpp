@@ -1,4 +1,5 @@
 // Matrices in the formats of csrc/formats.h, for tests/formats/codecs.py. Rows are cut into blocks.
+#include "../../csrc/cpu/blocks.h"
 #include "../../csrc/formats.h"
 #include "../../csrc/noise.h"
 
@@ -51,16 +52,32 @@ void load_codes(const typename Code::Stored* values, const float* side, int64_t 
     }                                                                                                        \
   }
 
+// One value at a time, and a block as the walk on the CPU does.
+#define FLOAT_ENTRIES(NAME, FORMAT)                                                                  \
+  void store_##NAME(const float* x, const int32_t*, int64_t rows, int64_t columns, uint16_t* values, \
+                    void*) {                                                                         \
+    for (int64_t i = 0; i < rows * columns; ++i) values[i] = FORMAT::store(x[i]);                    \
+  }                                                                                                  \
+  void load_##NAME(const uint16_t* values, const void*, int64_t rows, int64_t columns, float* x) {   \
+    for (int64_t i = 0; i < rows * columns; ++i) x[i] = FORMAT::load(values[i]);                     \
+  }                                                                                                  \
+  void store_block_##NAME(uint16_t* values, int64_t n, const float* x) {                             \
+    store_block({FORMAT::kDType, reinterpret_cast<uint64_t>(values)}, 0, n, x);                      \
+  }                                                                                                  \
+  void load_block_##NAME(const uint16_t* values, int64_t n, float* x) {                              \
+    float buffer[kBlock];                                                                            \
+    const float* loaded =                                                                            \
+        load_block<kRead>({FORMAT::kDType, reinterpret_cast<uint64_t>(values)}, 0, n, buffer);       \
+    for (int64_t i = 0; i < n; ++i) x[i] = loaded[i];                                                \
+  }
+
 extern "C" {
+int64_t block() { return kBlock; }
+FLOAT_ENTRIES(bfloat16, BFloat16)
+FLOAT_ENTRIES(float16, Float16)
 ROOT_ENTRIES(root_signed, SignedRoot)
 ROOT_ENTRIES(root_unsigned, UnsignedRoot)
 
-void store_bfloat16(const float* x, const int32_t*, int64_t rows, int64_t columns, uint16_t* values, void*) {
-  for (int64_t i = 0; i < rows * columns; ++i) values[i] = BFloat16::store(x[i]);
-}
-void load_bfloat16(const uint16_t* values, const void*, int64_t rows, int64_t columns, float* x) {
-  for (int64_t i = 0; i < rows * columns; ++i) x[i] = BFloat16::load(values[i]);
-}
 void store_bfloat16_stochastic(const float* x, const int32_t* noise, int64_t rows, int64_t columns,
                                uint16_t* values, void*) {
   for (int64_t i = 0; i < rows * columns; ++i) {

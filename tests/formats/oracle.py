@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .floats import DEFINITIONS
+
 F32, U32, U64 = np.float32, np.uint32, np.uint64
 NAN_BITS = 0x7FC00000
 BLOCK = 128
@@ -199,11 +201,13 @@ ROOTS = {"root_signed": Root(2, 127, 2**-31, True), "root_unsigned": Root(3, 255
 
 
 def store(name, x, noise=None):
-    """Values and side of a matrix, the side None where the format has none; uint16 stands for bfloat16."""
+    """Values and side of a matrix, the side None where the format has none; uint16 for 16-bit floats."""
     if name in ROOTS:
         return ROOTS[name].store(x, noise)
     if name == "bfloat16_split":
         return split_store(x)
+    if name == "float16":
+        return DEFINITIONS[name].encode(x), None
     return (bf16_nearest(x) if noise is None else bf16_stochastic(x, noise)), None
 
 
@@ -211,4 +215,6 @@ def load(name, values, side):
     """The float32 numbers that values and side stand for."""
     if name in ROOTS:
         return ROOTS[name].load(values, side)
+    if name == "float16":
+        return DEFINITIONS[name].decode(values)
     return split_load(values, side) if name == "bfloat16_split" else bf16_value(values)

@@ -9,7 +9,8 @@ import torch
 from common import thin_zeros
 from dtype_codes import CUDA_LAYOUTS, F32, F64, MIXES
 
-from fused_adamw.tables import StepInputs, set_column
+from fused_adamw.backends import native
+from fused_adamw.tables import DTYPE_CODE, StepInputs, set_column
 
 from .backends import Cuda, Native, Triton
 from .buffers import TORCH, Buffer
@@ -39,6 +40,16 @@ def sizes(block: int, chunk: int) -> list[int]:
 
 def test_layouts_are_those_of_the_kernels():
     assert (Native.layouts, Cuda.layouts, Triton.layouts) == (MIXES, CUDA_LAYOUTS, CUDA_LAYOUTS)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_build_says_what_it_can_step(device):
+    """Python asks it rather than keep a list."""
+    built = MIXES if device == "cpu" else CUDA_LAYOUTS if native.build_info()["cuda_archs"] else []
+    codes = {**DTYPE_CODE, torch.complex64: 9}
+    for dtypes in itertools.product(codes, repeat=3):
+        answer = native.supports(torch.device(device), *dtypes)
+        assert answer == (tuple(codes[dtype] for dtype in dtypes) in built), dtypes
 
 
 # ---- Walk
