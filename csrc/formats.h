@@ -1,7 +1,7 @@
 // THE formats, for host and device: how one value is kept in memory and what it is in a register. No rule, no
 // loop, no address.
 //
-// A format has a number, `kDType`; `Stored`, one element of a tensor; `Register`, the type of its arithmetic;
+// A format has a number, `kCode`; `Stored`, one element of a tensor; `Register`, the type of its arithmetic;
 // load and store, which round to nearest even as torch does. The walks of cpu/ and cuda/ know formats by
 // these names alone. To add one, write its struct and put it on the list `Formats`.
 //
@@ -34,7 +34,7 @@ ADAMW_FN uint32_t as_bits(float x) {
 }
 
 struct Float32 {
-  static constexpr DType kDType = kFloat32;
+  static constexpr FormatCode kCode = kFloat32;
   using Stored = float;
   using Register = float;
   ADAMW_FN float load(float x) { return x; }
@@ -42,7 +42,7 @@ struct Float32 {
 };
 
 struct Float64 {
-  static constexpr DType kDType = kFloat64;
+  static constexpr FormatCode kCode = kFloat64;
   using Stored = double;
   using Register = double;
   ADAMW_FN double load(double x) { return x; }
@@ -51,7 +51,7 @@ struct Float64 {
 
 // On the host, bfloat16 and float16 are written so that compilers vectorise them; a GPU has instructions.
 struct BFloat16 {
-  static constexpr DType kDType = kBFloat16;
+  static constexpr FormatCode kCode = kBFloat16;
   using Stored = uint16_t;
   using Register = float;
 
@@ -79,7 +79,7 @@ struct BFloat16 {
 };
 
 struct Float16 {
-  static constexpr DType kDType = kFloat16;
+  static constexpr FormatCode kCode = kFloat16;
   using Stored = uint16_t;
   using Register = float;
 
@@ -226,8 +226,8 @@ template <typename... Formats>
 struct FormatList {
   // Calls f with the format of this number. False: there is none.
   template <typename F>
-  ADAMW_HOST_FN bool visit(DType number, const F& f) {
-    return ((number == Formats::kDType && (f(Formats()), true)) || ...);
+  ADAMW_HOST_FN bool visit(FormatCode number, const F& f) {
+    return ((number == Formats::kCode && (f(Formats()), true)) || ...);
   }
 };
 
@@ -235,16 +235,17 @@ struct FormatList {
 using Formats = FormatList<Float32, BFloat16, Float16, Float64>;
 
 // Of the arithmetic of the format that has this number; 0: none has.
-ADAMW_HOST_FN int64_t register_bytes(DType number) {
+ADAMW_HOST_FN int64_t register_bytes(FormatCode number) {
   int64_t bytes = 0;
   Formats::visit(number, [&](auto format) { bytes = sizeof(typename decltype(format)::Register); });
   return bytes;
 }
 
 // Whether tensors of these formats can be updated together: one arithmetic, float or double, serves them all.
-ADAMW_HOST_FN bool share_arithmetic(DType param, DType grad, DType state) {
-  const int64_t bytes = register_bytes(param);
-  return bytes && register_bytes(grad) == bytes && register_bytes(state) == bytes;
+ADAMW_HOST_FN bool share_arithmetic(const FormatCodes& formats) {
+  const int64_t bytes = register_bytes(formats.param);
+  return bytes && register_bytes(formats.grad) == bytes && register_bytes(formats.exp_avg) == bytes &&
+         register_bytes(formats.exp_avg_sq) == bytes;
 }
 
 }  // namespace fused_adamw

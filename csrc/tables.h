@@ -27,9 +27,10 @@ struct Row {
   int64_t numel;
   int32_t hyper;    // index into the Hyper table
   int32_t slot;     // index into the table of gradients
-  int64_t ordinal;  // the parameter's number in the whole model
+  int64_t ordinal;  // the parameter's number in the whole model, which its noise depends on
   // Where the elements of a shard lie in the whole tensor: element i is number
-  // offset + i / local_columns * columns + i % local_columns there. Of a whole tensor: 0, 1, 1.
+  // offset + i / local_columns * columns + i % local_columns there. Of a whole tensor: 0, 1, 1. Where moments
+  // are codes, local_columns is the length of the rows that are cut into blocks.
   int64_t offset;
   uint32_t local_columns;
   uint32_t columns;
@@ -62,11 +63,26 @@ struct StepInputs {
   const float* grad_scale;  // loss scale that the gradients still carry; null: 1
   const float* found_inf;   // not 0: skip the step; null: 0
   int64_t skip_nonfinite;   // not 0: skip the step where the norm is not finite
+  uint64_t seed;            // of the noise of stochastic formats
   double* status;           // written: {gradient norm, += 1 if the step was skipped}
 };
 
 // Numbers of the formats of formats.h.
-enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum FormatCode : int64_t {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kFloat64 = 3,
+  kStochasticBFloat16 = 4,
+  kSplitBFloat16 = 5,
+  kSignedRoot = 6,
+  kUnsignedRoot = 7,
+};
+
+// How the tensors of one launch are kept. The maximum of exp_avg_sq is kept as exp_avg is.
+struct FormatCodes {
+  FormatCode param, grad, exp_avg, exp_avg_sq;
+};
 
 struct Table {
   const Row* rows;
@@ -81,14 +97,14 @@ struct UpdateArgs {
   Table table;
   const Hyper* hypers;
   int64_t n_hypers;
-  DType param_dtype, grad_dtype, state_dtype;
+  FormatCodes formats;
   StepInputs inputs;
   uint32_t* ticket;  // CUDA only: counts finished blocks; 0 before and after
 };
 
 struct NormArgs {
   Table table;
-  DType grad_dtype;
+  FormatCode grad;
   double* partials;  // one per chunk
   double* sum;       // written: the sum of squares over the table
   uint32_t* ticket;  // CUDA only: counts finished blocks; 0 before and after

@@ -365,6 +365,18 @@ FORMATS = {
 PLAIN = {format.dtype: format for format in FORMATS.values() if type(format) is Format}
 
 
+class Formats(NamedTuple):
+    """How a parameter and what belongs to it are kept. The maximum of exp_avg_sq is kept as exp_avg is."""
+
+    param: Format
+    grad: Format
+    exp_avg: Format
+    exp_avg_sq: Format
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {format.name}" for name, format in self._asdict().items())
+
+
 class Field(NamedTuple):
     """One tensor as it is kept."""
 

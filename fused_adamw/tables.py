@@ -80,6 +80,7 @@ class StepInputsStruct(ctypes.Structure):
         ("grad_scale", _Address),
         ("found_inf", _Address),
         ("skip_nonfinite", _Int64),
+        ("seed", ctypes.c_uint64),
         ("status", _Address),
     )
 
@@ -95,8 +96,17 @@ def word_of(struct: type[ctypes.Structure], field: str) -> int:
     return offset // 8
 
 
-# How a tensor is kept, as the kernels number it, enum DType.
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# How the kernels number `FORMATS`, enum FormatCode.
+FORMAT_CODE = {
+    "float32": 0,
+    "bfloat16": 1,
+    "float16": 2,
+    "float64": 3,
+    "bfloat16_stochastic": 4,
+    "bfloat16_split": 5,
+    "root_signed": 6,
+    "root_unsigned": 7,
+}
 
 
 def as_number(value: Any) -> float:
@@ -152,6 +162,7 @@ class StepInputs(NamedTuple):
         grad_scale: float32, one element: the loss scale that the gradients still carry.
         found_inf: float32, one element: not 0 means skip the step.
         skip_nonfinite: skip the step where the norm is not finite.
+        seed: of the noise of stochastic formats.
     """
 
     status: Tensor
@@ -160,6 +171,7 @@ class StepInputs(NamedTuple):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     skip_nonfinite: bool = False
+    seed: int = 0
 
     def record(self) -> Tensor:
         """The words of struct StepInputs, on the host. It holds addresses: keep the tensors through the call.
@@ -187,6 +199,7 @@ class StepInputs(NamedTuple):
             grad_scale=address("grad_scale", torch.float32),
             found_inf=address("found_inf", torch.float32),
             skip_nonfinite=self.skip_nonfinite,
+            seed=self.seed,
             status=address("status", torch.float64, 2),
         )
         return torch.frombuffer(struct, dtype=torch.int64)
@@ -222,7 +235,7 @@ class Tables:
         chunks: int32 (n_chunks, 2), struct Chunk.
         chunk_size: Elements of a chunk.
         hypers: float64 (n_hypers, words), struct Hyper.
-        dtypes: `DTYPE_CODE` of the parameters, the gradients and the moments.
+        formats: `FORMAT_CODE` of the parameters, the gradients, exp_avg and exp_avg_sq.
         workspace: float64 (1 + n_chunks,); the first four bytes are 0 before and after every call.
     """
 
@@ -231,7 +244,7 @@ class Tables:
     chunks: Tensor
     chunk_size: int
     hypers: Tensor
-    dtypes: tuple[int, ...]
+    formats: tuple[int, ...]
     workspace: Tensor
 
 

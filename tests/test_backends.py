@@ -291,7 +291,7 @@ def tables(chunk_size=4):
         "chunks": chunk_table([6, 3], chunk_size),
         "chunk_size": chunk_size,
         "hypers": hyper_table([hyper]),
-        "dtypes": (0, 0, 0),
+        "formats": (0, 0, 0, 0),
         "workspace": torch.zeros(4, dtype=torch.float64),
         "sum": torch.zeros(1, dtype=torch.float64),
         "status": torch.zeros(2, dtype=torch.float64),
@@ -304,7 +304,7 @@ def sum_args(t, dtype=0):
 
 def update_args(t, **inputs):
     record = t["inputs"] if "inputs" in t else StepInputs(t["status"], max_grad_norm=1.0, **inputs).record()
-    tables = t["rows"], t["grads"], t["chunks"], t["chunk_size"], t["hypers"], t["dtypes"]
+    tables = t["rows"], t["grads"], t["chunks"], t["chunk_size"], t["hypers"], t["formats"]
     return *tables, record, t["workspace"]
 
 
@@ -342,7 +342,7 @@ def test_opcheck(ops):
         ("rows", torch.zeros(16, 2, dtype=torch.int64).t()),
         ("grads", torch.zeros(2)),
         ("grads", torch.zeros(4, dtype=torch.int64)[::2]),
-        ("dtypes", (0, 0)),
+        ("formats", (0, 0)),
         ("inputs", torch.zeros(7)),
         ("inputs", torch.zeros(6, dtype=torch.int64)),
         ("inputs", torch.zeros(14, dtype=torch.int64)[::2]),
@@ -401,9 +401,9 @@ def test_inputs_of_another_kind_are_refused(name, value):
 
 def test_dtypes_without_a_kernel_are_refused(ops):
     t, (params, _, states) = tables()
-    with pytest.raises(RuntimeError, match="no update kernel for dtypes 0, 3, 0"):
-        ops.update(*update_args({**t, "dtypes": (0, 3, 0)}))
-    with pytest.raises(RuntimeError, match="no norm kernel for gradient dtype 9"):
+    with pytest.raises(RuntimeError, match="no update kernel for formats 0, 3, 0, 0"):
+        ops.update(*update_args({**t, "formats": (0, 3, 0, 0)}))
+    with pytest.raises(RuntimeError, match="no norm kernel for gradient format 9"):
         ops.sum_of_squares(*sum_args(t, 9))
     assert params[0].eq(1).all()
     assert all(step.item() == 0 for _, _, step in states)

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from dtype_codes import CUDA_LAYOUTS
+from format_codes import CUDA_LAYOUTS
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")
@@ -92,11 +92,11 @@ def accesses(kind: str, formats: list[str]) -> list[str]:
     vector = {16: "v4.u32", 8: "v2.u32", 4: "u32", 2: "u16"}
     if kind == "norm":
         return 4 * [f"ld.global.ca.{vector[16]}"]
-    p, g, s = (FORMATS[name] for name in formats)
-    n = 16 // max(p, g, s)
-    # The plain loop and the amsgrad one; p, g, m, v and v_max.
-    loads = [*2 * [p, g, s, s], s]
-    stores = [*2 * [p, s, s], s]
+    p, g, m, v = (FORMATS[name] for name in formats)
+    n = 16 // max(p, g, m, v)
+    # The plain loop and the amsgrad one; p, g, m, v and v_max, which is kept as m is.
+    loads = [*2 * [p, g, m, v], m]
+    stores = [*2 * [p, m, v], m]
     return [f"ld.global.ca.{vector[b * n]}" for b in loads] + [
         f"st.global.wb.{vector[b * n]}" for b in stores
     ]

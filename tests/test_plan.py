@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fused_adamw import optimizer as optimizer_module
 from fused_adamw import tables
 from fused_adamw.extension import load_extension
+from fused_adamw.formats import FORMATS
 from fused_adamw.step import guard, plan, snapshot
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -86,11 +87,15 @@ STRUCTS = {
     "Hyper": tables.HyperStruct,
     "StepInputs": tables.StepInputsStruct,
 }
-DTYPES = {
-    "kFloat32": torch.float32,
-    "kBFloat16": torch.bfloat16,
-    "kFloat16": torch.float16,
-    "kFloat64": torch.float64,
+CODES = {
+    "kFloat32": "float32",
+    "kBFloat16": "bfloat16",
+    "kFloat16": "float16",
+    "kFloat64": "float64",
+    "kStochasticBFloat16": "bfloat16_stochastic",
+    "kSplitBFloat16": "bfloat16_split",
+    "kSignedRoot": "root_signed",
+    "kUnsignedRoot": "root_unsigned",
 }
 
 
@@ -116,7 +121,7 @@ def test_layouts_are_those_of_the_c_structs(tmp_path):
             is_pointer = f"std::is_pointer_v<decltype({name}::{field})>"
             is_same = f"std::is_same_v<decltype({name}::{field}), {c_types[c_type]}>"
             lines.append(f"static_assert({is_pointer} || {is_same});")
-    lines += [f'std::printf("{d} %d\\n", static_cast<int>({d}));' for d in DTYPES]
+    lines += [f'std::printf("{d} %d\\n", static_cast<int>({d}));' for d in CODES]
     source = tmp_path / "layout.cpp"
     source.write_text(
         '#include <cstddef>\n#include <cstdio>\n#include <type_traits>\n#include "tables.h"\n'
@@ -128,7 +133,8 @@ def test_layouts_are_those_of_the_c_structs(tmp_path):
     expected = {name: ctypes.sizeof(struct) for name, struct in STRUCTS.items()}
     for name, struct in STRUCTS.items():
         expected |= {f"{name}.{field}": getattr(struct, field).offset for field, _ in struct._fields_}
-    assert found == expected | {name: tables.DTYPE_CODE[dtype] for name, dtype in DTYPES.items()}
+    assert found == expected | {code: tables.FORMAT_CODE[name] for code, name in CODES.items()}
+    assert tables.FORMAT_CODE.keys() == FORMATS.keys()
     assert found["Row"] == 128
     assert ctypes.sizeof(tables.ChunkStruct) == 4 * tables.chunk_table([1], 1).shape[1]
 

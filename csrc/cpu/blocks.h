@@ -27,7 +27,7 @@ constexpr int64_t kBlock = 32;
 
 // One tensor of a row: how it is kept, and where.
 struct Operand {
-  DType format;
+  FormatCode format;
   Field at;
 };
 

@@ -65,11 +65,11 @@ template <typename T, bool kAmsgrad>
 void update_span(const UpdateArgs& args, const Row& row, uint64_t grad, const Span& span,
                  const Coefficients<T>& c) {
   // Copies that no store can alias.
-  const Operands at = {{args.param_dtype, row.param},
-                       {args.grad_dtype, {grad, 0}},
-                       {args.state_dtype, row.exp_avg},
-                       {args.state_dtype, row.exp_avg_sq},
-                       {args.state_dtype, row.max_exp_avg_sq}};
+  const Operands at = {{args.formats.param, row.param},
+                       {args.formats.grad, {grad, 0}},
+                       {args.formats.exp_avg, row.exp_avg},
+                       {args.formats.exp_avg_sq, row.exp_avg_sq},
+                       {args.formats.exp_avg, row.max_exp_avg_sq}};
   const Coefficients<T> coef = c;
   int64_t i = span.begin;
   const int64_t end = span.end;
@@ -103,7 +103,7 @@ void update_rows(const UpdateArgs& args, double grad_scale, int64_t begin, int64
 }
 
 void update_chunks(const UpdateArgs& args, double grad_scale, int64_t begin, int64_t end) {
-  if (args.param_dtype == kFloat64) {
+  if (args.formats.param == kFloat64) {
     update_rows<double>(args, grad_scale, begin, end);
   } else {
     update_rows<float>(args, grad_scale, begin, end);
@@ -150,12 +150,12 @@ void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
     const Row& row = args.table.rows[args.table.chunks[i].row];
     const Span span = span_of(args.table, row, args.table.chunks[i]);
     const uint64_t grad = args.table.grads[row.slot];
-    args.partials[i] = grad ? sum_of_squares<T>({args.grad_dtype, {grad, 0}}, span) : 0.0;
+    args.partials[i] = grad ? sum_of_squares<T>({args.grad, {grad, 0}}, span) : 0.0;
   }
 }
 
 void norm_chunks(const NormArgs& args, int64_t begin, int64_t end) {
-  if (args.grad_dtype == kFloat64) {
+  if (args.grad == kFloat64) {
     norm_rows<double>(args, begin, end);
   } else {
     norm_rows<float>(args, begin, end);

@@ -11,14 +11,14 @@
 
 namespace fused_adamw {
 
-bool cuda_supports(DType param, DType grad, DType state) {
-  return CudaLayouts::visit(param, grad, state, [](auto) {});
+bool cuda_supports(const FormatCodes& formats) {
+  return CudaLayouts::visit(formats, [](auto) {});
 }
 
 const char* launch_update(const UpdateArgs& args, bool hypers_on_host, int device, void* stream) {
-  const char* failure = "not built for these dtypes";
-  if (!cuda_supports(args.param_dtype, args.grad_dtype, args.state_dtype)) return failure;
-  Formats::visit(args.param_dtype, [&](auto format) {
+  const char* failure = "not built for these formats";
+  if (!cuda_supports(args.formats)) return failure;
+  Formats::visit(args.formats.param, [&](auto format) {
     failure = launch_update_of<decltype(format)>(args, hypers_on_host, device, stream);
   });
   return failure;

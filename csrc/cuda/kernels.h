@@ -18,7 +18,7 @@ template <typename Param>
 const char* launch_update_of(const UpdateArgs& args, bool hypers_on_host, int device, void* stream);
 
 // Whether launch_update has a kernel for these formats.
-bool cuda_supports(DType param, DType grad, DType state);
+bool cuda_supports(const FormatCodes& formats);
 
 // What the kernels were built with and for, such as "13.0" and "sm_80 sm_90 compute_120".
 const char* cuda_version();

@@ -14,22 +14,25 @@ template <typename L, int N>
 struct Elements {
   Vector<typename L::Param::Stored, N> p;
   Vector<typename L::Grad::Stored, N> g;
-  Vector<typename L::State::Stored, N> m, v, v_max;
+  Vector<typename L::ExpAvg::Stored, N> m;
+  Vector<typename L::ExpAvgSq::Stored, N> v;
+  Vector<typename L::ExpAvg::Stored, N> v_max;
 };
 
 template <bool kAmsgrad, typename L, int N, typename T, typename Math>
 __device__ __forceinline__ void update_elements(Elements<L, N>& x, const Coefficients<T>& c, Math& math) {
   using Param = typename L::Param;
-  using State = typename L::State;
+  using ExpAvg = typename L::ExpAvg;
+  using ExpAvgSq = typename L::ExpAvgSq;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    T p = Param::load(x.p.at[k]), m = State::load(x.m.at[k]), v = State::load(x.v.at[k]);
-    T v_max = kAmsgrad ? State::load(x.v_max.at[k]) : T(0);
+    T p = Param::load(x.p.at[k]), m = ExpAvg::load(x.m.at[k]), v = ExpAvgSq::load(x.v.at[k]);
+    T v_max = kAmsgrad ? ExpAvg::load(x.v_max.at[k]) : T(0);
     adamw_update<T>(p, L::Grad::load(x.g.at[k]), m, v, v_max, c, math);
     x.p.at[k] = Param::store(p);
-    x.m.at[k] = State::store(m);
-    x.v.at[k] = State::store(v);
-    if (kAmsgrad) x.v_max.at[k] = State::store(v_max);
+    x.m.at[k] = ExpAvg::store(m);
+    x.v.at[k] = ExpAvgSq::store(v);
+    if (kAmsgrad) x.v_max.at[k] = ExpAvg::store(v_max);
   }
 }
 
@@ -38,7 +41,9 @@ template <typename L>
 struct Pointers {
   typename L::Param::Stored* p;
   const typename L::Grad::Stored* g;
-  typename L::State::Stored *m, *v, *v_max;
+  typename L::ExpAvg::Stored* m;
+  typename L::ExpAvgSq::Stored* v;
+  typename L::ExpAvg::Stored* v_max;
 };
 
 template <bool kAmsgrad, typename L, int N>
@@ -87,15 +92,15 @@ __device__ __forceinline__ void update_span(const Row& row, uint64_t grad, const
                                             const Coefficients<T>& c) {
   using P = typename L::Param::Stored;
   using G = typename L::Grad::Stored;
-  using S = typename L::State::Stored;
-  constexpr int kWidest = sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S);
-  constexpr int N = kVectorBytes / (kWidest > sizeof(G) ? kWidest : sizeof(G));
+  using M = typename L::ExpAvg::Stored;
+  using V = typename L::ExpAvgSq::Stored;
+  constexpr int N = kVectorBytes / L::kWidest;
   Pointers<L> at;
   at.p = reinterpret_cast<P*>(row.param.values) + span.start;
   at.g = reinterpret_cast<const G*>(grad) + span.start;
-  at.m = reinterpret_cast<S*>(row.exp_avg.values) + span.start;
-  at.v = reinterpret_cast<S*>(row.exp_avg_sq.values) + span.start;
-  at.v_max = kAmsgrad ? reinterpret_cast<S*>(row.max_exp_avg_sq.values) + span.start : at.v;
+  at.m = reinterpret_cast<M*>(row.exp_avg.values) + span.start;
+  at.v = reinterpret_cast<V*>(row.exp_avg_sq.values) + span.start;
+  at.v_max = kAmsgrad ? reinterpret_cast<M*>(row.max_exp_avg_sq.values) + span.start : at.m;
   const bool vectors =
       aligned<N>(at.p) && aligned<N>(at.g) && aligned<N>(at.m) && aligned<N>(at.v) && aligned<N>(at.v_max);
   const int n = vectors ? span.n / N * N : 0;
@@ -180,7 +185,7 @@ const char* launch_update_of<FUSED_ADAMW_PARAM>(const UpdateArgs& args, bool hyp
     params.args.hypers = nullptr;
   }
   const char* failure = nullptr;
-  CudaLayouts::visit(args.param_dtype, args.grad_dtype, args.state_dtype, [&](auto layout) {
+  CudaLayouts::visit(args.formats, [&](auto layout) {
     using L = decltype(layout);
     if constexpr (std::is_same_v<typename L::Param, FUSED_ADAMW_PARAM>) {
       failure = launch<update_kernel<L>>(params, args.table, device, stream);

@@ -66,10 +66,10 @@ Table check_tables(const Tensor& rows, const Tensor& grads, const Tensor& chunks
 
 // workspace: float64 (1 + n_chunks): a ticket, then a partial sum per chunk.
 NormArgs norm_args(const Tensor& rows, const Tensor& grads, const Tensor& chunks, int64_t chunk_size,
-                   int64_t grad_dtype, const Tensor& workspace, const Tensor& sum) {
+                   int64_t grad_format, const Tensor& workspace, const Tensor& sum) {
   NormArgs args{};
   args.table = check_tables(rows, grads, chunks, chunk_size);
-  args.grad_dtype = static_cast<DType>(grad_dtype);
+  args.grad = static_cast<FormatCode>(grad_format);
   double* work =
       check_vector<double>(workspace, "workspace", ScalarType::Double, 1 + args.table.n_chunks, rows);
   args.ticket = reinterpret_cast<uint32_t*>(work);
@@ -78,19 +78,23 @@ NormArgs norm_args(const Tensor& rows, const Tensor& grads, const Tensor& chunks
   return args;
 }
 
-// dtypes: of parameters, gradients and moments. inputs: int64, the words of a StepInputs, on the host.
+// formats: of parameters, gradients, exp_avg and exp_avg_sq.
+FormatCodes format_codes(const std::vector<int64_t>& formats) {
+  STD_TORCH_CHECK(formats.size() == 4, "fused_adamw: formats must be four, got ", formats.size());
+  const auto code = [&](int i) { return static_cast<FormatCode>(formats[i]); };
+  return {code(0), code(1), code(2), code(3)};
+}
+
+// inputs: int64, the words of a StepInputs, on the host.
 UpdateArgs update_args(const Tensor& rows, const Tensor& grads, const Tensor& chunks, int64_t chunk_size,
-                       const Tensor& hypers, const std::vector<int64_t>& dtypes, const Tensor& inputs,
+                       const Tensor& hypers, const std::vector<int64_t>& formats, const Tensor& inputs,
                        const Tensor& workspace) {
   UpdateArgs args{};
   args.table = check_tables(rows, grads, chunks, chunk_size);
   check_table(hypers, "hypers", ScalarType::Double, kHyperWords);
   args.hypers = static_cast<const Hyper*>(hypers.const_data_ptr());
   args.n_hypers = hypers.size(0);
-  STD_TORCH_CHECK(dtypes.size() == 3, "fused_adamw: dtypes must be three, got ", dtypes.size());
-  args.param_dtype = static_cast<DType>(dtypes[0]);
-  args.grad_dtype = static_cast<DType>(dtypes[1]);
-  args.state_dtype = static_cast<DType>(dtypes[2]);
+  args.formats = format_codes(formats);
   STD_TORCH_CHECK(inputs.is_cpu() && inputs.scalar_type() == ScalarType::Long && inputs.is_contiguous() &&
                       inputs.numel() * sizeof(int64_t) == sizeof(StepInputs),
                   "fused_adamw: inputs must be ", sizeof(StepInputs) / sizeof(int64_t),
@@ -134,11 +138,10 @@ void for_chunks(const Table& table, const F& body) {
   });
 }
 
-void sum_of_squares_cpu(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, int64_t grad_dtype,
+void sum_of_squares_cpu(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, int64_t grad_format,
                         Tensor workspace, Tensor sum) {
-  const NormArgs args = norm_args(rows, grads, chunks, chunk_size, grad_dtype, workspace, sum);
-  STD_TORCH_CHECK(register_bytes(args.grad_dtype), "fused_adamw: no norm kernel for gradient dtype ",
-                  grad_dtype);
+  const NormArgs args = norm_args(rows, grads, chunks, chunk_size, grad_format, workspace, sum);
+  STD_TORCH_CHECK(register_bytes(args.grad), "fused_adamw: no norm kernel for gradient format ", grad_format);
   for_chunks(args.table, [&](int64_t begin, int64_t end) { cpu_kernels().norm_chunks(args, begin, end); });
   // In the order of the chunks: the same sum for any number of threads.
   double total = 0.0;
@@ -147,10 +150,10 @@ void sum_of_squares_cpu(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_
 }
 
 void update_cpu(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, Tensor hypers,
-                std::vector<int64_t> dtypes, Tensor inputs, Tensor workspace) {
-  const UpdateArgs args = update_args(rows, grads, chunks, chunk_size, hypers, dtypes, inputs, workspace);
-  STD_TORCH_CHECK(share_arithmetic(args.param_dtype, args.grad_dtype, args.state_dtype),
-                  "fused_adamw: no update kernel for dtypes ", dtypes[0], ", ", dtypes[1], ", ", dtypes[2]);
+                std::vector<int64_t> formats, Tensor inputs, Tensor workspace) {
+  const UpdateArgs args = update_args(rows, grads, chunks, chunk_size, hypers, formats, inputs, workspace);
+  STD_TORCH_CHECK(share_arithmetic(args.formats), "fused_adamw: no update kernel for formats ", formats[0],
+                  ", ", formats[1], ", ", formats[2], ", ", formats[3]);
   const StepScalars scalars = step_scalars(args.inputs);
   args.inputs.status[0] = scalars.grad_norm;
   if (scalars.skip) {
@@ -174,17 +177,17 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-void sum_of_squares_cuda(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, int64_t grad_dtype,
+void sum_of_squares_cuda(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, int64_t grad_format,
                          Tensor workspace, Tensor sum) {
-  const NormArgs args = norm_args(rows, grads, chunks, chunk_size, grad_dtype, workspace, sum);
+  const NormArgs args = norm_args(rows, grads, chunks, chunk_size, grad_format, workspace, sum);
   const int32_t device = rows.get_device_index();
   const char* error = launch_norm(args, device, current_stream(device));
   STD_TORCH_CHECK(!error, "fused_adamw: norm kernel: ", error);
 }
 
 void update_cuda(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, Tensor hypers,
-                 std::vector<int64_t> dtypes, Tensor inputs, Tensor workspace) {
-  const UpdateArgs args = update_args(rows, grads, chunks, chunk_size, hypers, dtypes, inputs, workspace);
+                 std::vector<int64_t> formats, Tensor inputs, Tensor workspace) {
+  const UpdateArgs args = update_args(rows, grads, chunks, chunk_size, hypers, formats, inputs, workspace);
   const bool on_host = hypers.is_cpu();
   STD_TORCH_CHECK(!on_host || args.n_hypers <= kMaxInlineHypers,
                   "fused_adamw: a hypers table on the host holds at most ", kMaxInlineHypers, " rows, got ",
@@ -195,13 +198,11 @@ void update_cuda(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, T
 }
 #endif
 
-// Whether `update` steps such tensors on this kind of device; numbers are those of DType.
-bool supports(std::string device_type, int64_t param_dtype, int64_t grad_dtype, int64_t state_dtype) {
-  const auto param = static_cast<DType>(param_dtype), grad = static_cast<DType>(grad_dtype),
-             state = static_cast<DType>(state_dtype);
-  if (device_type == "cpu") return share_arithmetic(param, grad, state);
+// Whether `update` steps such tensors on this kind of device.
+bool supports(std::string device_type, std::vector<int64_t> formats) {
+  if (device_type == "cpu") return share_arithmetic(format_codes(formats));
 #ifdef FUSED_ADAMW_CUDA
-  if (device_type == "cuda") return cuda_supports(param, grad, state);
+  if (device_type == "cuda") return cuda_supports(format_codes(formats));
 #endif
   return false;
 }
@@ -225,12 +226,12 @@ std::string build_info() {
 // mutated keeps the calls from being dropped or reordered.
 STABLE_TORCH_LIBRARY(fused_adamw, m) {
   m.def(
-      "sum_of_squares(Tensor rows, Tensor grads, Tensor chunks, int chunk_size, int grad_dtype, "
+      "sum_of_squares(Tensor rows, Tensor grads, Tensor chunks, int chunk_size, int grad_format, "
       "Tensor(a!) workspace, Tensor(b!) sum) -> ()");
   m.def(
-      "update(Tensor rows, Tensor grads, Tensor chunks, int chunk_size, Tensor hypers, int[] dtypes, "
+      "update(Tensor rows, Tensor grads, Tensor chunks, int chunk_size, Tensor hypers, int[] formats, "
       "Tensor inputs, Tensor(a!) workspace) -> ()");
-  m.def("supports(str device_type, int param_dtype, int grad_dtype, int state_dtype) -> bool");
+  m.def("supports(str device_type, int[] formats) -> bool");
   m.def("build_info() -> str");
 }
 

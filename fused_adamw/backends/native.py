@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..device import NO_GPU, capability_of, has_gpu, is_gpu
 from ..extension import load_extension
-from ..tables import DTYPE_CODE, StepInputs, Tables
+from ..formats import Formats
+from ..tables import FORMAT_CODE, StepInputs, Tables
 
 # Elements per chunk: large enough that the walk costs nothing, small enough to share out one tensor. On a
 # GPU, below so many elements in all, smaller ones, so that every processor has some: which ones is not yet
@@ -85,17 +86,17 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _has_kernel(device_type: str, dtypes: tuple[torch.dtype, ...]) -> bool:
+def _has_kernel(device_type: str, formats: Formats) -> bool:
     if _load_error():
         return False
-    codes = [DTYPE_CODE.get(dtype, -1) for dtype in dtypes]
-    built: bool = torch.ops.fused_adamw.supports(device_type, *codes)
+    codes = [FORMAT_CODE[format.name] for format in formats]
+    built: bool = torch.ops.fused_adamw.supports(device_type, codes)
     return built
 
 
-def supports(device: torch.device, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
-    """Whether the build can step a parameter of a dtype, its gradient and its moments of theirs."""
-    return _has_kernel(device.type, (param, grad, state))
+def supports(device: torch.device, formats: Formats) -> bool:
+    """Whether the build can step a parameter that is kept so, with its gradient and moments."""
+    return _has_kernel(device.type, formats)
 
 
 def chunk_size(device: torch.device, numel: int) -> int:
@@ -119,11 +120,11 @@ def _operator(name: str) -> Callable[..., None]:
 
 def sum_of_squares(t: Tables, chunks: Tensor, out: Tensor) -> None:
     """Write the sum of squares of the gradients in these chunks of the tables to `out`, float64."""
-    _operator("sum_of_squares")(t.rows, t.grads, chunks, t.chunk_size, t.dtypes[1], t.workspace, out)
+    _operator("sum_of_squares")(t.rows, t.grads, chunks, t.chunk_size, t.formats[1], t.workspace, out)
 
 
 def update(t: Tables, inputs: StepInputs) -> None:
     """Step in place the parameters, moments and step counts of all rows that have a gradient."""
     _operator("update")(
-        t.rows, t.grads, t.chunks, t.chunk_size, t.hypers, t.dtypes, inputs.record(), t.workspace
+        t.rows, t.grads, t.chunks, t.chunk_size, t.hypers, t.formats, inputs.record(), t.workspace
     )

@@ -85,12 +85,14 @@ def _print_step(target: str, console: Console) -> None:
     table.add_column("values", no_wrap=True)  # whole, in 80 columns, for any model that fits a machine
     for bucket, _, _ in plan.launches:
         kernels = kernels_for(optimizer.backend, bucket.device)
-        dtypes = getattr(bucket, "dtypes", None)
-        by = "reference" if kernels is None or dtypes is None else kernels.__name__.rpartition(".")[2]
+        formats = getattr(bucket, "formats", None)
+        by = "reference" if kernels is None or formats is None else kernels.__name__.rpartition(".")[2]
+        kept = ["any"] * 4 if formats is None else [format.name for format in formats]
         table.add_row(
             by,
             str(bucket.device),
-            *(["any"] * 3 if dtypes is None else [str(dtype).removeprefix("torch.") for dtype in dtypes]),
+            *kept[:2],
+            ", ".join(dict.fromkeys(kept[2:])),
             f"{len(bucket.slots):,}",
             f"{sum(params[slot].numel() for slot in bucket.slots):,}",
         )

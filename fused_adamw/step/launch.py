@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..device import DeviceTable
 from ..dtensors import local_tensors
+from ..formats import PLAIN, Formats
 from ..layout import is_plain, same_layout
 from ..tables import (
-    DTYPE_CODE,
+    FORMAT_CODE,
     STATE_KEYS,
     Entry,
     Hyper,
@@ -31,10 +32,8 @@ from .snapshot import Form
 class KernelBackend(Protocol):
     """Kernels that walk the tables: `native` and `triton`."""
 
-    def supports(
-        self, device: torch.device, param: torch.dtype, grad: torch.dtype, state: torch.dtype
-    ) -> bool:
-        """Whether kernels can step a parameter of a dtype, its gradient and its moments of theirs."""
+    def supports(self, device: torch.device, formats: Formats) -> bool:
+        """Whether kernels can step a parameter that is kept so, with its gradient and moments."""
 
     def chunk_size(self, device: torch.device, numel: int) -> int:
         """Elements per chunk that suit the device and the number of elements in all."""
@@ -121,7 +120,7 @@ def fallback_reason(forms: Mapping[str, Form], backend: KernelBackend) -> str | 
             return f"{name} is not plain strided memory"
     if forms["step"].dtype is not torch.float32:
         return f"step is counted in {forms['step'].dtype}"
-    p, grad, m = (forms[name] for name in ("parameter", "gradient", "exp_avg"))
+    p = forms["parameter"]
     for name, form in forms.items():
         if name == "step":
             continue
@@ -129,21 +128,33 @@ def fallback_reason(forms: Mapping[str, Form], backend: KernelBackend) -> str | 
             return f"{name} is not dense: strides {form.stride} for shape {tuple(form.shape)}"
         if form.shape != p.shape or not same_layout(p.shape, form.stride, p.stride):
             return f"{name} has strides {form.stride}, the parameter {p.stride}"
-    if any(form.dtype != m.dtype for name, form in forms.items() if name in STATE_KEYS[1:]):
-        return "moments of different dtypes"
-    dtypes = (p.dtype, grad.dtype, m.dtype)
-    if not backend.supports(p.device, *dtypes):
-        return "no kernel for parameter, gradient, moments of " + ", ".join(map(str, dtypes))
+    if (formats := formats_of(forms)) is None or not backend.supports(p.device, formats):
+        return "no kernel for " + ", ".join(
+            f"{name} of {form.dtype}" for name, form in forms.items() if name != "step"
+        )
     return None
 
 
+def formats_of(forms: Mapping[str, Form]) -> Formats | None:
+    """How a parameter is kept, if kernels know the words for it.
+
+    Args:
+        forms: As for `fallback_reason`.
+    """
+    dtypes = [forms[name].dtype for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq")]
+    maximum = forms.get("max_exp_avg_sq", forms["exp_avg"])
+    if maximum.dtype != forms["exp_avg"].dtype or any(dtype not in PLAIN for dtype in dtypes):
+        return None
+    return Formats(*(PLAIN[dtype] for dtype in dtypes))
+
+
 class TableBucket:
-    """Parameters of one device and one set of dtypes, stepped by kernels in one launch.
+    """Parameters of one device that are kept in the same formats, stepped by kernels in one launch.
 
     Args:
         members: The parameters.
         device: Where they are.
-        dtypes: Of the parameters, their gradients and their moments.
+        formats: How the parameters, their gradients and moments are kept.
         n_hypers: The number of groups.
         backend: The kernels.
         addresses: Where the tensors of the plan's snapshot are.
@@ -153,14 +164,14 @@ class TableBucket:
         self,
         members: Sequence[Member],
         device: torch.device,
-        dtypes: Sequence[torch.dtype],
+        formats: Formats,
         n_hypers: int,
         backend: KernelBackend,
         addresses: Tensor,
     ) -> None:
         self.device = device
         self.slots = [member.slot for member in members]
-        self.dtypes = dtypes
+        self.formats = formats
         self._backend = backend
         numels = [member.numel for member in members]
         chunk_size = backend.chunk_size(device, sum(numels))
@@ -190,7 +201,7 @@ class TableBucket:
             chunks=DeviceTable(device).upload(chunks),
             chunk_size=chunk_size,
             hypers=torch.empty(0, device="cpu"),
-            dtypes=tuple(DTYPE_CODE[dtype] for dtype in dtypes),
+            formats=tuple(FORMAT_CODE[format.name] for format in formats),
             workspace=torch.zeros(1 + len(chunks), dtype=torch.float64, device=device),
         )
         self.sum_groups = _sum_groups(members)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..device import DeviceTable, is_capturing, scalar_dtype, scalar_on
 from ..dtensors import is_flattened
+from ..formats import Formats
 from ..layout import Spans
 from ..tables import STATE_KEYS, Hyper, State, StepInputs
 from .guard import Found, Guard
@@ -33,6 +34,7 @@ from .launch import (
     TensorBucket,
     Tensors,
     fallback_reason,
+    formats_of,
 )
 from .norm import NormGroup, Reduction, Sums
 from .snapshot import Form, Snapshot
@@ -134,12 +136,12 @@ class Plan:
         self._sums = Sums(self._reduction)
         self._grad_tables: dict[torch.device, DeviceTable] = {}
         kernels_for = functools.cache(kernels_for)
-        for device, by_dtypes in self._parts(self._members(groups), kernels_for).items():
+        for device, by_formats in self._parts(self._members(groups), kernels_for).items():
             buckets = [
-                TableBucket(members, device, dtypes, len(groups), walker, addresses)
-                if dtypes and (walker := kernels_for(device)) is not None
+                TableBucket(members, device, formats, len(groups), walker, addresses)
+                if formats is not None and (walker := kernels_for(device)) is not None
                 else TensorBucket(members, device, reference)
-                for dtypes, members in sorted(by_dtypes.items(), key=lambda item: item[0] != ())
+                for formats, members in sorted(by_formats.items(), key=lambda item: item[0] is not None)
             ]
             if status is None:
                 status = torch.zeros(2, dtype=scalar_dtype(device), device=device)
@@ -208,36 +210,35 @@ class Plan:
             # What follows from the forms of all tensors is worked out once.
             key = (p, grad, member.amsgrad, *names, *snapshot.forms[start : start + len(names)])
             if key not in judged:
-                reason, dtypes = self._judge(member, kernels_for(p.device))
-                judged[key] = reason, parts.setdefault(p.device, {}).setdefault(dtypes, [])
+                reason, formats = self._judge(member, kernels_for(p.device))
+                judged[key] = reason, parts.setdefault(p.device, {}).setdefault(formats, [])
             reason, part = judged[key]
             if reason is None and self._shared and (reason := self._shared_reason(member)) is not None:
-                part = parts[p.device].setdefault((), [])
+                part = parts[p.device].setdefault(None, [])
             if reason is not None:
                 self.fallbacks[member.slot] = reason
             part.append(member)
         parts = {
             device: found
-            for device, by_dtypes in parts.items()
-            if (found := {dtypes: part for dtypes, part in by_dtypes.items() if part})
+            for device, by_formats in parts.items()
+            if (found := {formats: part for formats, part in by_formats.items() if part})
         }
         if not parts:  # norm and skipped steps are reported even if there is nothing to step
-            parts[snapshot.forms[-1].device if snapshot.forms else torch.device("cpu")] = {(): []}
+            parts[snapshot.forms[-1].device if snapshot.forms else torch.device("cpu")] = {None: []}
         return parts
 
-    def _judge(
-        self, member: Member, backend: KernelBackend | None
-    ) -> tuple[str | None, tuple[torch.dtype, ...]]:
-        """Why kernels that serve its device do not step a parameter, and the dtypes of those that do."""
+    def _judge(self, member: Member, backend: KernelBackend | None) -> tuple[str | None, Formats | None]:
+        """Why kernels that serve its device do not step a parameter, or how it is kept if they do."""
         forms = self._snapshot.forms
         names = STATE_KEYS if member.amsgrad else STATE_KEYS[:3]
         named = {name: forms[member.place_of_state + member.places_in_state[name]] for name in names}
         p, grad = forms[member.place], self._expected[member.slot]
         assert grad is not None
         if backend is None:
-            return None, ()
-        reason = fallback_reason({"parameter": p, "gradient": grad, **named}, backend)
-        return reason, () if reason else (p.dtype, grad.dtype, named["exp_avg"].dtype)
+            return None, None
+        forms_of_p = {"parameter": p, "gradient": grad, **named}
+        reason = fallback_reason(forms_of_p, backend)
+        return reason, None if reason else formats_of(forms_of_p)
 
     def _shared_reason(self, member: Member) -> str | None:
         """Why rows that are stepped at the same time would step on each other."""
@@ -396,5 +397,5 @@ class Plan:
         )
 
 
-# On each device, by the dtypes of its tables (none for the reference): what one launch can step.
-_Parts = dict[torch.device, dict[tuple[torch.dtype, ...], list[Member]]]
+# On each device, by how it is kept (None: left to the reference): what one launch can step.
+_Parts = dict[torch.device, dict[Formats | None, list[Member]]]

@@ -62,12 +62,12 @@ void load_codes(const typename Code::Stored* values, const float* side, int64_t 
     for (int64_t i = 0; i < rows * columns; ++i) x[i] = FORMAT::load(values[i]);                     \
   }                                                                                                  \
   void store_block_##NAME(uint16_t* values, int64_t n, const float* x) {                             \
-    store_block({FORMAT::kDType, reinterpret_cast<uint64_t>(values)}, 0, n, x);                      \
+    store_block({FORMAT::kCode, reinterpret_cast<uint64_t>(values)}, 0, n, x);                      \
   }                                                                                                  \
   void load_block_##NAME(const uint16_t* values, int64_t n, float* x) {                              \
     float buffer[kBlock];                                                                            \
     const float* loaded =                                                                            \
-        load_block<kRead>({FORMAT::kDType, reinterpret_cast<uint64_t>(values)}, 0, n, buffer);       \
+        load_block<kRead>({FORMAT::kCode, reinterpret_cast<uint64_t>(values)}, 0, n, buffer);       \
     for (int64_t i = 0; i < n; ++i) x[i] = loaded[i];                                                \
   }
 

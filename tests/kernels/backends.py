@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dtype_codes import BF16, CUDA_LAYOUTS, F64, MIXES
+from format_codes import BF16, CUDA_LAYOUTS, F64, MIXES
 
 from fused_adamw.backends import native
 from fused_adamw.tables import StepInputs, StepInputsStruct, Tables
@@ -37,7 +37,7 @@ class Kernels:
     is_slow = False
     subnormal_bfloat16 = True
 
-    def rtol(self, dtypes) -> float:
+    def rtol(self, formats) -> float:
         """How far results may be from a chain of numpy operations."""
         return 0.0
 
@@ -99,9 +99,9 @@ class Triton(Kernels):
         watch("create_store")
         return accessed
 
-    def rtol(self, dtypes) -> float:
+    def rtol(self, formats) -> float:
         """In float64 exp(n * log(beta)) stands for beta ** n."""
-        return 1e-12 if dtypes[0] == F64 else 0.0
+        return 1e-12 if formats[0] == F64 else 0.0
 
     def rounded(self, values: np.ndarray, dtype: int) -> np.ndarray:
         """The interpreter cuts off bits where a GPU rounds to nearest."""
@@ -129,10 +129,10 @@ I64, P = ctypes.c_int64, ctypes.c_void_p
 Table = struct("Table", rows=P, n_rows=I64, grads=P, chunks=P, n_chunks=I64, chunk_size=I64)
 UpdateArgs = struct(
     "UpdateArgs",
-    table=Table, hypers=P, n_hypers=I64, param_dtype=I64, grad_dtype=I64, state_dtype=I64,
+    table=Table, hypers=P, n_hypers=I64, formats=I64 * 4,
     inputs=StepInputsStruct, ticket=P,
 )  # fmt: skip
-NormArgs = struct("NormArgs", table=Table, grad_dtype=I64, partials=P, sum=P, ticket=P)
+NormArgs = struct("NormArgs", table=Table, grad=I64, partials=P, sum=P, ticket=P)
 Device = struct("Device", seed=ctypes.c_uint, launches=ctypes.c_int, last_grid=ctypes.c_int)
 
 
@@ -180,13 +180,13 @@ class Cuda(Kernels):
 
     def sum_of_squares(self, t: Tables, out: torch.Tensor, device: int) -> None:
         ticket = t.workspace.data_ptr()
-        args = NormArgs(self.table(t), t.dtypes[1], ticket + 8, out.data_ptr(), ticket)
+        args = NormArgs(self.table(t), t.formats[1], ticket + 8, out.data_ptr(), ticket)
         self.run(self.library.norm, args, device)
 
     def update(self, t: Tables, inputs: StepInputs, device: int) -> None:
         record = StepInputsStruct.from_buffer_copy(inputs.record().numpy())
         hypers = (t.hypers.data_ptr(), len(t.hypers))
-        args = UpdateArgs(self.table(t), *hypers, *t.dtypes, record, t.workspace.data_ptr())
+        args = UpdateArgs(self.table(t), *hypers, (I64 * 4)(*t.formats), record, t.workspace.data_ptr())
         before = self.device.launches
         self.run(self.library.update, args, self.hypers_on_host, device)
         assert self.device.launches == before + 1

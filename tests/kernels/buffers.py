@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from dtype_codes import BF16, F16, F32, F64
+from format_codes import BF16, F16, F32, F64
 
 TORCH = {F32: torch.float32, BF16: torch.bfloat16, F16: torch.float16, F64: torch.float64}
 SIZE = {F32: 4, BF16: 2, F16: 2, F64: 8}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import oracle
 import torch
-from dtype_codes import BF16, F32, F64
+from format_codes import BF16, F32, F64
 
 from fused_adamw.tables import StepInputs, Tables, chunk_table, hyper_table, row_table
 
@@ -56,12 +56,12 @@ class Model:
     """
 
     def __init__(
-        self, kernels, params: Sequence[Param], dtypes=(F32, F32, F32), groups=PLAIN, chunk_size=None,
+        self, kernels, params: Sequence[Param], formats=(F32, F32, F32, F32), groups=PLAIN, chunk_size=None,
         seed=0, grad_scale=1.0,
     ):  # fmt: skip
-        self.kernels, self.params, self.dtypes, self.groups = kernels, params, dtypes, groups
+        self.kernels, self.params, self.formats, self.groups = kernels, params, formats, groups
         random = np.random.default_rng(seed)
-        self.buffers = [draw(random, param, dtypes, grad_scale) for param in params]
+        self.buffers = [draw(random, param, formats, grad_scale) for param in params]
         p, g, m, v, v_max, step = ([row[i].address for row in self.buffers] for i in range(6))
         slots = list(reversed(range(len(params))))  # not those of the rows
         chunks = chunk_table([x.n for x in params], chunk_size or kernels.chunk)
@@ -83,7 +83,7 @@ class Model:
             chunks=chunks,
             chunk_size=chunk_size or kernels.chunk,
             hypers=hyper_table([fields(*pair) for pair in zip(groups, self.lrs, strict=True)]),
-            dtypes=dtypes,
+            formats=formats,
             workspace=self.workspace.tensor,
         )
 
@@ -129,7 +129,7 @@ class Model:
         self.kernels.update(self.tables, inputs, self.grid(grid))
         status.check([norm, 5.0 + skip], "status")
         self.check_workspace()
-        rtol = self.kernels.rtol(self.dtypes)
+        rtol = self.kernels.rtol(self.formats)
         for i, (buffers, values) in enumerate(zip(self.buffers, expected, strict=True)):
             for buffer, value, name in zip(buffers, values, NAMES, strict=True):
                 exact = name in ("g", "step")
@@ -142,7 +142,7 @@ class Model:
         group = replace(self.groups[param.group], amsgrad=param.amsgrad)
         if group.lr_tensor:
             group.lr = float(self.lrs[param.group].values[0])
-        wide = np.float64 if self.dtypes[0] == F64 else np.float32
+        wide = np.float64 if self.formats[0] == F64 else np.float32
         values = (x.astype(wide) for x in (p, g, m, v, v_max))
         p, m, v, new_max = oracle.adamw(*values, group, float(step[0] + 1), grad_scale)
         v_max = new_max if param.amsgrad else v_max
@@ -162,7 +162,7 @@ class Model:
 
     def set_special_values(self) -> Model:
         """Put zeros, dying and huge numbers and NaN among the others, alone and in whole vectors."""
-        subnormal = BF16 not in self.dtypes or self.kernels.subnormal_bfloat16
+        subnormal = BF16 not in self.formats or self.kernels.subnormal_bfloat16
         for tensors in self.buffers:
             for buffer in tensors[1:5]:
                 values = buffer.values.copy()
@@ -175,9 +175,9 @@ class Model:
         return self
 
 
-def draw(random, param: Param, dtypes, grad_scale: float) -> tuple[Buffer, ...]:
+def draw(random, param: Param, formats, grad_scale: float) -> tuple[Buffer, ...]:
     """Parameter, gradient, moments, maximum, step. Moments are 0 before the first step."""
-    p_dtype, g_dtype, s_dtype = dtypes
+    p_format, g_format, m_format, v_format = formats
     started = param.step > 0
 
     def normal(scale):
@@ -185,11 +185,11 @@ def draw(random, param: Param, dtypes, grad_scale: float) -> tuple[Buffer, ...]:
 
     v = normal(0.3) ** 2
     return (
-        Buffer(normal(1.0), p_dtype, param.shifts[0]),
-        Buffer(normal(grad_scale), g_dtype, param.shifts[1]),
-        Buffer(normal(0.1) * started, s_dtype, param.shifts[2]),
-        Buffer(v * started, s_dtype, param.shifts[3]),
-        Buffer(v * random.uniform(0.5, 2.0, param.n), s_dtype, param.shifts[4]),
+        Buffer(normal(1.0), p_format, param.shifts[0]),
+        Buffer(normal(grad_scale), g_format, param.shifts[1]),
+        Buffer(normal(0.1) * started, m_format, param.shifts[2]),
+        Buffer(v * started, v_format, param.shifts[3]),
+        Buffer(v * random.uniform(0.5, 2.0, param.n), m_format, param.shifts[4]),
         Buffer([param.step], F32),
     )
 

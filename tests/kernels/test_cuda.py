@@ -1,25 +1,25 @@
 """What only the CUDA kernels have: switches, grids, hypers as kernel parameters, errors they return."""
 
 import pytest
-from dtype_codes import CUDA_LAYOUTS, F32, F64
+from format_codes import CUDA_LAYOUTS, F32, F64
 
 from .backends import Cuda
 from .model import Group, Model, Param
 from .test_kernels import ids, mixed_rows, sizes
 
-layouts = pytest.mark.parametrize("dtypes", CUDA_LAYOUTS, ids=ids)
+layouts = pytest.mark.parametrize("formats", CUDA_LAYOUTS, ids=ids)
 
 
 @layouts
 @pytest.mark.parametrize("error", [-2, 2])
-def test_switches_change_no_bit(switched, dtypes, error):
+def test_switches_change_no_bit(switched, formats, error):
     switched.library.set_approximation_error(error)
     params = [
         Param(n, step=3.0 * (n % 2), amsgrad=n % 3 == 0, shifts=(n % 2,) * 5)
         for n in sizes(switched.block, switched.chunk)
     ]
-    Model(switched, params, dtypes).update(1, sums=[9.0, 16.0], max_grad_norm=2.5)
-    Model(switched, params[-4:], dtypes).set_special_values().update(2)
+    Model(switched, params, formats).update(1, sums=[9.0, 16.0], max_grad_norm=2.5)
+    Model(switched, params[-4:], formats).set_special_values().update(2)
 
 
 def test_switched_kernels_do_use_the_approximations(switched):
@@ -29,8 +29,8 @@ def test_switched_kernels_do_use_the_approximations(switched):
 
 
 @layouts
-def test_hypers_may_be_on_the_device(cuda_library, dtypes):
-    model = mixed_rows(Cuda(cuda_library, hypers_on_host=False), dtypes)
+def test_hypers_may_be_on_the_device(cuda_library, formats):
+    model = mixed_rows(Cuda(cuda_library, hypers_on_host=False), formats)
     for device in range(3):
         model.update(device, sums=[4.0], max_grad_norm=0.3)
 
@@ -63,12 +63,12 @@ def test_errors_are_returned_and_the_current_device_restored(cuda):
     with pytest.raises(RuntimeError, match="invalid device"):
         model.update(9)
     assert cuda.library.current_device() == 0
-    for dtypes in ((F64, F32, F32), (F32, 7, F32)):
-        model.tables.dtypes = dtypes
-        with pytest.raises(RuntimeError, match="not built for these dtypes"):
+    for formats in ((F64, F32, F32, F32), (F32, 7, F32, F32)):
+        model.tables.formats = formats
+        with pytest.raises(RuntimeError, match="not built for these formats"):
             model.update()
     with pytest.raises(RuntimeError, match="not built for this dtype"):
         model.norm()
-    model.tables.dtypes, model.tables.chunk_size = (F32, F32, F32), 1 << 31
+    model.tables.formats, model.tables.chunk_size = (F32, F32, F32, F32), 1 << 31
     with pytest.raises(RuntimeError, match="chunk_size is out of range"):
         model.update()

@@ -7,26 +7,27 @@ import numpy as np
 import pytest
 import torch
 from common import thin_zeros
-from dtype_codes import CUDA_LAYOUTS, F32, F64, MIXES
+from format_codes import CUDA_LAYOUTS, F32, F64, MIXES, cpu_has
 
 from fused_adamw.backends import native
-from fused_adamw.tables import DTYPE_CODE, StepInputs, set_column
+from fused_adamw.formats import FORMATS, Formats
+from fused_adamw.tables import FORMAT_CODE, StepInputs, set_column
 
 from .backends import Cuda, Native, Triton
 from .buffers import TORCH, Buffer
 from .model import GROUPS, PLAIN, Group, Model, Param
 
 
-def ids(dtypes):
-    return "-".join(str(TORCH[x]).removeprefix("torch.") for x in dtypes)
+def ids(formats):
+    return "-".join(str(TORCH[x]).removeprefix("torch.") for x in formats)
 
 
 layouts = pytest.mark.parametrize(
-    ("kernels", "dtypes"),
+    ("kernels", "formats"),
     [
-        pytest.param(name, dtypes, id=f"{name}-{ids(dtypes)}")
+        pytest.param(name, formats, id=f"{name}-{ids(formats)}")
         for name, kernels in (("cpu", Native), ("cuda", Cuda), ("triton", Triton))
-        for dtypes in kernels.layouts
+        for formats in kernels.layouts
     ],
     indirect=["kernels"],
 )
@@ -45,28 +46,28 @@ def test_layouts_are_those_of_the_kernels():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_build_says_what_it_can_step(device):
     """Python asks it rather than keep a list."""
-    built = MIXES if device == "cpu" else CUDA_LAYOUTS if native.build_info()["cuda_archs"] else []
-    codes = {**DTYPE_CODE, torch.complex64: 9}
-    for dtypes in itertools.product(codes, repeat=3):
-        answer = native.supports(torch.device(device), *dtypes)
-        assert answer == (tuple(codes[dtype] for dtype in dtypes) in built), dtypes
+    on_cuda = CUDA_LAYOUTS if native.build_info()["cuda_archs"] else []
+    for names in itertools.product(FORMAT_CODE, repeat=4):
+        codes = tuple(FORMAT_CODE[name] for name in names)
+        answer = native.supports(torch.device(device), Formats(*(FORMATS[name] for name in names)))
+        assert answer == (cpu_has(codes) if device == "cpu" else codes in on_cuda), names
 
 
 # ---- Walk
 
 
 @layouts
-def test_update_of_every_size(kernels, dtypes):
+def test_update_of_every_size(kernels, formats):
     params = [
         Param(n, step=3.0 * (n % 2), amsgrad=i % 4 in (1, 2))  # some of either kind in whole blocks
         for i, n in enumerate(sizes(kernels.block, kernels.chunk))
     ]
-    Model(kernels, params, dtypes).update(kernels.grids[1], sums=[9.0, 16.0], max_grad_norm=2.5)
+    Model(kernels, params, formats).update(kernels.grids[1], sums=[9.0, 16.0], max_grad_norm=2.5)
 
 
 @layouts
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_update_at_every_alignment(kernels, dtypes, amsgrad):
+def test_update_at_every_alignment(kernels, formats, amsgrad):
     n = kernels.block + 44
     together = [Param(41, shifts=(s,) * 5, amsgrad=amsgrad) for s in range(1, 8)]
     one_off = [
@@ -75,10 +76,10 @@ def test_update_at_every_alignment(kernels, dtypes, amsgrad):
         for s in ((1, 4) if kernels.is_slow else (1, 2, 3, 4, 6))
     ]
     chunk = max(256, kernels.block)
-    Model(kernels, together + one_off, dtypes, chunk_size=chunk).update(kernels.grids[2])
+    Model(kernels, together + one_off, formats, chunk_size=chunk).update(kernels.grids[2])
 
 
-def mixed_rows(kernels, dtypes) -> Model:
+def mixed_rows(kernels, formats) -> Model:
     """Groups, step counts, amsgrad and missing gradients that change from row to row."""
     random = np.random.default_rng(1)
     count, largest = (12, 300) if kernels.is_slow else (40, 900)
@@ -93,12 +94,12 @@ def mixed_rows(kernels, dtypes) -> Model:
         for i in range(count)
     ]
     assert {(p.group, p.amsgrad) for p in params if p.grad} == set(itertools.product(range(4), (False, True)))
-    return Model(kernels, params, dtypes, GROUPS, chunk_size=256)
+    return Model(kernels, params, formats, GROUPS, chunk_size=256)
 
 
 @layouts
-def test_update_of_mixed_rows(kernels, dtypes):
-    model = mixed_rows(kernels, dtypes)
+def test_update_of_mixed_rows(kernels, formats):
+    model = mixed_rows(kernels, formats)
     for grid in kernels.grids[: 1 if kernels.is_slow else 3]:
         model.update(grid, sums=[4.0], max_grad_norm=0.3)
 
@@ -166,9 +167,9 @@ def test_positions_that_32_bits_do_not_hold(kernels):
 
 
 @layouts
-def test_bad_values_stay_where_they_are(kernels, dtypes):
+def test_bad_values_stay_where_they_are(kernels, formats):
     """NaN and infinity in a tensor reach their own element, and amsgrad's maximum as in torch."""
-    model = Model(kernels, [Param(40, amsgrad=True, step=1.0), Param(40, step=1.0)], dtypes)
+    model = Model(kernels, [Param(40, amsgrad=True, step=1.0), Param(40, step=1.0)], formats)
     for buffers in model.buffers:
         for tensor in range(5):
             values = buffers[tensor].values
@@ -180,19 +181,19 @@ def test_bad_values_stay_where_they_are(kernels, dtypes):
 
 
 @layouts
-def test_special_values(kernels, dtypes):
+def test_special_values(kernels, formats):
     """Zeros, subnormal and huge numbers and NaN, alone and in whole vectors."""
     c = kernels.chunk
     params = [Param(n, step=3.0 * (n % 2), amsgrad=n % 3 == 0, shifts=(n % 2,) * 5) for n in (c, c + 1)]
-    Model(kernels, params, dtypes).set_special_values().update()
+    Model(kernels, params, formats).set_special_values().update()
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (0.5, 0.9999), (0.999, 0.9)])
 @pytest.mark.parametrize("step", [0, 1, 10**6])
-@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (F64, F64, F64)], ids=ids)
-def test_bias_correction(kernels, betas, step, dtypes):
+@pytest.mark.parametrize("formats", [(F32,) * 4, (F64,) * 4], ids=ids)
+def test_bias_correction(kernels, betas, step, formats):
     with np.errstate(divide="ignore"):  # log(0) in Triton
-        Model(kernels, [Param(4, step=float(step))], dtypes, [Group(betas=betas)]).update()
+        Model(kernels, [Param(4, step=float(step))], formats, [Group(betas=betas)]).update()
 
 
 def test_learning_rate_is_read_at_each_step(kernels):
@@ -219,7 +220,7 @@ def test_no_norm(kernels):
 
 
 def test_max_grad_norm_is_not_rounded(kernels):
-    Model(kernels, [Param(100)], (F64, F64, F64)).update(sums=[4.0], max_grad_norm=0.1)
+    Model(kernels, [Param(100)], (F64,) * 4).update(sums=[4.0], max_grad_norm=0.1)
 
 
 @pytest.mark.parametrize("found_inf", [None, 0.0])
@@ -251,7 +252,7 @@ def test_skipped_steps(kernels, found_inf, sums, skip_nonfinite):
 def test_norm_of_every_size(kernels, dtype):
     c = kernels.norm_chunk
     params = [Param(n, grad=n != 8, shifts=(0, n % 3, 0, 0, 0)) for n in sizes(2 * kernels.block, c)]
-    model = Model(kernels, params, (F32, dtype, F32), chunk_size=c)
+    model = Model(kernels, params, (F32, dtype, F32, F32), chunk_size=c)
     total, partials = model.norm(kernels.grids[2])
     np.testing.assert_allclose(partials, model.squares(), rtol=kernels.norm_rtol if dtype != F64 else 1e-14)
     np.testing.assert_allclose(total, math.fsum(partials), rtol=1e-15)
@@ -264,14 +265,14 @@ def test_norm_has_the_same_bits_whatever_the_grid_the_order_and_the_alignment(ke
     for i, grid in enumerate(kernels.grids):
         for shift in [i % 3] if kernels.is_slow else range(3):
             params = [Param(3 * c + 7, shifts=(0, shift, 0, 0, 0)), Param(100)]
-            sums.add(Model(kernels, params, (F32, dtype, F32), chunk_size=c).norm(grid)[0])
+            sums.add(Model(kernels, params, (F32, dtype, F32, F32), chunk_size=c).norm(grid)[0])
     assert len(sums) == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @grad_dtypes
 def test_norm_of_bad_gradients(kernels, dtype, bad):
-    model = Model(kernels, [Param(700), Param(700)], (F32, dtype, F32), chunk_size=256)
+    model = Model(kernels, [Param(700), Param(700)], (F32, dtype, F32, F32), chunk_size=256)
     g = model.buffers[0][1]
     values = g.values
     values[413] = bad

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from dtype_codes import F16, F32, F64
+from format_codes import F16, F32, F64
 
 from .model import GROUPS, Model, Param
 from .test_kernels import ids
@@ -38,12 +38,12 @@ def test_more_partial_sums_than_a_block(triton):
     assert total.item() == pytest.approx(math.fsum(model.squares()), rel=1e-13)
 
 
-@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (F16, F16, F32), (F64, F64, F64)], ids=ids)
-def test_equals_the_native_kernels(triton, cpu, dtypes):
+@pytest.mark.parametrize("formats", [(F32,) * 4, (F16, F16, F32, F32), (F64,) * 4], ids=ids)
+def test_equals_the_native_kernels(triton, cpu, formats):
     models, statuses = [], []
     for kernels in (triton, cpu):
         params = [Param(triton.block + 9, group=i, amsgrad=i == 1, step=7.0 * i) for i in range(3)]
-        model = Model(kernels, params, dtypes, GROUPS, chunk_size=triton.chunk)
+        model = Model(kernels, params, formats, GROUPS, chunk_size=triton.chunk)
         total, _ = model.norm()
         assert total == pytest.approx(math.fsum(model.squares()), rel=1e-13)
         given = {"sums": [2.0], "max_grad_norm": 0.3, "loss_scale": 4.0, "found_inf": 0.0}
@@ -52,7 +52,7 @@ def test_equals_the_native_kernels(triton, cpu, dtypes):
     assert statuses[0] == statuses[1]
     for ours, theirs in zip(models[0].buffers, models[1].buffers, strict=True):
         for mine, other in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(mine.values, other.values, triton.rtol(dtypes), 0)
+            np.testing.assert_allclose(mine.values, other.values, triton.rtol(formats), 0)
 
 
 def test_unavailable_reason(triton):

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from fused_adamw.backends import triton as backend  # noqa: E402
 from fused_adamw.tables import HyperStruct, RowStruct, StepInputs, Tables, words  # noqa: E402
 
-F32, BF16, F16, F64 = range(4)  # enum DType
+F32, BF16, F16, F64 = range(4)  # enum FormatCode
 
 
 class Launches:
@@ -53,7 +53,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float64, shift: int = 0) -> to
     return torch.zeros(size + shift, dtype=dtype)[shift:].view(shape)
 
 
-def tables(dtypes, n_chunks, shift) -> Tables:
+def tables(formats, n_chunks, shift) -> Tables:
     """Tables whose tensors are `shift` elements off an aligned address."""
     return Tables(
         rows=zeros(5, words(RowStruct), dtype=torch.int64, shift=shift),
@@ -61,22 +61,22 @@ def tables(dtypes, n_chunks, shift) -> Tables:
         chunks=zeros(n_chunks, 2, dtype=torch.int32, shift=shift),
         chunk_size=backend.CHUNK_SIZE,
         hypers=zeros(2, words(HyperStruct), shift=shift),
-        dtypes=dtypes,
+        formats=formats,
         workspace=zeros(1 + n_chunks, shift=shift),
     )
 
 
-def update(gpu, dtypes, n_chunks=3, shift=0, n_sums=1, given=True, skip_nonfinite=True):
+def update(gpu, formats, n_chunks=3, shift=0, n_sums=1, given=True, skip_nonfinite=True):
     """The compiled update kernel. `shift`: how many elements tensors are off an aligned address."""
     optional = zeros(1, dtype=torch.float32, shift=shift) if given else None
     sums = zeros(n_sums, shift=shift) if given else None
     inputs = StepInputs(zeros(2, shift=shift), sums, 1.0, optional, optional, skip_nonfinite)
-    backend.update(tables(dtypes, n_chunks, shift), inputs)
+    backend.update(tables(formats, n_chunks, shift), inputs)
     return gpu.kernels[-1]
 
 
 def norm(gpu, dtype, n_chunks=3, shift=0):
-    t = tables((dtype, dtype, dtype), n_chunks, shift)
+    t = tables((dtype,) * 4, n_chunks, shift)
     backend.sum_of_squares(t, t.chunks, zeros(1, shift=shift))
     return gpu.kernels[-1]
 
@@ -118,13 +118,13 @@ def accesses_of(body: list[str], *instructions: str) -> int:
     return sum(instruction in text for text in body for instruction in instructions)
 
 
-SAME = [(F32, F32, F32), (BF16, BF16, BF16)]
-MIXED = [(BF16, F32, F32), (BF16, BF16, F32)]
+SAME = [(F32,) * 4, (BF16,) * 4]
+MIXED = [(BF16, F32, F32, F32), (BF16, BF16, F32, F32)]
 
 
-@pytest.mark.parametrize("dtypes", SAME, ids=["float32", "bfloat16"])
-def test_update_moves_16_bytes_per_access(gpu, dtypes):
-    kernel = update(gpu, dtypes)
+@pytest.mark.parametrize("formats", SAME, ids=["float32", "bfloat16"])
+def test_update_moves_16_bytes_per_access(gpu, formats):
+    kernel = update(gpu, formats)
     # Four tensors are read and three written, one more of each in the branch for amsgrad.
     assert accesses(kernel, "ld.global.v4.b32") == 4 + 5
     assert accesses(kernel, "st.global.v4.b32") == 3 + 4
@@ -135,9 +135,9 @@ def test_norm_moves_16_bytes_per_access(gpu, dtype):
     assert accesses(norm(gpu, dtype), "ld.global.v4.b32") == 2
 
 
-@pytest.mark.parametrize("dtypes", SAME + MIXED, ids=["float32", "bfloat16", "bfloat16-1", "bfloat16-2"])
-def test_update_fits_its_registers(gpu, dtypes, tmp_path):
-    kernel = update(gpu, dtypes)
+@pytest.mark.parametrize("formats", SAME + MIXED, ids=["float32", "bfloat16", "bfloat16-1", "bfloat16-2"])
+def test_update_fits_its_registers(gpu, formats, tmp_path):
+    kernel = update(gpu, formats)
     used = resources(kernel, tmp_path)
     assert used["REG"] <= backend._REGISTERS
     assert used["LOCAL"] == 0
@@ -147,7 +147,7 @@ def test_update_fits_its_registers(gpu, dtypes, tmp_path):
     assert accesses_of(plain, "LDL", "STL") == 0, "spilled"
     # Four registers of bfloat16.
     version = tuple(map(int, triton.__version__.split(".")[:2]))
-    is_known = gpu.arch == 80 and BF16 in dtypes and version >= (3, 9)
+    is_known = gpu.arch == 80 and BF16 in formats and version >= (3, 9)
     assert accesses_of(amsgrad, "LDL", "STL") <= (8 if is_known else 0), "spilled"
     assert "convert_layout" not in kernel.asm["ttgir"], "values pass between threads"
 
@@ -160,51 +160,51 @@ def test_norm_fits_its_registers(gpu, dtype, tmp_path):
 
 
 def test_arithmetic_is_ieee_and_not_contracted(gpu):
-    ptx = update(gpu, (F32, F32, F32)).asm["ptx"]
+    ptx = update(gpu, (F32,) * 4).asm["ptx"]
     arithmetic = set(re.findall(r"\b(?:add|sub|mul|fma|div|rcp|sqrt|rsqrt)\.[\w.]*f32", ptx))
     assert arithmetic == {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32", "sqrt.rn.f32"}
 
 
 def test_ticket_is_drawn_when_all_threads_are_done(gpu):
-    for kernel in (update(gpu, (F32, F32, F32)), norm(gpu, F32)):
+    for kernel in (update(gpu, (F32,) * 4), norm(gpu, F32)):
         before, after = kernel.asm["ptx"].split("atom.global.gpu.acq_rel.add.u32")
         assert before.rfind("bar.sync") > max(before.rfind("ld.global"), before.rfind("st.global"))
         assert after.find("bar.sync") < after.find("global.")
 
 
 def test_one_binary_serves_all_tables(gpu):
-    first = update(gpu, (F32, F32, F32))
+    first = update(gpu, (F32,) * 4)
     for changes in ({"n_chunks": 1}, {"n_chunks": 16}, {"shift": 1}, {"n_sums": 5}):
-        assert update(gpu, (F32, F32, F32), **changes) is first
+        assert update(gpu, (F32,) * 4, **changes) is first
     first = norm(gpu, F32)
     assert norm(gpu, F32, n_chunks=1) is norm(gpu, F32, n_chunks=16) is norm(gpu, F32, shift=1) is first
 
 
 def test_options_cost_nothing_where_absent(gpu):
-    everything = update(gpu, (F32, F32, F32))
-    nothing = update(gpu, (F32, F32, F32), given=False, skip_nonfinite=False)
+    everything = update(gpu, (F32,) * 4)
+    nothing = update(gpu, (F32,) * 4, given=False, skip_nonfinite=False)
     assert len(nothing.asm["ptx"]) < len(everything.asm["ptx"])
 
 
 def test_max_grad_norm_travels_in_double(gpu):
-    signature = update(gpu, (F32, F32, F32)).src.signature
+    signature = update(gpu, (F32,) * 4).src.signature
     assert signature["max_grad_norm"] == "fp64"
 
 
 def test_grid(gpu):
     """One program per chunk, at least one, and no more than the device holds at once."""
     for n_chunks in (0, 1, 7, 10**5):
-        update(gpu, (F32, F32, F32), n_chunks)
+        update(gpu, (F32,) * 4, n_chunks)
     assert gpu.grids == [(1,), (1,), (7,), (100 * backend._PROGRAMS_PER_SM,)]
 
 
-@pytest.mark.parametrize("dtypes", [(F32, F32, BF16), (F16, F16, F32), (F16, F16, F16), (F64, F64, F64)])
-def test_other_types_compile(gpu, dtypes):
-    kernel = update(gpu, dtypes)
+@pytest.mark.parametrize("formats", [(F32, F32, BF16, BF16), (F16, F16, F32, F32), (F16,) * 4, (F64,) * 4])
+def test_other_types_compile(gpu, formats):
+    kernel = update(gpu, formats)
     vectors = accesses(kernel, "ld.global.v4.b32") + accesses(kernel, "ld.global.v2.b64")
     assert vectors >= 4
     single = re.search(r"\b(?:div|sqrt|mul)\.[\w.]*f32", kernel.asm["ptx"])
-    assert (single is None) == (dtypes[0] == F64), "float64 is stepped in float64"
+    assert (single is None) == (formats[0] == F64), "float64 is stepped in float64"
 
 
 def test_unavailable_reason(monkeypatch):

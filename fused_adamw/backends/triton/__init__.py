@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from ...device import NO_GPU, has_gpu, is_capturing, is_gpu, multiprocessors_of, on_gpu
-from ...tables import DTYPE_CODE, StepInputs, Tables
-from .formats import Formats
+from ...formats import Formats
+from ...tables import FORMAT_CODE, StepInputs, Tables
+from . import formats as kept
 from .kernels import norm_kernel, update_kernel
 
 # Elements per chunk: as many per thread as in torch's multi-tensor kernels. Long enough to hide the walk
@@ -105,9 +106,9 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def supports(device: torch.device, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
-    """Whether a kernel can be compiled for a parameter of a dtype, its gradient and its moments of theirs."""
-    return {param, grad, state} <= DTYPE_CODE.keys()
+def supports(device: torch.device, formats: Formats) -> bool:
+    """Whether a kernel can be compiled for a parameter that is kept so, with its gradient and moments."""
+    return {FORMAT_CODE[format.name] for format in formats} <= kept.FORMATS.keys()
 
 
 def chunk_size(device: torch.device, numel: int = 0) -> int:
@@ -128,13 +129,13 @@ def sum_of_squares(t: Tables, chunks: torch.Tensor, out: torch.Tensor) -> None:
 
     One launch, deterministic, no sync. Mutates the workspace.
     """
-    grad = Formats.of(t.dtypes).grad
+    grad = kept.Formats.of(t.formats).grad
     _launch(norm_kernel, t, chunks, sum=out, F=grad, BLOCK=2 * _block(grad))
 
 
 def update(t: Tables, inputs: StepInputs) -> None:
     """Step in place the parameters, moments and step counts of all rows with a gradient. One launch."""
-    formats = Formats.of(t.dtypes)
+    formats = kept.Formats.of(t.formats)
     _launch(
         update_kernel,
         t,

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ...tables import DTYPE_CODE
+from ...formats import PLAIN
+from ...tables import FORMAT_CODE
 
-FORMATS = {code: getattr(tl, str(dtype).removeprefix("torch.")) for dtype, code in DTYPE_CODE.items()}
+FORMATS = {FORMAT_CODE[format.name]: getattr(tl, format.name) for format in PLAIN.values()}
 
 
 class Formats(NamedTuple):
@@ -20,11 +21,12 @@ class Formats(NamedTuple):
 
     param: tl.dtype
     grad: tl.dtype
-    state: tl.dtype
+    exp_avg: tl.dtype
+    exp_avg_sq: tl.dtype
 
     @staticmethod
     def of(codes: Sequence[int]) -> "Formats":
-        """From `Tables.dtypes`."""
+        """From `Tables.formats`."""
         return Formats(*(FORMATS[code] for code in codes))
 
 

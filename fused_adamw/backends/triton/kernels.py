@@ -98,9 +98,9 @@ def update_blocks(span, c, F: tl.constexpr, AMSGRAD: tl.constexpr, VECTOR: tl.co
     """Step a span. VECTOR: it is whole blocks at aligned addresses, so that no access is masked."""
     p_ptr = elements(span.row + _PARAM, span.start, F.param, VECTOR)
     g_ptr = elements(span.grad, span.start, F.grad, VECTOR)
-    m_ptr = elements(span.row + _EXP_AVG, span.start, F.state, VECTOR)
-    v_ptr = elements(span.row + _EXP_AVG_SQ, span.start, F.state, VECTOR)
-    v_max_ptr = elements(span.row + _MAX_EXP_AVG_SQ, span.start, F.state, VECTOR)
+    m_ptr = elements(span.row + _EXP_AVG, span.start, F.exp_avg, VECTOR)
+    v_ptr = elements(span.row + _EXP_AVG_SQ, span.start, F.exp_avg_sq, VECTOR)
+    v_max_ptr = elements(span.row + _MAX_EXP_AVG_SQ, span.start, F.exp_avg, VECTOR)
     T: tl.constexpr = c.eps.dtype
     i = tl.arange(0, BLOCK)
     n = span.n

@@ -80,13 +80,15 @@ class Bounds {
   bool hold_ = true;
 };
 
-inline int64_t bytes_of(fused_adamw::DType dtype) {
-  return dtype == fused_adamw::kFloat64 ? 8 : dtype == fused_adamw::kFloat32 ? 4 : 2;
+inline int64_t bytes_of(fused_adamw::FormatCode code) {
+  int64_t bytes = 0;
+  fused_adamw::Formats::visit(code, [&](auto format) { bytes = sizeof(typename decltype(format)::Stored); });
+  return bytes;
 }
 
 inline bool in_bounds(const fused_adamw::NormArgs& args, const char* kernel) {
   Bounds bounds(kernel);
-  bounds.table(args.table, false, 0, bytes_of(args.grad_dtype), 0, 0);
+  bounds.table(args.table, false, 0, bytes_of(args.grad), 0, 0);
   bounds.needs(args.partials, args.table.n_chunks * sizeof(double), "partial sums");
   bounds.needs(args.sum, sizeof(double), "sum");
   bounds.needs(args.ticket, sizeof(uint32_t), "ticket");
