@@ -372,6 +372,66 @@ class TestFailures:
         build_param_groups(Uses((T, D), fails), policy="timm", example_inputs=X)
 
 
+def test_a_module_that_converts_itself():
+    class Model(Uses):
+        def forward(self, x):
+            self.to(torch.float32)
+            self.before = self.before.to(x.dtype)
+            return super().forward(x)
+
+    assert role_of(Model((T, D), lambda x, p: x + p)) is Role.POSITION
+
+
+class Quantized(torch.Tensor):
+    """An int8 weight with a scale per row, as quantised training has it: `linear` takes it apart."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype, requires_grad=True)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["values"], inner["scale"])
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            x, weight, *_ = args
+            return x @ weight.values.t().to(x.dtype) * weight.scale
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        (self, *_), name = args, func._schema.name
+        assert name in ("aten::detach", "aten::clone", "aten::alias"), name
+        made = [func(t, *args[1:], **(kwargs or {})) for t in (self.values, self.scale)]
+        return cls(*made)
+
+
+def test_quantised_weights():
+    """The operators see the parts of such a weight; its own type is unknown."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            quantized = Quantized(torch.zeros(D, D, dtype=torch.int8), torch.ones(D))
+            self.something = nn.Parameter(quantized)
+
+        def forward(self, x):
+            return F.linear(x, self.something)
+
+    model = nn.Sequential(nn.Linear(D, D), nn.ReLU(), Layer(), nn.ReLU(), Layer())
+    roles = {d.name: d.role for d in explain_param_groups(model, example_inputs=X).decisions}
+    assert roles["2.something"] is Role.MATRIX
+    assert roles["4.something"] is Role.OUTPUT
+
+
 def test_a_model_on_meta():
     with torch.device("meta"):
         model = Uses((T, D), lambda x, p: x + p + torch.arange(D))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..places import Located, class_of
-from .watch import tensors_in
+from .labels import tensors_in
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ from ..findings import Finding, say_role
 from ..places import Located
 from ..roles import MAPS, TABLES, Role
 from .kinds import Kind
-from .watch import Uses
+from .labels import Uses
 
 # What scales activations. The later say more: a gain whose sine is taken is a frequency.
 _SCALES = frozenset({Kind.GAIN, Kind.TEMPERATURE, Kind.FREQUENCY, Kind.RECURRENCE, Kind.SPREAD})
@@ -47,7 +47,7 @@ def _judge(item: Located, found: Finding, uses: Uses) -> Finding:
     kind = _decisive(kinds, key in uses.ambiguous)
     if kind is None:
         return found
-    if kind.is_map and found.role in TABLES and key not in uses.outputs:
+    if kind.is_map and found.role in TABLES and key not in uses.outputs | uses.layers:
         return found  # queries are multiplied with rows, relative positions say, as activations with maps
     agrees = kind.is_map == (found.role in MAPS)
     contradiction = f"{say_role(found.role)} by {found.rule}, {say_role(kind.value.role)} by use"
@@ -95,9 +95,9 @@ def _refine(found: Finding, item: Located, uses: Uses) -> Finding:
         return found
     key = id(item.param)
     for role, keys, words in (
-        (Role.ROUTER, uses.routers, "topk chooses from its result"),
         (Role.OUTPUT, uses.outputs, "its result is the model's output"),
-        (Role.INPUT, uses.inputs, "it is the first map on an input"),
+        (Role.ROUTER, uses.routers, "its result chooses or weighs experts"),
+        (Role.INPUT, uses.first_maps, "it is the first map on an input"),
     ):
         if key in keys:
             return replace(found, role=role, base=found.role, evidence=f"{found.evidence} and {words}")

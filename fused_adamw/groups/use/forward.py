@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_map_only
 
 from ..places import Located, unwrap
 from .copies import copies_of_tensors, copy_of, is_sharded
-from .watch import Uses, Watcher, tensors_in
+from .labels import Uses, tensors_in
+from .watch import Watcher
 
 
 def observe(model: nn.Module, located: Sequence[Located], example_inputs: Any) -> Uses:
@@ -83,6 +84,8 @@ def _run(
     inputs = tree_map_only(Tensor, make, example_inputs)
     args, kwargs = _arguments(inputs)
     made.eval()
+    for module in made.modules():  # a module that converts itself would swap the tensors that are watched
+        vars(module)["_apply"] = lambda fn, recurse=True, module=module: module
     watcher = Watcher(parameters, list(tensors_in(inputs)))
     with watcher:
         output = made(*args, **kwargs)

@@ -30,6 +30,9 @@ class Kind(Enum):
     """How a forward pass uses a parameter."""
 
     MAP = Meaning(Role.MATRIX, "activations are multiplied by it: a map", "multiplied")
+    FEATURE_MAP = Meaning(
+        Role.MATRIX, "each feature is multiplied by a vector of it: a map per feature", "multiplied"
+    )
     CONVOLUTION = Meaning(Role.CONVOLUTION, "activations are convolved with it: a map", "convolved")
     TABLE = Meaning(Role.EMBEDDING, "the input picks its rows: a table", "rows picked")
     POSITION = Meaning(
@@ -49,7 +52,7 @@ class Kind(Enum):
 
     @property
     def is_map(self) -> bool:
-        return self in (Kind.MAP, Kind.CONVOLUTION)
+        return self in (Kind.MAP, Kind.FEATURE_MAP, Kind.CONVOLUTION)
 
 
 # Operator -> its two factors.
@@ -184,8 +187,20 @@ PASSING = frozenset(
         "narrow",
     }
 )
+SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax", "_log_softmax", "log_softmax"})
+NONLINEAR = frozenset({"sigmoid", "tanh", "relu", "gelu", "silu", "elu", "leaky_relu", "softplus"})
+NONLINEAR |= frozenset({"hardswish", "hardsigmoid", "hardtanh", "mish", "clamp", "clamp_min"})
 # Operators over one tensor after which a result still is that of its last map.
-ACTIVATIONS = PASSING | frozenset({"sigmoid", "softmax", "_softmax", "_log_softmax", "tanh", "relu", "neg"})
+ACTIVATIONS = PASSING | SOFTMAX | frozenset({"sigmoid", "tanh", "relu", "neg"})
+# Operators after which scores still are scores.
+PADDING = frozenset({"constant_pad_nd", "pad", "roll", "flip", "neg", "masked_fill"})
 EXPONENTIALS = frozenset({"exp", "softplus", "sigmoid"})
 PERIODIC = frozenset({"sin", "cos"})
 SUMS = frozenset({"sum", "mean"})
+# Operators after which the index of the largest still says which one it is, and those by which it picks.
+CHOICES = frozenset(
+    {"eq", "ne", "scatter", "nonzero", "nonzero_numpy", "_to_copy", "bitwise_not", "logical_not"}
+)
+PICKING = frozenset(
+    {"index", "index_select", "index_put", "index_add", "where", "masked_fill", "masked_select"}
+)
