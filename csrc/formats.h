@@ -2,11 +2,11 @@
 // loop, no address.
 //
 // A format has a number, `kCode`; `Stored`, one element of a tensor; `Register`, the type of its arithmetic;
-// load and store, which round to nearest even as torch does. The walks of cpu/ and cuda/ know formats by
-// these names alone. To add one, write its struct and put it on the list `Formats`.
+// load and store, which round to nearest even as torch does. Some keep a `Side` beside the values, and some
+// take noise (noise.h) to store: `kSide` and `kTakesNoise` say which. The walks of cpu/ and cuda/ know
+// formats by these names alone. To add one, write its struct and put it on the list `Formats`.
 //
-// Formats that take noise (noise.h) or keep a `Side`, one per value or per block of values of a row, follow
-// these; no walk uses them yet. fused_adamw/formats.py defines them for whole tensors.
+// fused_adamw/formats.py defines them for whole tensors.
 #pragma once
 
 #include <math.h>
@@ -33,7 +33,15 @@ ADAMW_FN uint32_t as_bits(float x) {
   return bits;
 }
 
-struct Float32 {
+enum SideKind { kNoSide, kSidePerValue, kSidePerBlock };
+
+// What a format is, unless it says otherwise.
+struct Plain {
+  static constexpr SideKind kSide = kNoSide;
+  static constexpr bool kTakesNoise = false;
+};
+
+struct Float32 : Plain {
   static constexpr FormatCode kCode = kFloat32;
   using Stored = float;
   using Register = float;
@@ -41,7 +49,7 @@ struct Float32 {
   ADAMW_FN float store(float x) { return x; }
 };
 
-struct Float64 {
+struct Float64 : Plain {
   static constexpr FormatCode kCode = kFloat64;
   using Stored = double;
   using Register = double;
@@ -50,7 +58,7 @@ struct Float64 {
 };
 
 // On the host, bfloat16 and float16 are written so that compilers vectorise them; a GPU has instructions.
-struct BFloat16 {
+struct BFloat16 : Plain {
   static constexpr FormatCode kCode = kBFloat16;
   using Stored = uint16_t;
   using Register = float;
@@ -78,7 +86,7 @@ struct BFloat16 {
   }
 };
 
-struct Float16 {
+struct Float16 : Plain {
   static constexpr FormatCode kCode = kFloat16;
   using Stored = uint16_t;
   using Register = float;
@@ -113,7 +121,9 @@ struct Float16 {
 };
 
 // Rounds up as often as the dropped bits say: right on average, however small the change. `noise`: 16 bits.
-struct StochasticBFloat16 {
+struct StochasticBFloat16 : Plain {
+  static constexpr FormatCode kCode = kStochasticBFloat16;
+  static constexpr bool kTakesNoise = true;
   using Stored = uint16_t;
   using Register = float;
 
@@ -132,7 +142,9 @@ struct StochasticBFloat16 {
 
 // A float32 in two halves: bfloat16, rounded with ties away from zero, and the low 16 bits as a signed
 // difference. The bfloat16 has the last word: a residual that no store gives for it counts as 0.
-struct SplitBFloat16 {
+struct SplitBFloat16 : Plain {
+  static constexpr FormatCode kCode = kSplitBFloat16;
+  static constexpr SideKind kSide = kSidePerValue;
   using Stored = uint16_t;
   using Side = int16_t;
   using Register = float;
@@ -159,11 +171,14 @@ constexpr int64_t kCodeBlock = 128;
 // top code, so what was loaded is stored as it was. Unsigned codes are 0 for zeros alone. A block with an
 // infinity or a NaN is NaN everywhere. Products, quotients and roots are rounded once each.
 template <typename Code, int kRoots, int kLevels, int kUnitBits>
-struct RootCode {
+struct RootCode : Plain {
+  static constexpr SideKind kSide = kSidePerBlock;
+  static constexpr bool kTakesNoise = true;
   using Stored = Code;
   using Side = float;
   using Register = float;
   static constexpr bool kSigned = static_cast<Code>(-1) < 0;
+  static constexpr FormatCode kCode = kSigned ? kSignedRoot : kUnsignedRoot;
   static constexpr float kTop = kLevels;
   static constexpr float kUnit = 1.0f / static_cast<float>(1u << kUnitBits);
 

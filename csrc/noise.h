@@ -26,8 +26,12 @@ struct NoiseKey {
   uint32_t low, high;
 };
 
-// `word` is seed ^ 0x9e3779b97f4a7c15 * ordinal, for the ordinal of the parameter among all of them; `step`
-// counts this update, 1 for the first.
+// What a parameter's noise depends on besides step and element; `ordinal`: its number among all parameters.
+ADAMW_FN uint64_t noise_word(uint64_t seed, int64_t ordinal) {
+  return seed ^ 0x9e3779b97f4a7c15u * static_cast<uint64_t>(ordinal);
+}
+
+// `word` is from noise_word; `step` counts this update, 1 for the first.
 ADAMW_FN NoiseKey noise_key(uint64_t word, uint64_t step) {
   const uint64_t key = splitmix64(splitmix64(word) + step);
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};

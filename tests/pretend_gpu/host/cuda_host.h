@@ -10,7 +10,7 @@
 #include <string>
 #include <typeinfo>
 
-#include "tables.h"
+#include "formats.h"
 
 using cudaStream_t = void*;
 using cudaError_t = int;
@@ -37,8 +37,9 @@ class Bounds {
 
   bool hold() const { return hold_; }
 
-  void table(const fused_adamw::Table& table, bool is_update, int64_t param_bytes, int64_t grad_bytes,
-             int64_t state_bytes, int64_t n_hypers) {
+  // What both kernels follow; under `update`, which is null for the norm, all that it steps besides.
+  void table(const fused_adamw::Table& table, fused_adamw::FormatCode grad,
+             const fused_adamw::UpdateArgs* update) {
     needs(table.rows, table.n_rows * sizeof(fused_adamw::Row), "table of rows");
     needs(table.chunks, table.n_chunks * sizeof(fused_adamw::Chunk), "table of chunks");
     if (!hold_) return;
@@ -51,17 +52,33 @@ class Bounds {
       if (row.slot < 0) return fail("slot of a row");
       needs(table.grads + row.slot, sizeof(uint64_t), "table of gradients");
       if (!hold_ || !table.grads[row.slot]) continue;
-      if (row.numel) needs(table.grads[row.slot], row.numel * grad_bytes, "gradient");
-      if (!is_update) continue;
+      tensor({table.grads[row.slot], 0}, grad, row, "gradient");
+      if (!update) continue;
       needs(row.step, sizeof(float), "step count");
-      if (row.hyper < 0 || row.hyper >= n_hypers) fail("hyper of a row");
-      if (!row.numel) continue;
-      needs(row.param.values, row.numel * param_bytes, "parameter");
-      needs(row.exp_avg.values, row.numel * state_bytes, "exp_avg");
-      needs(row.exp_avg_sq.values, row.numel * state_bytes, "exp_avg_sq");
-      if (row.max_exp_avg_sq.values)
-        needs(row.max_exp_avg_sq.values, row.numel * state_bytes, "max_exp_avg_sq");
+      if (row.hyper < 0 || row.hyper >= update->n_hypers) fail("hyper of a row");
+      const fused_adamw::FormatCodes& formats = update->formats;
+      tensor(row.param, formats.param, row, "parameter");
+      tensor(row.exp_avg, formats.exp_avg, row, "exp_avg");
+      tensor(row.exp_avg_sq, formats.exp_avg_sq, row, "exp_avg_sq");
+      if (row.max_exp_avg_sq.values) tensor(row.max_exp_avg_sq, formats.exp_avg, row, "max_exp_avg_sq");
     }
+  }
+
+  // The values of a row, and what is kept beside them.
+  void tensor(const fused_adamw::Field& field, fused_adamw::FormatCode code, const fused_adamw::Row& row,
+              const char* what) {
+    fused_adamw::Formats::visit(code, [&](auto format) {
+      using Format = decltype(format);
+      needs(field.values, row.numel * sizeof(typename Format::Stored), what);
+      const std::string side = std::string("what is kept beside the values of ") + what;
+      if constexpr (Format::kSide == fused_adamw::kSidePerValue) {
+        needs(field.side, row.numel * sizeof(typename Format::Side), side.c_str());
+      } else if constexpr (Format::kSide == fused_adamw::kSidePerBlock) {
+        const int64_t blocks = (row.local_columns + fused_adamw::kCodeBlock - 1) / fused_adamw::kCodeBlock;
+        const int64_t sides = row.numel / row.local_columns * blocks;
+        needs(field.side, sides * sizeof(typename Format::Side), side.c_str());
+      }
+    });
   }
 
   template <typename Address>
@@ -80,15 +97,9 @@ class Bounds {
   bool hold_ = true;
 };
 
-inline int64_t bytes_of(fused_adamw::FormatCode code) {
-  int64_t bytes = 0;
-  fused_adamw::Formats::visit(code, [&](auto format) { bytes = sizeof(typename decltype(format)::Stored); });
-  return bytes;
-}
-
 inline bool in_bounds(const fused_adamw::NormArgs& args, const char* kernel) {
   Bounds bounds(kernel);
-  bounds.table(args.table, false, 0, bytes_of(args.grad), 0, 0);
+  bounds.table(args.table, args.grad, nullptr);
   bounds.needs(args.partials, args.table.n_chunks * sizeof(double), "partial sums");
   bounds.needs(args.sum, sizeof(double), "sum");
   bounds.needs(args.ticket, sizeof(uint32_t), "ticket");
@@ -101,8 +112,7 @@ bool in_bounds(const Params& params, const char* kernel) {
   const fused_adamw::UpdateArgs& args = params.args;
   const fused_adamw::StepInputs& inputs = args.inputs;
   Bounds bounds(kernel);
-  bounds.table(args.table, true, bytes_of(args.param_dtype), bytes_of(args.grad_dtype),
-               bytes_of(args.state_dtype), args.n_hypers);
+  bounds.table(args.table, args.formats.grad, &args);
   if (args.hypers) bounds.needs(args.hypers, args.n_hypers * sizeof(fused_adamw::Hyper), "table of hypers");
   if (!bounds.hold()) return false;
   const fused_adamw::Hyper* hypers = args.hypers ? args.hypers : params.hypers;
