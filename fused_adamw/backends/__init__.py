@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from ..device import KINDS, NO_GPU, has_gpu, is_gpu
 from . import native, reference
-
-BACKENDS = ("auto", "native", "triton", "reference")
 
 __all__ = [
     "BACKENDS",
@@ -25,6 +25,29 @@ __all__ = [
 ]
 
 build_info = native.build_info
+
+
+def _triton() -> ModuleType | str:
+    """The Triton backend, imported only when it is asked for; or why there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        return importlib.import_module(".triton", __name__)
+    except ImportError as error:
+        return f"triton does not load ({error})"
+
+
+class _Kernels(NamedTuple):
+    load: Callable[[], ModuleType | str]  # a module as step.launch.KernelBackend, or why there is none
+    is_automatic_on_cpu: bool
+
+
+# The backends that have kernels; "auto" takes the first one that can run.
+_KERNELS = {
+    "native": _Kernels(lambda: native, True),
+    "triton": _Kernels(_triton, False),  # on the CPU it only interprets
+}
+BACKENDS = ("auto", *_KERNELS, "reference")
 
 
 @dataclass(frozen=True)
@@ -41,21 +64,11 @@ class BackendStatus:
         return self.reason is None
 
 
-def _triton() -> ModuleType | str:
-    """The Triton backend, imported only when it is asked for; or why there is none."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    try:
-        return importlib.import_module(".triton", __name__)
-    except ImportError as error:
-        return f"triton does not load ({error})"
-
-
 def unavailable_reason(backend: str, device: torch.device) -> str | None:
     """None if `backend` can step parameters on `device`, else the reason."""
     if backend == "reference":
         return None
-    module = native if backend == "native" else _triton()
+    module = _KERNELS[backend].load()
     if isinstance(module, str):
         return module
     reason: str | None = module.unavailable_reason(device)
@@ -71,26 +84,20 @@ def check_backend(backend: str) -> None:
 def kernels_for(backend: str, device: torch.device) -> ModuleType | None:
     """The kernels that serve a device, None for the reference.
 
-    `"auto"` takes native before Triton before the reference; on the CPU it never takes Triton, which only
-    interprets there.
-
     Raises:
         RuntimeError: `backend` cannot run on `device`; says why, and what can.
     """
+    if backend == "auto":
+        names = [n for n, kernels in _KERNELS.items() if device.type != "cpu" or kernels.is_automatic_on_cpu]
+        backend = next((name for name in names if unavailable_reason(name, device) is None), "reference")
     if backend == "reference":
         return None
-    if backend == "auto":
-        if native.unavailable_reason(device) is None:
-            return native
-        if device.type == "cpu" or unavailable_reason("triton", device) is not None:
-            return None
-        backend = "triton"
     if reason := unavailable_reason(backend, device):
         usable = [name for name in BACKENDS[1:] if unavailable_reason(name, device) is None]
         raise RuntimeError(
             f"backend {backend!r} cannot run on {device}: {reason}. Available: {', '.join(usable)}"
         )
-    module = native if backend == "native" else _triton()
+    module = _KERNELS[backend].load()
     assert not isinstance(module, str)
     return module
 
