@@ -4,7 +4,7 @@
 // A format has a number, `kCode`; `Stored`, one element of a tensor; `Register`, the type of its arithmetic;
 // load and store, which round to nearest even as torch does. Some keep a `Side` beside the values, and some
 // take noise (noise.h) to store: `kSide` and `kTakesNoise` say which. The walks of cpu/ and cuda/ know
-// formats by these names alone. To add one, write its struct and put it on the list `Formats`.
+// formats by these names alone. To add one, write its struct and put it on the lists of what may be kept so.
 //
 // fused_adamw/formats.py defines them for whole tensors.
 #pragma once
@@ -246,21 +246,30 @@ struct FormatList {
   }
 };
 
-// Every format that the walks know.
-using Formats = FormatList<Float32, BFloat16, Float16, Float64>;
+// Those that are as torch has them: what a gradient may be.
+using PlainFormats = FormatList<Float32, BFloat16, Float16, Float64>;
+using ParamFormats = FormatList<Float32, BFloat16, Float16, Float64, StochasticBFloat16, SplitBFloat16>;
+// The maximum is kept like exp_avg, and stochastic rounding would only let it grow.
+using ExpAvgFormats = FormatList<Float32, BFloat16, Float16, Float64, SignedRoot>;
+using ExpAvgSqFormats = FormatList<Float32, BFloat16, Float16, Float64, StochasticBFloat16, UnsignedRoot>;
+// Every format.
+using Formats = FormatList<Float32, BFloat16, Float16, Float64, StochasticBFloat16, SplitBFloat16, SignedRoot,
+                           UnsignedRoot>;
 
-// Of the arithmetic of the format that has this number; 0: none has.
+// Of the arithmetic of the format that has this number; 0: none on the list has.
+template <typename List>
 ADAMW_HOST_FN int64_t register_bytes(FormatCode number) {
   int64_t bytes = 0;
-  Formats::visit(number, [&](auto format) { bytes = sizeof(typename decltype(format)::Register); });
+  List::visit(number, [&](auto format) { bytes = sizeof(typename decltype(format)::Register); });
   return bytes;
 }
 
 // Whether tensors of these formats can be updated together: one arithmetic, float or double, serves them all.
 ADAMW_HOST_FN bool share_arithmetic(const FormatCodes& formats) {
-  const int64_t bytes = register_bytes(formats.param);
-  return bytes && register_bytes(formats.grad) == bytes && register_bytes(formats.exp_avg) == bytes &&
-         register_bytes(formats.exp_avg_sq) == bytes;
+  const int64_t bytes = register_bytes<PlainFormats>(formats.grad);
+  return bytes && register_bytes<PlainFormats>(formats.param) == bytes &&
+         register_bytes<PlainFormats>(formats.exp_avg) == bytes &&
+         register_bytes<PlainFormats>(formats.exp_avg_sq) == bytes;
 }
 
 }  // namespace fused_adamw

@@ -132,7 +132,7 @@ constexpr bool kSame<A, A> = true;
 // Calls f with the operand's format and its values; nothing where its arithmetic is not T.
 template <typename T, typename F>
 ADAMW_FN void visit(const Operand& x, const F& f) {
-  Formats::visit(x.format, [&](auto format) __attribute__((always_inline)) {
+  PlainFormats::visit(x.format, [&](auto format) __attribute__((always_inline)) {
     using Format = decltype(format);
     if constexpr (kSame<typename Format::Register, T>) {
       f(format, reinterpret_cast<typename Format::Stored*>(x.at.values));

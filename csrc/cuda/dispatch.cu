@@ -17,9 +17,8 @@ bool cuda_supports(const FormatCodes& formats) {
 
 const char* launch_update(const UpdateArgs& args, bool hypers_on_host, int device, void* stream) {
   const char* failure = "not built for these formats";
-  if (!cuda_supports(args.formats)) return failure;
-  Formats::visit(args.formats.param, [&](auto format) {
-    failure = launch_update_of<decltype(format)>(args, hypers_on_host, device, stream);
+  CudaLayouts::visit(args.formats, [&](auto layout) {
+    failure = launch_update_of<typename decltype(layout)::Param>(args, hypers_on_host, device, stream);
   });
   return failure;
 }

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 
 const char* launch_norm(const NormArgs& args, int device, void* stream) {
   const char* failure = "not built for this dtype";
-  Formats::visit(args.grad, [&](auto format) {
+  PlainFormats::visit(args.grad, [&](auto format) {
     failure = launch<norm_kernel<decltype(format)>>(args, args.table, device, stream);
   });
   return failure;

@@ -141,7 +141,8 @@ void for_chunks(const Table& table, const F& body) {
 void sum_of_squares_cpu(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, int64_t grad_format,
                         Tensor workspace, Tensor sum) {
   const NormArgs args = norm_args(rows, grads, chunks, chunk_size, grad_format, workspace, sum);
-  STD_TORCH_CHECK(register_bytes(args.grad), "fused_adamw: no norm kernel for gradient format ", grad_format);
+  STD_TORCH_CHECK(register_bytes<PlainFormats>(args.grad), "fused_adamw: no norm kernel for gradient format ",
+                  grad_format);
   for_chunks(args.table, [&](int64_t begin, int64_t end) { cpu_kernels().norm_chunks(args, begin, end); });
   // In the order of the chunks: the same sum for any number of threads.
   double total = 0.0;
