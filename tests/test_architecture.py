@@ -27,7 +27,7 @@ ALLOWED = {
     "announce": set(),
     "arguments": {"dtensors", "step", "tables"},
     "names": {"groups"},
-    "state": {"arguments", "dtensors", "groups", "layout", "names", "tables"},
+    "state": {"arguments", "dtensors", "formats", "groups", "layout", "names", "tables"},
     "optimizer": {"announce", "arguments", "backends", "device", "dtensors", "groups", "names", "state"}
     | {"step", "tables"},
     "version": set(),
@@ -50,6 +50,7 @@ ALLOWED_WITHIN = {
         "__init__": set(),
         "contents": set(),
         "mismatch": set(),
+        "precision": set(),
         "checks": {"contents"},
         "checkpoints": {"checks", "contents", "mismatch"},
         "regroup": {"checkpoints"},
