@@ -80,7 +80,7 @@ def _by_blocks(located: Sequence[Located], roles: Mapping[str, Role]) -> dict[st
     depths: dict[str, int] = {}
     after: list[str] = []  # since the last block
     for item in located:
-        block = _block_of(item.places[0])
+        block = block_of(item.places[0])
         if block is not None:
             depths[item.name] = depth_of_block.setdefault(id(block), len(depth_of_block) + 1)
             after.clear()
@@ -97,7 +97,7 @@ def _by_blocks(located: Sequence[Located], roles: Mapping[str, Role]) -> dict[st
     return depths | dict.fromkeys(after, len(depth_of_block) + 1)
 
 
-def _block_of(place: Place) -> nn.Module | None:
+def block_of(place: Place) -> nn.Module | None:
     """The outermost ancestor that is one of several like modules in a list, and not a leaf itself."""
     for (_, parent), (_, child) in zip(place.ancestors, place.ancestors[1:], strict=False):
         if isinstance(parent, (nn.ModuleList, nn.Sequential)) and any(True for _ in child.children()):

@@ -140,3 +140,63 @@ class TestEnds:
         assert not explain_param_groups(model, roles={"matrix": False}).decision("lm_head.weight").decays
         roles = {"matrix": False, "output": True}
         assert explain_param_groups(model, roles=roles).decision("lm_head.weight").decays
+
+
+class Net(nn.Module):
+    """A stem, a stack of blocks and layers after it, none of which has a telling name."""
+
+    def __init__(self, stem, after, before=None):
+        super().__init__()
+        self.zero, self.one = before or nn.Identity(), stem
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)))
+        self.two = after
+
+
+class TestEndsByOrder:
+    """The first and the last map that are registered, where nothing else tells."""
+
+    def roles(self, model):
+        return {d.name: d.role for d in explain_param_groups(model).decisions if d.name.endswith("weight")}
+
+    def test_a_stem_and_a_last_layer(self):
+        roles = self.roles(Net(nn.Conv2d(16, 4, 3), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 9))))
+        assert roles["one.weight"] is Role.INPUT
+        assert roles["two.1.weight"] is Role.OUTPUT
+        assert {roles[f"blocks.{i}.0.weight"] for i in range(3)} == {Role.MATRIX}
+
+    def test_after_an_embedding_no_map_is_the_first(self):
+        assert (
+            self.roles(Net(nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(9, 4)))["one.weight"] is Role.MATRIX
+        )
+
+    def test_a_stack_has_no_ends(self):
+        roles = self.roles(Net(nn.Identity(), nn.Identity()))
+        assert set(roles.values()) == {Role.MATRIX}
+
+    def test_a_pooler_is_no_output(self):
+        model = Net(nn.Linear(4, 4), nn.Identity())
+        model.pooler = nn.Linear(4, 4)
+        assert self.roles(model)["pooler.weight"] is Role.MATRIX
+
+    def test_an_output_that_is_known_is_the_only_one(self):
+        model = Net(nn.Linear(4, 4), nn.Identity())
+        model.lm_head, model.other = nn.Linear(4, 9), nn.Linear(4, 4)
+        roles = self.roles(model)
+        assert (roles["lm_head.weight"], roles["other.weight"]) == (Role.OUTPUT, Role.MATRIX)
+
+    @pytest.mark.parametrize(
+        ("layer", "role"),
+        [
+            (nn.Conv2d(3, 8, 7), Role.INPUT),
+            (nn.Conv1d(1, 16, 9), Role.INPUT),
+            (nn.Conv2d(8, 8, 3, groups=8), Role.CONVOLUTION),
+            (nn.Conv1d(1, 1, 3), Role.CONVOLUTION),
+            (nn.ConvTranspose2d(8, 3, 3), Role.CONVOLUTION),
+            (nn.Linear(3, 8), Role.MATRIX),
+        ],
+    )
+    def test_channels_of_images_and_waveforms(self, layer, role):
+        model = Net(nn.Linear(4, 4), nn.Linear(4, 4))
+        model.branches = nn.ModuleList([nn.Sequential(nn.ReLU(), layer)])
+        model.head = nn.Linear(4, 4)
+        assert self.roles(model)["branches.0.1.weight"] is role

@@ -198,24 +198,27 @@ def test_neither_softmax_nor_a_choice_alone_makes_a_router(mix):
 
 
 class TwoInputs(nn.Module):
-    """An image, a waveform with a first layer of its own, and a condition that every block reads."""
+    """Data, more data with a layer of its own, a condition that every block reads, a number per sample."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.b = nn.Linear(D, D), nn.Linear(4, D)
+        self.a, self.b, self.time = nn.Linear(D, D), nn.Linear(4, D), nn.Linear(1, D)
         self.blocks = nn.ModuleList(nn.Linear(3, D) for _ in range(2))
         self.after = nn.Linear(D, D)
 
-    def forward(self, x, wave, condition):
-        x = F.relu(self.a(x) + self.b(wave))
+    def forward(self, x, wave, condition, time):
+        x = F.relu(self.a(x) + self.b(wave) + self.time(time[:, None, None]))
         for block in self.blocks:
             x = F.relu(x + block(condition))
         return self.after(x)
 
 
 def test_the_first_map_on_every_input():
-    report = explain_param_groups(TwoInputs(), example_inputs=(X, torch.zeros(B, T, 4), torch.zeros(B, T, 3)))
+    report = explain_param_groups(
+        TwoInputs(), example_inputs=(X, *(torch.zeros(B, T, n) for n in (4, 3)), torch.zeros(B))
+    )
     roles = {d.name: d.role for d in report.decisions}
     assert roles["a.weight"] is Role.INPUT
     assert roles["b.weight"] is Role.INPUT
+    assert roles["time.weight"] is Role.MATRIX
     assert roles["blocks.0.weight"] is roles["blocks.1.weight"] is Role.MATRIX
