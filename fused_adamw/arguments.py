@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .dtensors import is_flattened
+from .state.precision import Precision, StateDtype
 from .step.norm import NormGroup
 from .tables import as_number
 
 # They are attributes of the optimizer, not group keys: those would end up in checkpoints, and torch's
-# checkpoints, which lack them, would not load.
-OWN = ("max_grad_norm", "skip_nonfinite", "norm_process_group", "state_dtype", "backend")
-_UNSET = (None, False)
-_STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+# checkpoints, which lack them, would not load. Each with its default.
+OWN: dict[str, Any] = {
+    "max_grad_norm": None,
+    "skip_nonfinite": False,
+    "norm_process_group": None,
+    "master_weights": None,
+    "stochastic_rounding": None,
+    "state_dtype": None,
+    "state_roles": None,
+    "seed": 0,
+    "backend": "auto",
+}
+_STATE_DTYPES = (torch.float32, torch.bfloat16, "8bit")
 
 
 def number_of(value: Any) -> float | None:
@@ -67,16 +78,58 @@ def checked_skip_nonfinite(value: Any) -> bool:
     return bool(value)
 
 
-def checked_state_dtype(value: Any) -> torch.dtype | None:
-    """The dtype of moments, or None.
+def checked_precision(
+    master_weights: Any, stochastic_rounding: Any, state_dtype: Any, state_roles: Any, seed: Any
+) -> Precision:
+    """What was asked for of formats, as one value.
 
     Raises:
-        ValueError: Moments cannot have it.
+        ValueError: There is no such format, or it cannot be had together with another.
+        TypeError: `state_roles` is no mapping with strings for keys, or `seed` is no integer.
     """
-    if value not in _STATE_DTYPES:
-        raise ValueError(f"state_dtype must be None, torch.float32 or torch.bfloat16, got {value!r}")
-    dtype: torch.dtype | None = value
-    return dtype
+    if master_weights not in (None, "split"):
+        raise ValueError(f"master_weights must be None or 'split', got {master_weights!r}")
+    if not (stochastic_rounding is None or isinstance(stochastic_rounding, bool)):
+        raise ValueError(f"stochastic_rounding must be None, True or False, got {stochastic_rounding!r}")
+    if state_dtype is not None and state_dtype not in _STATE_DTYPES:
+        raise ValueError(
+            f"state_dtype must be None, torch.float32, torch.bfloat16 or '8bit', got {state_dtype!r}"
+        )
+    roles = _checked_state_roles(state_roles)
+    precision = Precision(master_weights, stochastic_rounding, state_dtype, roles, _checked_seed(seed))
+    if precision.has_codes and stochastic_rounding is False:
+        raise ValueError(
+            "stochastic_rounding=False does not go with '8bit': moments that are rounded to the nearest of "
+            "256 codes stall. Leave it at None."
+        )
+    return precision
+
+
+def _checked_state_roles(value: Any) -> dict[str, StateDtype]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(
+            f"state_roles must be None or map roles, or globs over names, to formats, got {value!r}"
+        )
+    for key, asked in value.items():
+        if asked not in _STATE_DTYPES:
+            raise ValueError(
+                f"state_roles[{str(key)!r}] must be torch.float32, torch.bfloat16 or '8bit', got {asked!r}"
+            )
+    return {str(key): asked for key, asked in value.items()}
+
+
+def _checked_seed(value: Any) -> int:
+    try:
+        seed = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        seed = None
+    if seed is None:
+        raise TypeError(f"seed must be an integer, got {value!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be at least 0 and below 2**64, got {seed}")
+    return seed
 
 
 def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
@@ -104,7 +157,7 @@ class OwnArguments(torch.optim.AdamW):
     _max_grad_norm: float | None
     _norm_group: NormGroup | None
     _skip_nonfinite: bool
-    _state_dtype: torch.dtype | None
+    _precision: Precision
     _status: Tensor | None  # float64: norm of the last step, steps skipped so far
     _has_norm: bool
 
@@ -136,9 +189,29 @@ class OwnArguments(torch.optim.AdamW):
         return self._backend
 
     @property
-    def state_dtype(self) -> torch.dtype | None:
-        """The dtype of the moments; None: that of each parameter."""
-        return self._state_dtype
+    def master_weights(self) -> Literal["split"] | None:
+        """How masters of bfloat16 parameters are kept; None: they have none."""
+        return self._precision.master_weights
+
+    @property
+    def stochastic_rounding(self) -> bool | None:
+        """What is rounded stochastically, as it was asked for."""
+        return self._precision.stochastic_rounding
+
+    @property
+    def state_dtype(self) -> StateDtype | None:
+        """How moments are kept; None: in the dtype of each parameter."""
+        return self._precision.state_dtype
+
+    @property
+    def state_roles(self) -> dict[str, StateDtype] | None:
+        """How the moments of single roles and parameters are kept; None: all as `state_dtype` says."""
+        return dict(self._precision.state_roles) or None
+
+    @property
+    def seed(self) -> int:
+        """What the noise of stochastic rounding depends on."""
+        return self._precision.seed
 
     @property
     def skip_nonfinite(self) -> bool:
@@ -186,7 +259,9 @@ class OwnArguments(torch.optim.AdamW):
     def _set_options(self) -> dict[str, Any]:
         """What was set of the arguments that change results."""
         values = {name: getattr(self, name) for name in OWN if name != "backend"}
-        return {name: value for name, value in values.items() if value not in _UNSET}
+        return {
+            name: value for name, value in values.items() if value is not OWN[name] and value != OWN[name]
+        }
 
     def _show_options(self) -> None:
         """Show the own options that are set in `defaults`, where loggers look; groups do not get them.
@@ -205,3 +280,22 @@ class OwnArguments(torch.optim.AdamW):
 
     def _needs_norm(self) -> bool:
         return self._max_grad_norm is not None or self._skip_nonfinite
+
+    def _check_own(self, group: dict[str, Any], index: int) -> None:
+        """Refuse other values of `OWN` in a group; ZeroRedundancyOptimizer copies ours into every one."""
+        for name in OWN:
+            value, ours = group.get(name), getattr(self, name)
+            if value is not None and value is not ours and value != ours:
+                raise ValueError(
+                    f"{name} in parameter group {index} is {value!r}: it is an argument of the optimizer, "
+                    f"which has {ours!r}, and holds for all groups"
+                )
+        if "norm_process_group" in group:
+            group["norm_process_group"] = None  # it would keep the state_dict from being saved
+
+    def _check_amsgrad(self, group: dict[str, Any], index: int) -> None:
+        if group["amsgrad"] and self._precision.has_codes:
+            raise ValueError(
+                f"amsgrad in parameter group {index} does not go with 8-bit moments: the maximum of second "
+                "moments that are rounded by chance only grows. Keep them in torch.bfloat16 or torch.float32."
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from .announce import announce, logger
-from .arguments import OWN, check_numbers, checked_max_grad_norm, checked_skip_nonfinite, checked_state_dtype
+from .arguments import OWN, check_numbers, checked_max_grad_norm, checked_precision, checked_skip_nonfinite
 from .backends import check_backend, kernels_for, reference
 from .device import is_capturing
 from .dtensors import has_peers, is_flattened, local_grads
-from .groups import build_param_groups, is_model, summarize_param_groups
+from .groups import Options, Role, decide, decided_groups, is_model, summarize_param_groups
 from .names import ParamNames, show_names_to_dcp
 from .state.checks import check_fused, check_hypers, check_no_transform, check_not_differentiable, check_step
 from .state.contents import is_counted, missing_state
 from .state.loading import Checkpointed
+from .state.precision import StateDtype
+from .state.purposes import Purposes, check_state_roles, summarize_state
 from .step.double_clip import DoubleClipDetector
 from .step.guard import Found
 from .step.launch import Tensors
@@ -34,7 +36,8 @@ _COPIED = (
     "_max_grad_norm",
     "_norm_group",
     "_skip_nonfinite",
-    "_state_dtype",
+    "_precision",
+    "_purposes",
     "_status",
     "_has_norm",
     "_names_are_ours",
@@ -83,15 +86,25 @@ class FusedHygieneAdamW(Checkpointed):
             `[sum of squares, found_inf]`, a float64 tensor, and returns the sum of these tensors over all
             such processes. Needed for FSDP1, `ZeroRedundancyOptimizer` and pipeline stages, but not for
             DTensors (FSDP2, tensor parallel) and DDP: see docs/integrations.md.
-        state_dtype: Dtype of the moments, `torch.float32` or `torch.bfloat16`; None: that of each parameter,
-            as in torch. Loading a `state_dict` keeps it.
+        master_weights: "split": bfloat16 parameters keep the low half of a float32 in the state, and are
+            updated as float32 parameters would be, bit for bit. Others must be float32 or wider.
+        stochastic_rounding: True: bfloat16 parameters without a master and second moments in bfloat16 are
+            rounded up or down by chance, right on average; False: to nearest. None: second moments are where
+            `state_dtype` or `state_roles` asks for bfloat16 or 8 bits, nothing else.
+        state_dtype: How moments are kept: `torch.float32`, `torch.bfloat16`, or "8bit": 8-bit codes for the
+            matrices and convolutions that are large enough, bfloat16 for the rest. None: in the dtype of
+            each parameter, as in torch. Loading a `state_dict` keeps it.
+        state_roles: The same for single roles, and for parameters by a glob over names, which wins:
+            `{"embedding": "8bit", "*.head.weight": torch.float32}`.
+        seed: Of the noise of stochastic rounding, which is the same on all replicas and after resuming.
         backend: "auto", "native" (C++ on CPU, CUDA on GPU), "triton" or "reference" (plain PyTorch).
         example_inputs: What to call a model with, so that its groups are built with evidence by use, as
             `build_param_groups` does. Not kept, and without effect unless `params` is a model.
 
     Raises:
         ValueError: A hyper-parameter is out of range, a parameter is in two groups or is not floating point,
-            the model has no trainable parameter, or the backend is unknown.
+            the model has no trainable parameter, the backend is unknown, or formats do not go together: a
+            float16 parameter with `master_weights`, 8 bits with `amsgrad` or without stochastic rounding.
         RuntimeError: The backend cannot run on a parameter's device; `fused` and `foreach` are both set.
         TypeError: A hyper-parameter is not a number; `norm_process_group` is neither a group of this process
             nor callable.
@@ -114,14 +127,20 @@ class FusedHygieneAdamW(Checkpointed):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         norm_process_group: dist.ProcessGroup | Callable[[Tensor], Tensor] | None = None,
-        state_dtype: torch.dtype | None = None,
+        master_weights: Literal["split"] | None = None,
+        stochastic_rounding: bool | None = None,
+        state_dtype: StateDtype | None = None,
+        state_roles: Mapping[Role | str, StateDtype] | None = None,
+        seed: int = 0,
         backend: str = "auto",
         example_inputs: Any = None,
     ) -> None:
         check_backend(backend)
         check_numbers(lr, betas, eps, weight_decay)
         self._backend = backend
-        self._state_dtype = checked_state_dtype(state_dtype)
+        self._precision = checked_precision(
+            master_weights, stochastic_rounding, state_dtype, state_roles, seed
+        )
         self._skip_nonfinite = checked_skip_nonfinite(skip_nonfinite)
         self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
         self._plan: Plan | None = None
@@ -134,9 +153,13 @@ class FusedHygieneAdamW(Checkpointed):
         groups: Any = params
         from_model = is_model(params)
         self._names_are_ours = from_model
+        self._purposes = Purposes()
         if from_model:
             self._model = weakref.ref(params)
-            groups = build_param_groups(params, weight_decay, example_inputs=example_inputs)
+            group_options = Options(weight_decay, example_inputs=example_inputs)
+            decisions = decide(params, group_options)
+            groups = decided_groups(decisions, group_options)
+            self._purposes.learn(decisions)
             show_names_to_dcp()
         self._param_names = ParamNames(self._model)
         super().__init__(
@@ -153,14 +176,23 @@ class FusedHygieneAdamW(Checkpointed):
             fused=fused,
         )
         self._show_options()
-        if from_model:
-            announce(f"[AdamW Groups] {summarize_param_groups(self.param_groups, params)}")
+        self._announce(params if from_model else None)
+
+    def _announce(self, model: nn.Module | None) -> None:
+        """Log what was made of the parameters, after a last check of the selectors among the arguments."""
+        purposes, params = self._all_purposes(), [p for group in self.param_groups for p in group["params"]]
+        check_state_roles(self._precision, purposes, model is not None)
+        if model is not None:
+            announce(f"[AdamW Groups] {summarize_param_groups(self.param_groups, model)}")
         elif len(self.param_groups) == 1:
             announce(
-                f"[AdamW Groups] {len(self.param_groups[0]['params'])} params in one group, "
-                f"weight_decay={weight_decay} for all: no hygiene applied. Pass the model instead of its "
-                "parameters to exempt biases, norms and embeddings from decay."
+                f"[AdamW Groups] {len(params)} params in one group, "
+                f"weight_decay={self.param_groups[0]['weight_decay']} for all: no hygiene applied. Pass the "
+                "model instead of its parameters to exempt biases, norms and embeddings from decay."
             )
+        if self._precision.has_codes:
+            line = summarize_state(self._precision, params, purposes, model is not None)
+            announce(f"[AdamW State] {line}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
@@ -169,8 +201,8 @@ class FusedHygieneAdamW(Checkpointed):
 
         Raises:
             ValueError: A hyper-parameter of the group is out of range, a parameter is in another group, or is
-                neither floating point nor complex; or the group has its own `max_grad_norm` or another
-                argument that belongs to the optimizer.
+                neither floating point nor complex, or cannot be kept as was asked; or the group has its own
+                `max_grad_norm` or another argument that belongs to the optimizer, or `amsgrad` with 8 bits.
             TypeError: A hyper-parameter of the group is not a number.
             RuntimeError: The backend cannot run on a parameter's device; the group is `differentiable`.
         """
@@ -191,6 +223,8 @@ class FusedHygieneAdamW(Checkpointed):
             self._check_params(group["params"], names)
             check_hypers(group, index)
             self._check_own(group, index)
+            self._check_amsgrad(group, index)
+            self._learn_purposes(group)
         except Exception:
             del self.param_groups[index:]
             raise
@@ -202,19 +236,9 @@ class FusedHygieneAdamW(Checkpointed):
                     f"parameter {name} has dtype {p.dtype}: expected a floating point or complex tensor. "
                     "Leave it out of the optimizer: requires_grad=False, or a buffer."
                 )
+            if (refusal := self._precision.refusal(p)) is not None:
+                raise ValueError(f"parameter {name} {refusal}")
             kernels_for(self._backend, p.device)
-
-    def _check_own(self, group: dict[str, Any], index: int) -> None:
-        """Refuse other values of `OWN` in a group; ZeroRedundancyOptimizer copies ours into every one."""
-        for name in OWN:
-            value, ours = group.get(name), getattr(self, name)
-            if value is not None and value is not ours and value != ours:
-                raise ValueError(
-                    f"{name} in parameter group {index} is {value!r}: it is an argument of the optimizer, "
-                    f"which has {ours!r}, and holds for all groups"
-                )
-        if "norm_process_group" in group:
-            group["norm_process_group"] = None  # it would keep the state_dict from being saved
 
     @_disable_dynamo  # kernels take addresses; traced tensors have none
     @torch.no_grad()
@@ -313,6 +337,8 @@ class FusedHygieneAdamW(Checkpointed):
 
     def _check_inputs(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Refuse what no plan could be made of, in the mode that the step is called in."""
+        for index, group in enumerate(self.param_groups):
+            self._check_amsgrad(group, index)
         fused = [group["fused"] for group in self.param_groups for _ in group["params"]]
         snapshot = Snapshot(params, grads, self.state)
         checked: set[object] = set()
@@ -360,7 +386,7 @@ class FusedHygieneAdamW(Checkpointed):
         for p, grad, has_maximum in zip(params, grads, amsgrad, strict=True):
             if grad is not None or is_counted(state, p):
                 of_p = state.get(p, {})
-                state[p] = {**of_p, **missing_state(of_p, p, has_maximum, self._state_dtype)}
+                state[p] = {**of_p, **missing_state(of_p, p, has_maximum, cast(Any, self.state_dtype))}
         plan = Plan(
             self.param_groups,
             local,

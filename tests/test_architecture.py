@@ -25,7 +25,7 @@ ALLOWED = {
     "backends": {"device", "extension", "formats", "tables"},
     "step": {"device", "dtensors", "extension", "formats", "layout", "tables"},
     "announce": set(),
-    "arguments": {"dtensors", "step", "tables"},
+    "arguments": {"dtensors", "state", "step", "tables"},
     "names": {"groups"},
     "state": {"arguments", "dtensors", "formats", "groups", "layout", "names", "tables"},
     "optimizer": {"announce", "arguments", "backends", "device", "dtensors", "groups", "names", "state"}
@@ -51,10 +51,11 @@ ALLOWED_WITHIN = {
         "contents": set(),
         "mismatch": set(),
         "precision": set(),
+        "purposes": {"precision"},
         "checks": {"contents"},
         "checkpoints": {"checks", "contents", "mismatch"},
         "regroup": {"checkpoints"},
-        "loading": {"checkpoints", "contents", "regroup"},
+        "loading": {"checkpoints", "contents", "precision", "purposes", "regroup"},
     },
     # The rule knows no formats, and a format no rule.
     "backends/triton": {

@@ -286,7 +286,9 @@ def test_fused_asks_of_parameters_what_it_asks_in_torch(dtype):
 
 @pytest.mark.parametrize("value", [torch.float16, torch.int32, "float32"])
 def test_state_dtype_of_another_kind(value):
-    with pytest.raises(ValueError, match=r"state_dtype must be None, torch.float32 or torch.bfloat16, got"):
+    with pytest.raises(
+        ValueError, match=r"state_dtype must be None, torch.float32, torch.bfloat16 or '8bit', got"
+    ):
         FusedHygieneAdamW(parameters([(2,)]), state_dtype=value)
 
 

@@ -42,6 +42,7 @@ optimizer.load_state_dict_by_name(optimizer.state_dict())
 FusedHygieneAdamW(model.parameters(), lr=torch.tensor(1e-3))
 FusedHygieneAdamW(model.named_parameters(), norm_process_group=lambda sums: sums)
 FusedHygieneAdamW([{"params": model.parameters(), "lr": 1e-2}], state_dtype=torch.bfloat16, backend="native")
+FusedHygieneAdamW(model, master_weights="split", state_dtype="8bit", state_roles={"norm": torch.float32})
 torch.optim.lr_scheduler.StepLR(optimizer, 1)
 reveal_type(optimizer.skipped_steps)
 """

@@ -2,12 +2,13 @@
 
 from .build import (
     build_param_groups,
+    decided_groups,
     get_optimizer_grouped_parameters,
     new_param_groups,
     summarize_param_groups,
 )
 from .changes import DecayChange, decay_changes
-from .decide import Decision
+from .decide import Decision, Options, decide
 from .lint import Lint
 from .overrides import ParamGroupWarning
 from .places import canonical
@@ -22,6 +23,7 @@ __all__ = [
     "DecayChange",
     "Decision",
     "Lint",
+    "Options",
     "ParamGroupReport",
     "ParamGroupWarning",
     "Policy",
@@ -31,6 +33,8 @@ __all__ = [
     "canonical",
     "compare_param_names",
     "decay_changes",
+    "decide",
+    "decided_groups",
     "explain_param_groups",
     "get_optimizer_grouped_parameters",
     "is_model",

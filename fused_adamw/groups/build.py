@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,10 +69,7 @@ def build_param_groups(
         [(0.1, ['0.weight']), (0.0, ['0.bias', '1.weight', '1.bias'])]
     """
     options = Options(weight_decay, policy, roles, overrides, layer_decay, lr, example_inputs)
-    decisions = decide(model, options)
-    groups = group_decisions(decisions, lr, get_policy(policy).exempt_first)
-    warn(decisions, groups, options)
-    return groups
+    return decided_groups(decide(model, options), options)
 
 
 def get_optimizer_grouped_parameters(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
@@ -139,7 +136,12 @@ def new_param_groups(
     options = Options(weight_decay, policy, roles, overrides, layer_decay, lr, example_inputs)
     known = {id(param) for group in param_groups for param in tensors_of(group)}
     decisions = [d for d in decide(model, options, allow_none=True) if id(d.param) not in known]
-    groups = group_decisions(decisions, lr, get_policy(policy).exempt_first)
+    return decided_groups(decisions, options)
+
+
+def decided_groups(decisions: Sequence[Decision], options: Options) -> list[dict[str, Any]]:
+    """The groups of decisions that were made with these options; warns of what deserves a look."""
+    groups = group_decisions(decisions, options.lr, get_policy(options.policy).exempt_first)
     warn(decisions, groups, options)
     return groups
 

@@ -92,7 +92,7 @@ def warn(decisions: Sequence[Decision], groups: Sequence[Mapping[str, Any]], opt
     if remarks:
         text = "; ".join(map(str, remarks))
         warnings.warn(
-            f"{text}. explain_param_groups(model) gives the reasons", ParamGroupWarning, stacklevel=3
+            f"{text}. explain_param_groups(model) gives the reasons", ParamGroupWarning, stacklevel=4
         )
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ..arguments import OwnArguments
+from ..groups import Options, decide
 from ..names import ParamNames
 from .checkpoints import checked_state_dict
 from .contents import copied_state
+from .precision import Kept
+from .purposes import Purpose, Purposes
 from .regroup import Names, regrouped
 
 
@@ -22,6 +25,7 @@ class Checkpointed(OwnArguments):
 
     _model: weakref.ref[nn.Module] | None = None  # what the groups were built from; a copy does not know it
     _param_names: ParamNames
+    _purposes: Purposes
 
     def _names(self) -> list[str]:
         """How messages refer to each parameter."""
@@ -30,6 +34,33 @@ class Checkpointed(OwnArguments):
             for index, group in enumerate(self.param_groups)
             for i, name in enumerate(self._param_names.of(group))
         ]
+
+    def _all_purposes(self) -> list[Purpose]:
+        """What each parameter is for, in the order of the groups."""
+        return [
+            self._purposes.of(name) for group in self.param_groups for name in self._param_names.of(group)
+        ]
+
+    def _learn_purposes(self, group: dict[str, Any]) -> None:
+        """Find out what the parameters of a group are for that a model got since its groups were built."""
+        model = None if self._model is None else self._model()
+        is_asked = self._precision.has_codes or self._precision.state_roles
+        if model is None or not is_asked or all(map(self._purposes.knows, self._param_names.of(group))):
+            return
+        self._purposes.learn(decide(model, Options(), allow_none=True))
+
+    def _kept(self) -> list[Kept]:
+        """How each parameter and its moments are to be kept, in the order of the groups.
+
+        Raises:
+            ValueError: A parameter cannot have the master that was asked for.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p, name in zip(params, self._names(), strict=True):
+            if (refusal := self._precision.refusal(p)) is not None:
+                raise ValueError(f"parameter {name} {refusal}")
+        purposes = self._all_purposes()
+        return [self._precision.formats_of(p, *what) for p, what in zip(params, purposes, strict=True)]
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -132,7 +163,7 @@ class Checkpointed(OwnArguments):
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         return {
-            p: copied_state(saved["state"][i], p, self._state_dtype)
+            p: copied_state(saved["state"][i], p, cast(Any, self.state_dtype))
             for i, p in zip(ids, params, strict=False)  # torch refuses other numbers
             if i in saved["state"]
         }
