@@ -49,8 +49,11 @@ struct Hyper {
   double beta1;
   double beta2;
   double eps;
-  double weight_decay;
-  double grad_sign;     // -1 under maximize, else 1
+  double weight_decay;  // parameters shrink by weight_decay * lr^decay_power
+  int32_t decay_power;  // 0, 1 or 2
+  int32_t cautious;     // not 0: they do so only where the update shrinks them too
+  int32_t nesterov;     // not 0: the momentum looks one step ahead, as NAdam's does
+  int32_t grad_sign;    // -1 under maximize, else 1
   uint64_t lr_address;  // one float32 on the device that overrides lr; 0: none
 };
 

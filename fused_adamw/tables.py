@@ -65,7 +65,10 @@ class HyperStruct(ctypes.Structure):
         ("beta2", _Double),
         ("eps", _Double),
         ("weight_decay", _Double),
-        ("grad_sign", _Double),
+        ("decay_power", ctypes.c_int32),
+        ("cautious", ctypes.c_int32),
+        ("nesterov", ctypes.c_int32),
+        ("grad_sign", ctypes.c_int32),
         ("lr_address", _Address),
     )
 
@@ -127,8 +130,11 @@ class Hyper(NamedTuple):
     beta1: float
     beta2: float
     eps: float
-    weight_decay: float
+    weight_decay: float  # parameters shrink by weight_decay * lr**decay_power
     maximize: bool
+    decay_power: int = 1
+    cautious: bool = False  # they do so only where the update shrinks them too
+    nesterov: bool = False  # the momentum looks one step ahead, as NAdam's does
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> Hyper:

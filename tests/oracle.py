@@ -39,6 +39,19 @@ class Hypers:
     weight_decay: float = 1e-2
     amsgrad: bool = False
     maximize: bool = False
+    weight_decay_mode: str = "lr"
+    cautious_weight_decay: bool = False
+    nesterov: bool = False
+    initial_lr: float = 1.0  # of the group
+
+    def decay(self):
+        """What parameters lose of themselves in a step."""
+        return {
+            "lr": self.lr * self.weight_decay,
+            "schedule": self.weight_decay * self.lr / self.initial_lr,
+            "corrected": self.weight_decay * self.lr**2 / self.initial_lr,
+            "constant": self.weight_decay,
+        }[self.weight_decay_mode]
 
 
 def adamw(p, g, m, v, v_max, hypers, step, grad_scale):
@@ -50,7 +63,6 @@ def adamw(p, g, m, v, v_max, hypers, step, grad_scale):
     lr, (beta1, beta2) = hypers.lr, hypers.betas
     with np.errstate(all="ignore"):
         g = g * T(-grad_scale if hypers.maximize else grad_scale)
-        p = p * T(1 - lr * hypers.weight_decay)
         weight = 1 - beta1
         if weight < 0.5:
             m = m + T(weight) * (g - m)
@@ -60,7 +72,15 @@ def adamw(p, g, m, v, v_max, hypers, step, grad_scale):
         v_max = np.maximum(v_max, v)
         root = np.sqrt(v_max if hypers.amsgrad else v)
         denominator = root / T(math.sqrt(1 - beta2**step)) + T(hypers.eps)
-        p = p - T(lr / (1 - beta1**step)) * m / denominator
+        numerator = T(lr / (1 - beta1**step)) * m
+        if hypers.nesterov:  # torch.optim.NAdam, once its momentum has warmed up
+            numerator = (
+                T(lr * beta1 / (1 - beta1 ** (step + 1))) * m + T(lr / (1 - beta1**step) * (1 - beta1)) * g
+            )
+        decayed = p * T(1 - hypers.decay())
+        if hypers.cautious_weight_decay:
+            decayed = np.where(numerator * p < 0, p, decayed)
+        p = decayed - numerator / denominator
     return p, m, v, v_max
 
 

@@ -284,7 +284,7 @@ def tables(chunk_size=4):
         numel=[6, 3],
         slot=[0, 1],
     )
-    hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "grad_sign": 1.0}
+    hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "grad_sign": 1}
     return {
         "rows": rows,
         "grads": torch.tensor([g.data_ptr() for g in grads]),
@@ -350,7 +350,7 @@ def test_opcheck(ops):
         ("chunks", torch.zeros(3, 2, dtype=torch.int64)),
         ("chunks", torch.zeros(3, 3, dtype=torch.int32)),
         ("hypers", torch.zeros(1, 7)),
-        ("hypers", torch.zeros(1, 6, dtype=torch.float64)),
+        ("hypers", torch.zeros(1, 7, dtype=torch.float64)),
         ("workspace", torch.zeros(4)),
         ("workspace", torch.zeros(0, dtype=torch.float64)),
         ("sum", torch.zeros(1)),

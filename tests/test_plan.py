@@ -154,7 +154,7 @@ def test_row_table():
 
 
 def test_hyper_table():
-    rows = tables.hyper_table([{"lr": 0.5, "grad_sign": -1.0}, {"lr_address": 2**63, "eps": 3.0}])
+    rows = tables.hyper_table([{"lr": 0.5, "grad_sign": -1}, {"lr_address": 2**63, "eps": 3.0}])
     structs = (tables.HyperStruct * 2).from_buffer_copy(rows.numpy().tobytes())
     assert [(x.lr, x.eps, x.grad_sign, x.lr_address) for x in structs] == [(0.5, 0, -1, 0), (0, 3, 0, 2**63)]
     assert tables.hyper_table([]).shape == (0, tables.words(tables.HyperStruct))

@@ -6,7 +6,7 @@
 namespace fused_adamw {
 
 // Hyper tables up to this size travel as kernel parameters (4 KiB in all) instead of as copies to the device.
-constexpr int64_t kMaxInlineHypers = 64;
+constexpr int64_t kMaxInlineHypers = 60;
 
 // Enqueue on `stream` of `device` and return; no host synchronisation. All pointers of `args` are to device
 // memory, except that `hypers` is host memory where `hypers_on_host`. Null, or what went wrong.

@@ -22,7 +22,7 @@ _CHUNK_SIZE = 1 << 15
 _SMALL_CHUNKS = os.environ.get("FUSED_ADAMW_SMALL_CHUNKS", "8192,16777216")
 _SMALL_CHUNK_SIZE, _SMALL_MODEL = map(int, _SMALL_CHUNKS.split(","))
 # kMaxInlineHypers: these travel as kernel parameters.
-_MAX_INLINE_HYPERS = 64
+_MAX_INLINE_HYPERS = 60
 
 
 @functools.cache

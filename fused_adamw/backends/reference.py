@@ -74,19 +74,26 @@ def adamw_update(
     def scalar(x: Tensor | float) -> Tensor | float:
         return x.to(p.dtype) if isinstance(x, Tensor) else x
 
-    lr, beta1, beta2, eps, weight_decay, maximize = hyper
+    lr, beta1, beta2 = hyper.lr, hyper.beta1, hyper.beta2
     bias_correction1 = 1 - beta1**step
     bias_correction2_sqrt = (1 - beta2**step).sqrt()
 
-    g = grad * scalar(-grad_scale if maximize else grad_scale)
-    p = p * scalar(1 - lr * weight_decay)
+    g = grad * scalar(-grad_scale if hyper.maximize else grad_scale)
     weight = 1 - beta1
     m = m + weight * (g - m) if weight < 0.5 else g + (weight - 1) * (g - m)  # torch.lerp
     v = v * beta2 + (1 - beta2) * g * g
     if v_max is not None:
         v_max = torch.maximum(v_max, v)
-    denom = (v if v_max is None else v_max).sqrt() / scalar(bias_correction2_sqrt) + eps
-    p = p - scalar(lr / bias_correction1) * m / denom
+    denom = (v if v_max is None else v_max).sqrt() / scalar(bias_correction2_sqrt) + hyper.eps
+    step_size = lr / bias_correction1
+    if hyper.nesterov:  # NAdam (Dozat, 2016) with a constant momentum
+        next_step_size = lr * beta1 / (1 - beta1 ** (step + 1))
+        numerator = scalar(next_step_size) * m + scalar(step_size * weight) * g
+    else:
+        numerator = scalar(step_size) * m
+    decay = scalar(1 - lr**hyper.decay_power * hyper.weight_decay)
+    p = p * (torch.where(numerator * p < 0, 1.0, decay) if hyper.cautious else decay)
+    p = p - numerator / denom
     return p, m, v, v_max
 
 

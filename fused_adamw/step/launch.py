@@ -241,7 +241,7 @@ class TableBucket:
     def _hyper_row(self, hyper: Hyper) -> dict[str, float | int]:
         """The fields of struct Hyper; keeps what they point to."""
         row = hyper._asdict()
-        row["grad_sign"] = -1.0 if row.pop("maximize") else 1.0
+        row["grad_sign"] = -1 if row.pop("maximize") else 1
         if isinstance(hyper.lr, Tensor):
             if self.device.type == "cpu":
                 row["lr"] = float(hyper.lr)

@@ -34,6 +34,9 @@ GROUPS = (
     Group(lr=3e-3, betas=(0.4, 0.99), weight_decay=0.0),
     Group(lr=2e-3, eps=1e-5, lr_tensor=True),
     Group(betas=(0.0, 0.999), maximize=True),
+    Group(weight_decay_mode="constant", weight_decay=1e-3, cautious_weight_decay=True),
+    Group(weight_decay_mode="corrected", weight_decay=10.0, nesterov=True),
+    Group(betas=(0.4, 0.99), cautious_weight_decay=True, nesterov=True, lr_tensor=True),
 )
 
 
@@ -202,6 +205,9 @@ def fields(group: Group, lr: Buffer) -> dict[str, float | int]:
         "beta2": group.betas[1],
         "eps": group.eps,
         "weight_decay": group.weight_decay,
-        "grad_sign": -1.0 if group.maximize else 1.0,
+        "decay_power": {"constant": 0, "lr": 1, "corrected": 2}[group.weight_decay_mode],
+        "cautious": group.cautious_weight_decay,
+        "nesterov": group.nesterov,
+        "grad_sign": -1 if group.maximize else 1,
         "lr_address": lr.address * group.lr_tensor,
     }

@@ -36,9 +36,9 @@ def test_hypers_may_be_on_the_device(cuda_library, formats):
 
 
 def test_as_many_hypers_as_fit_inline(cuda, cuda_library):
-    groups = [Group(lr=1e-3 * (i + 1)) for i in range(65)]
-    Model(cuda, [Param(5, group=i) for i in range(64)], groups=groups[:64]).update()
-    model = Model(cuda, [Param(5, group=i) for i in range(65)], groups=groups)
+    groups = [Group(lr=1e-3 * (i + 1)) for i in range(61)]
+    Model(cuda, [Param(5, group=i) for i in range(60)], groups=groups[:60]).update()
+    model = Model(cuda, [Param(5, group=i) for i in range(61)], groups=groups)
     with pytest.raises(RuntimeError, match="too many hypers"):
         model.update()
     model.kernels = Cuda(cuda_library, hypers_on_host=False)

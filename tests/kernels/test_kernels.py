@@ -82,18 +82,20 @@ def test_update_at_every_alignment(kernels, formats, amsgrad):
 def mixed_rows(kernels, formats) -> Model:
     """Groups, step counts, amsgrad and missing gradients that change from row to row."""
     random = np.random.default_rng(1)
-    count, largest = (12, 300) if kernels.is_slow else (40, 900)
+    count, largest = (16, 300) if kernels.is_slow else (40, 900)
     params = [
         Param(
             int(random.integers(0, largest)),
-            group=i % 4,
-            amsgrad=i // 4 % 2 == 1,
-            grad=i % 10 != 9,
+            group=i % len(GROUPS),
+            amsgrad=i // len(GROUPS) % 2 == 1,
+            grad=i % 15 != 14,
             step=float(random.integers(5)),
         )
         for i in range(count)
     ]
-    assert {(p.group, p.amsgrad) for p in params if p.grad} == set(itertools.product(range(4), (False, True)))
+    assert {(p.group, p.amsgrad) for p in params if p.grad} == set(
+        itertools.product(range(len(GROUPS)), (False, True))
+    )
     return Model(kernels, params, formats, GROUPS, chunk_size=256)
 
 

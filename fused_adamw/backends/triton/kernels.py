@@ -16,9 +16,13 @@ _PARAM, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _STEP, _NUMEL = (
     for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "numel")
 )
 _HYPER, _SLOT = (tl.constexpr(getattr(RowStruct, name).offset // 4) for name in ("hyper", "slot"))  # int32
-_LR, _BETA1, _BETA2, _EPS, _WEIGHT_DECAY, _GRAD_SIGN, _LR_ADDRESS = (
+_LR, _BETA1, _BETA2, _EPS, _WEIGHT_DECAY, _LR_ADDRESS = (
     tl.constexpr(word_of(HyperStruct, name))
-    for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_sign", "lr_address")
+    for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "lr_address")
+)
+_DECAY_POWER, _CAUTIOUS, _NESTEROV, _GRAD_SIGN = (
+    tl.constexpr(getattr(HyperStruct, name).offset // 4)  # int32
+    for name in ("decay_power", "cautious", "nesterov", "grad_sign")
 )
 _ROW_WORDS, _HYPER_WORDS = (tl.constexpr(words(struct)) for struct in (RowStruct, HyperStruct))
 _CHUNK_WORDS = tl.constexpr(2 * words(ChunkStruct))  # int32
@@ -78,7 +82,10 @@ def hyper_of(row, hypers):
         beta2=tl.load(hyper + _BETA2),
         eps=tl.load(hyper + _EPS),
         weight_decay=tl.load(hyper + _WEIGHT_DECAY),
-        grad_sign=tl.load(hyper + _GRAD_SIGN),
+        decay_power=int32_of(hyper, _DECAY_POWER),
+        cautious=int32_of(hyper, _CAUTIOUS),
+        nesterov=int32_of(hyper, _NESTEROV),
+        grad_sign=int32_of(hyper, _GRAD_SIGN),
     )
 
 

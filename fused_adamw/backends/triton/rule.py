@@ -15,6 +15,9 @@ class Hyper(NamedTuple):
     beta2: tl.tensor
     eps: tl.tensor
     weight_decay: tl.tensor
+    decay_power: tl.tensor
+    cautious: tl.tensor
+    nesterov: tl.tensor
     grad_sign: tl.tensor
 
 
@@ -33,11 +36,14 @@ class Coefficients(NamedTuple):
 
     grad_scale: tl.tensor
     decay: tl.tensor
+    decay_against: tl.tensor
     lerp_weight: tl.tensor
     lerp_from_g: tl.tensor
     beta2: tl.tensor
     one_minus_beta2: tl.tensor
     step_size: tl.tensor
+    grad_step_size: tl.tensor
+    nesterov: tl.tensor
     bias_correction2_sqrt: tl.tensor
     eps: tl.tensor
 
@@ -77,14 +83,24 @@ def coefficients(hyper, step, grad_scale, T: tl.constexpr):
     """Worked out in float64 as Python does, then rounded to T. `step` counts this update: 1 for the first."""
     weight = 1.0 - hyper.beta1
     from_g = weight >= 0.5
+    lr_power = tl.where(
+        hyper.decay_power == 1, hyper.lr, tl.where(hyper.decay_power == 0, 1.0, hyper.lr * hyper.lr)
+    )
+    decay = 1.0 - lr_power * hyper.weight_decay
+    step_size = hyper.lr / (1.0 - power(hyper.beta1, step))
+    next_step_size = hyper.lr * hyper.beta1 / (1.0 - power(hyper.beta1, step + 1.0))
+    nesterov = hyper.nesterov != 0
     return Coefficients(
         grad_scale=(hyper.grad_sign * grad_scale).to(T),
-        decay=(1.0 - hyper.lr * hyper.weight_decay).to(T),
+        decay=decay.to(T),
+        decay_against=tl.where(hyper.cautious != 0, 1.0, decay).to(T),
         lerp_weight=tl.where(from_g, weight - 1.0, weight).to(T),
         lerp_from_g=from_g,
         beta2=hyper.beta2.to(T),
         one_minus_beta2=(1.0 - hyper.beta2).to(T),
-        step_size=(hyper.lr / (1.0 - power(hyper.beta1, step))).to(T),
+        step_size=tl.where(nesterov, next_step_size, step_size).to(T),
+        grad_step_size=(step_size * weight).to(T),
+        nesterov=nesterov,
         bias_correction2_sqrt=tl.sqrt(1.0 - power(hyper.beta2, step)).to(T),
         eps=hyper.eps.to(T),
     )
@@ -106,9 +122,12 @@ def divide(x, y):
 def adamw_update(p, grad, m, v, v_max, c):
     """THE rule, a block of elements at once. Without amsgrad v_max is zeros, so that the maximum is v."""
     g = grad * c.grad_scale
-    p = p * c.decay
     m = tl.where(c.lerp_from_g, g, m) + c.lerp_weight * (g - m)
     v = v * c.beta2 + c.one_minus_beta2 * g * g
     v_max = tl.where((v_max > v) | (v_max != v_max), v_max, v)
-    p = p - divide(c.step_size * m, divide(square_root(v_max), c.bias_correction2_sqrt) + c.eps)
+    denominator = divide(square_root(v_max), c.bias_correction2_sqrt) + c.eps
+    by_m = c.step_size * m
+    numerator = tl.where(c.nesterov, by_m + c.grad_step_size * g, by_m)
+    p = p * tl.where(numerator * p < 0.0, c.decay_against, c.decay)
+    p = p - divide(numerator, denominator)
     return p, m, v, v_max
