@@ -22,7 +22,7 @@ from .state.checks import check_fused, check_hypers, check_no_transform, check_n
 from .state.contents import is_counted, missing_state
 from .state.loading import Checkpointed
 from .state.precision import StateDtype
-from .state.purposes import Purposes, check_state_roles, summarize_state
+from .state.purposes import Purposes, check_state_roles, summarize_state, warn_of_nearest
 from .step.double_clip import DoubleClipDetector
 from .step.guard import Found
 from .step.launch import Tensors
@@ -193,6 +193,7 @@ class FusedHygieneAdamW(Checkpointed):
         if self._precision.has_codes:
             line = summarize_state(self._precision, params, purposes, model is not None)
             announce(f"[AdamW State] {line}")
+        warn_of_nearest(self._precision, self.param_groups, purposes, stacklevel=3)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.

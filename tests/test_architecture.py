@@ -32,7 +32,7 @@ ALLOWED = {
     | {"step", "tables"},
     "version": set(),
     "__init__": {"groups", "backends", "optimizer", "version"},
-    "cli": {"groups", "backends", "device", "optimizer", "version"},
+    "cli": {"arguments", "backends", "device", "groups", "optimizer", "state", "version"},
     "__main__": {"cli"},
 }
 # And within folders.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from fused_adamw import FusedHygieneAdamW
 from fused_adamw.cli import main
 
 
@@ -46,9 +47,9 @@ def test_info_tells_what_steps_a_model(capsys, monkeypatch):
     rows = [
         [cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")
     ]
-    assert ["native", "cpu", "float32", "float32", "float32", "3", "12"] in rows
-    assert ["native", "cpu", "bfloat16", "bfloat16", "bfloat16", "2", "20"] in rows
-    assert ["reference", "cpu", "any", "any", "any", "1", "16"] in rows
+    assert ["native", "cpu", "float32", "float32", "float32", "3", "12", "144"] in rows
+    assert ["native", "cpu", "bfloat16", "bfloat16", "bfloat16", "2", "20", "120"] in rows
+    assert ["reference", "cpu", "any", "any", "any", "1", "16", "192"] in rows
     assert "0.weight is stepped by the reference: parameter is not dense: strides (8, 2)" in out
     assert out.count("is stepped by the reference") == 1
 
@@ -72,7 +73,7 @@ def test_info_gives_memory_to_a_model_without(capsys, monkeypatch):
 def test_info_does_not_cut_numbers(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["info", "--model", "tests.test_cli:large_model"]) == 0
-    assert "│ 10,000,000 │" in capsys.readouterr().out
+    assert "│ 10,000,000 │ 60,000,000 │" in capsys.readouterr().out
 
 
 def large_model() -> torch.nn.Module:
@@ -291,3 +292,107 @@ class TestCommandLine:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert "error: target 'torch.nn:Linear'" in done.stderr
+
+
+class Embedder(nn.Module):
+    """A tensor of each kind: coded, exempt, tied, one that no role is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(64, 64)
+        self.hidden = nn.Linear(64, 128)
+        self.norm = nn.LayerNorm(64)
+        self.lm_head = nn.Linear(64, 64, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+
+EMBEDDER = "tests.test_cli:Embedder"
+FORMATS = ["--dtype", "bfloat16", "--master-weights", "split", "--state-dtype", "8bit"]
+
+
+class TestFormats:
+    def test_without_options_there_is_one_line(self, capsys):
+        assert explain(EMBEDDER, "--no-inputs") == 0
+        values = 64 * 64 + 64 * 128 + 128 + 64 + 64
+        line = f"parameters and moments: {12 * values:,} bytes, 12 per value, without gradients"
+        assert capsys.readouterr().out.splitlines()[-1] == line
+
+    def test_the_table_says_what_is_kept_how_and_why(self, capsys):
+        assert explain(EMBEDDER, *FORMATS, "--state-role", "norm=float32", "--width", "200") == 0
+        rows = {
+            line.split()[0]: line.split(None, 4)
+            for line in capsys.readouterr().out.splitlines()
+            if line.strip()
+        }
+        assert " ".join(rows["hidden.weight"][2:]).split() == (
+            ["matrix", "bfloat16_split", "root_signed", "root_unsigned", "6.125", "state_dtype"]
+        )
+        assert "bfloat16_split bfloat16 bfloat16_stochastic 8 state_dtype, but 8 bits are not for" in (
+            " ".join(" ".join(rows["wte.weight"]).split())
+        )
+        assert "float32 float32 12 state_roles['norm']" in " ".join(" ".join(rows["norm.weight"]).split())
+
+    def test_sentences(self, capsys):
+        assert explain(EMBEDDER, "hidden.weight", "lm_head.weight", "--state-role", "embedding=8bit") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 4
+        assert lines[2] == (
+            "hidden.weight is kept as float32, exp_avg as float32 and exp_avg_sq as float32, "
+            "in 12 bytes per value: as the parameter."
+        )
+        assert lines[3].startswith("wte.weight is kept as float32, exp_avg as float32")  # it is tied
+
+    @pytest.mark.parametrize("options", [[], ["--state-dtype", "bfloat16"]], ids=str)
+    def test_bytes_are_those_of_the_optimizer(self, capsys, options):
+        """Of its parameters and state, as they are in memory."""
+        assert explain(EMBEDDER, "--json", *options) == 0
+        found = json.loads(capsys.readouterr().out)["parameters"]
+        chosen = dict(zip(options[::2], options[1::2], strict=True))
+        model = Embedder().to(getattr(torch, chosen.get("--dtype", "float32")))
+        state_dtype = chosen.get("--state-dtype")
+        optimizer = FusedHygieneAdamW(
+            model,
+            master_weights=chosen.get("--master-weights"),
+            state_dtype=torch.bfloat16 if state_dtype == "bfloat16" else state_dtype,
+        )
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        params = dict(model.named_parameters())
+        for parameter in found:
+            p = params[parameter["name"]]
+            tensors = [p, *(t for key, t in optimizer.state[p].items() if key != "step")]
+            assert parameter["kept"]["bytes"] == sum(t.numel() * t.element_size() for t in tensors)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--state-role", "norm"], "--state-role 'norm': expected ROLE=float32"),
+            (["--state-role", "norm=4bit"], "--state-role 'norm=4bit': expected ROLE=float32"),
+            (["--state-role", "nom=8bit"], "state_roles['nom'] is no role, and no glob that matches"),
+            (
+                ["--dtype", "float16", "--master-weights", "split"],
+                "is torch.float16: master_weights='split' is for bfloat16",
+            ),
+            (["--state-dtype", "8bit", "--no-stochastic-rounding"], "does not go with '8bit'"),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("command", [["explain"], ["info", "--model"]], ids=str)
+    def test_refused(self, capsys, command, options, message):
+        assert main([*command, EMBEDDER, *options]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_what_does_not_go_together(self, capsys):
+        assert explain(EMBEDDER, "--diff", "all", "--state-dtype", "8bit") == 2
+        assert "--diff and options about formats: expected one" in capsys.readouterr().err
+        assert main(["info", "--state-dtype", "8bit"]) == 2
+        assert "options about formats without --model" in capsys.readouterr().err
+
+    def test_info_warns_of_what_the_optimizer_warns_of(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        for options, warns in ((["--dtype", "bfloat16"], True), ([], False)):
+            assert main(["info", "--model", EMBEDDER, *options]) == 0
+            out = capsys.readouterr().out
+            assert ("warning: the second moments of 5 bfloat16 params" in out) == warns
+            assert "parameters and moments: " in out

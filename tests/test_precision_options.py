@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -240,6 +241,58 @@ def test_the_log_says_what_is_coded_and_by_what(caplog):
     assert lines[0].startswith("[AdamW State] 8-bit moments: 2 of 6 params, by role; the others'")
     assert lines[1].startswith("[AdamW State] 8-bit moments: 3 of 6 params, every matrix by its shape alone;")
     assert "Pass the model instead of its parameters" in lines[1]
+
+
+# ---- The warning about moments that are rounded to nearest
+
+
+def warnings_of(*args, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        FusedHygieneAdamW(*args, **options)
+    return [w for w in caught if "second moments" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "warns"),
+    [
+        (BF16, {}, True),
+        (BF16, {"betas": (0.9, 0.991)}, True),
+        (BF16, {"betas": (torch.tensor(0.9), torch.tensor(0.999))}, True),
+        (BF16, {"master_weights": "split"}, True),
+        (BF16, {"state_roles": {"norm": F32}}, True),
+        (BF16, {"betas": (0.9, 0.99)}, False),
+        (BF16, {"stochastic_rounding": True}, False),
+        (BF16, {"stochastic_rounding": False}, False),
+        (BF16, {"state_dtype": BF16}, False),
+        (BF16, {"state_dtype": F32}, False),
+        (BF16, {"state_dtype": "8bit"}, False),
+        (F32, {}, False),
+        (F16, {}, False),
+        (F32, {"state_dtype": BF16, "stochastic_rounding": False}, False),  # it was asked for
+    ],
+    ids=str,
+)
+def test_a_warning_where_moments_are_rounded_to_nearest_by_default(dtype, options, warns):
+    caught = warnings_of(Model(dtype), **options)
+    assert len(caught) == warns
+    if warns:
+        count = 5 if "state_roles" in options else 6
+        text = str(caught[0].message)
+        assert text.startswith(f"the second moments of {count} bfloat16 params are kept in bfloat16")
+        assert "state_dtype=torch.bfloat16, which" in text
+        assert "state_dtype=torch.float32;" in text
+        assert caught[0].filename == __file__
+
+
+def test_the_warning_counts_what_it_is_about():
+    model = Model()
+    model.hidden.to(BF16)
+    groups = build_param_groups(model)
+    groups[0]["betas"] = (0.9, 0.95)  # of the matrix
+    (caught,) = warnings_of(groups)
+    assert str(caught.message).startswith("the second moments of 1 bfloat16 params")
+    assert "With beta2=0.999 they change by up to 0.001 of" in str(caught.message)
 
 
 # ---- By default nothing is new

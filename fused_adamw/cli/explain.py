@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from typing import Any, TypeVar
 
@@ -11,11 +12,12 @@ from torch import nn
 
 from ..groups import POLICIES, explain_param_groups
 from ..groups.overrides import Setting
+from . import precision
 from .inputs import inputs_of, parse_inputs
 from .targets import load_target
 
 _T = TypeVar("_T", int, float)
-HELP = "which parameters of a model decay, and why"
+HELP = "which parameters of a model decay, how they and their moments are kept, and why"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-inputs", action="store_true", help="watch no forward pass")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--width", type=_columns, help="columns of the table")
+    precision.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         KeyError: If no parameter has a name that was asked for.
     """
     _refuse_contradictions(args)
-    model = load_target(args.target)
+    model = precision.converted(load_target(args.target), args)
     report = explain_param_groups(
         model,
         args.weight_decay,
@@ -75,13 +78,23 @@ def run(args: argparse.Namespace) -> None:
         example_inputs=_example_inputs(args, model),
     )
     shown = report.diff(args.diff) if args.diff else report
+    kept = precision.KeptReport(report.decisions, precision.options_of(args))
     sentences = [report[name] for name in args.parameters]
+    if precision.is_asked(args):
+        sentences += [kept.sentence(report.decision(name)) for name in args.parameters]
     if args.json:
-        print(shown.to_json())
+        found = shown.to_dict()
+        if not args.diff:
+            for d, parameter in zip(report.decisions, found["parameters"], strict=True):
+                parameter["kept"] = kept.to_dict(d)
+        print(json.dumps(found, indent=2))
     elif sentences:
         print("\n".join(sentences))
     else:
-        Console(width=args.width).print(shown)
+        console = Console(width=args.width)
+        console.print(shown)
+        if not args.diff:
+            console.print(kept if precision.is_asked(args) else kept.total())
 
 
 def _example_inputs(args: argparse.Namespace, model: nn.Module) -> Any:
@@ -102,6 +115,8 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise ValueError("--json and --width: expected one, as a width is for tables")
     if args.lr is not None and args.layer_decay is None:
         raise ValueError("--lr without --layer-decay: expected both, as only --layer-decay scales it")
+    if args.diff and precision.is_asked(args):
+        raise ValueError("--diff and options about formats: expected one, as policies are about decay")
     roles = [text.rpartition("=")[0] for text in args.role]
     for role in roles:
         if roles.count(role) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import warnings
 
 import torch
 from rich.console import Console
@@ -12,9 +13,10 @@ from torch import nn
 
 from ..backends import available_backends, build_info, kernels_for
 from ..device import gpu_names
-from ..groups import build_param_groups
+from ..groups import explain_param_groups
 from ..optimizer import FusedHygieneAdamW
 from ..version import __version__
+from . import precision
 from .targets import load_target
 
 HELP = "versions, build and backends"
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="step this model once and print which backend steps how many parameters, and what falls back to "
         "the reference and why; takes memory for parameters, gradients and moments. As in `explain TARGET`",
     )
+    precision.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,44 +64,58 @@ def run(args: argparse.Namespace) -> None:
         table.add_row(status.backend, status.device, "yes" if status.available else "no", status.reason or "")
     console.print(table)
     if args.target is not None:
-        _print_step(args.target, console)
+        _print_step(args, console)
+    elif precision.is_asked(args):
+        raise ValueError("options about formats without --model: expected both")
 
 
-def _print_step(target: str, console: Console) -> None:
+def _print_step(args: argparse.Namespace, console: Console) -> None:
     """Step a model once, on zero gradients laid out as its parameters, and print what stepped them."""
-    model = load_target(target)
-    groups = build_param_groups(model, weight_decay=0.01)
-    for group in groups:
+    model = precision.converted(load_target(args.target), args)
+    options = precision.options_of(args)
+    decisions = explain_param_groups(model).decisions
+    kept = precision.KeptReport(decisions, options)
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        optimizer = FusedHygieneAdamW(model, **options)
+    by_id = {id(d.param): d for d in decisions}
+    decision_of = [by_id[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
         group["params"] = [
             nn.Parameter(torch.empty_like(p, device="cpu")) if p.is_meta else p for p in group["params"]
         ]
-    names = [name for group in groups for name in group["param_names"]]
-    params = [p for group in groups for p in group["params"]]
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    optimizer = FusedHygieneAdamW(groups)
+        optimizer._param_names.learn(group)
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
     optimizer.step()
     plan = optimizer._plan
     assert plan is not None
 
     table = Table("stepped by", "device", "parameter", "gradient", "moments", "tensors")
-    table.add_column("values", no_wrap=True)  # whole, in 80 columns, for any model that fits a machine
+    for heading in ("values", "bytes"):  # whole, in 80 columns, for any model that fits a machine
+        table.add_column(heading, no_wrap=True)
     for bucket, _, _ in plan.launches:
         kernels = kernels_for(optimizer.backend, bucket.device)
         formats = getattr(bucket, "formats", None)
         by = "reference" if kernels is None or formats is None else kernels.__name__.rpartition(".")[2]
-        kept = ["any"] * 4 if formats is None else [format.name for format in formats]
+        names = ["any"] * 4 if formats is None else [format.name for format in formats]
+        mine = [decision_of[slot] for slot in bucket.slots]
         table.add_row(
             by,
             str(bucket.device),
-            *kept[:2],
-            ", ".join(dict.fromkeys(kept[2:])),
-            f"{len(bucket.slots):,}",
-            f"{sum(params[slot].numel() for slot in bucket.slots):,}",
+            *names[:2],
+            ", ".join(dict.fromkeys(names[2:])),
+            f"{len(mine):,}",
+            f"{sum(d.param.numel() for d in mine):,}",
+            f"{kept.nbytes(mine):,}",
         )
     console.print(f"{type(model).__name__}, one step:", table, sep="\n")
     for slot, reason in plan.fallbacks.items():
-        console.print(f"{names[slot]} is stepped by the reference: {reason}", highlight=False, markup=False)
+        name = decision_of[slot].name
+        console.print(f"{name} is stepped by the reference: {reason}", highlight=False, markup=False)
+    console.print(kept)
+    for remark in remarks:
+        console.print(f"warning: {remark.message}", highlight=False, markup=False)
 
 
 def _version(module: str) -> str | None:

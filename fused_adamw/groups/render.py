@@ -36,7 +36,7 @@ def report_table(title: str, decisions: Sequence[Decision], groups: int, remarks
     table.add_column("decided by", overflow="fold")
     for rows in fold(decisions, lambda d: (d.decays, d.role, d.rule, d.because, d.options["weight_decay"])):
         first = rows[0]
-        cells: list[str | Text] = [_name(rows), _shape(rows), _decay(first)]
+        cells: list[str | Text] = [name_of(rows), shape_of(rows), _decay(first)]
         if scaled:
             cells.append(_range([d.lr_scale for d in rows]))
         table.add_row(*cells, str(first.role), first.because + _doubt(first))
@@ -69,8 +69,8 @@ def diff_table(title: str, ours: str, theirs: str, pairs: Sequence[tuple[Decisio
     for rows in fold([mine for mine, _ in pairs], key):
         mine, their = rows[0], other[rows[0].name]
         table.add_row(
-            _name(rows),
-            _shape(rows),
+            name_of(rows),
+            shape_of(rows),
             Text.assemble(_verdict(mine), f": {mine.role}, {mine.because}"),
             Text.assemble(_verdict(their), f": {their.because}"),
         )
@@ -102,7 +102,7 @@ def fold(decisions: Iterable[Decision], key: Callable[[Decision], Any]) -> list[
     return list(folds.values())
 
 
-def _name(rows: Sequence[Decision]) -> Text:
+def name_of(rows: Sequence[Decision]) -> Text:
     """`h.[0-11].ln_1.weight ×12`: the numbers that vary become ranges."""
     columns = zip(*(row.name.split(".") for row in rows), strict=True)
     parts = [column[0] if len(set(column)) == 1 else f"[{_numbers(column)}]" for column in columns]
@@ -129,7 +129,7 @@ def _numbers(column: Iterable[str]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _shape(rows: Sequence[Decision]) -> str:
+def shape_of(rows: Sequence[Decision]) -> str:
     """The common shape; a size that varies is a dot."""
     sizes = zip(*(row.located.shape for row in rows), strict=True)
     return "×".join(str(column[0]) if len(set(column)) == 1 else "·" for column in sizes) or "scalar"

@@ -81,11 +81,16 @@ class Precision:
             role: What it is for; None: not known.
             names: Its names, several if it is tied.
         """
-        asked = self.state_dtype if role is None else self.state_roles.get(role, self.state_dtype)
-        for key, value in self.state_roles.items():
+        key = self._key_of(role, names)
+        return self.state_dtype if key is None else self.state_roles[key]
+
+    def _key_of(self, role: str | None, names: Sequence[str]) -> str | None:
+        """The key of `state_roles` that decides: the last glob that matches, else the role."""
+        found = role if role in self.state_roles else None
+        for key in self.state_roles:
             if not is_role(key) and any(fnmatchcase(name, key) for name in names):
-                asked = value
-        return asked
+                found = key
+        return found
 
     def refusal(self, p: Tensor) -> str | None:
         """None if a parameter can be kept as was asked, else why not."""
@@ -136,10 +141,25 @@ class Precision:
         """
         if p.dtype not in _CODED_DTYPES:
             return f"moments of {p.dtype} keep its precision"
-        by_name = Precision(state_roles=self.state_roles).state_dtype_of(role, names) == "8bit"
-        if role is not None and role not in CODED_ROLES and not by_name:
+        if role is not None and role not in CODED_ROLES and self._key_of(role, names) is None:
             return f"8 bits are not for the role {role}"
         return _why_no_blocks(p)
+
+    def reason(self, p: Tensor, role: str | None, names: Sequence[str] = ()) -> str:
+        """Why the moments of a parameter are kept as they are, in a few words; arguments as `formats_of`."""
+        key = self._key_of(role, names)
+        asked = self.state_dtype_of(role, names)
+        if asked is None or not p.is_floating_point():
+            return "as the parameter"
+        by = "state_dtype" if key is None else f"state_roles[{key!r}]"
+        uncoded = self.why_uncoded(p, role, names) if asked == "8bit" else None
+        return by if uncoded is None else f"{by}, but {uncoded}"
+
+    def is_nearest_by_default(self, p: Tensor, role: str | None, names: Sequence[str] = ()) -> bool:
+        """Whether second moments are in bfloat16 and rounded to nearest, and nobody asked for it."""
+        if p.dtype != torch.bfloat16 or self.stochastic_rounding is not None:
+            return False
+        return self.formats_of(p, role, names).exp_avg_sq == FORMATS["bfloat16"]
 
 
 def is_role(key: str) -> bool:

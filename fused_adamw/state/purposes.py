@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..groups import Decision, Role
@@ -92,3 +94,39 @@ def summarize_state(
     if has_roles:
         return line
     return f"{line}. Pass the model instead of its parameters to leave out embeddings, norms and positions."
+
+
+def warn_of_nearest(
+    precision: Precision, groups: Sequence[Mapping[str, Any]], purposes: Sequence[Purpose], stacklevel: int
+) -> None:
+    """Warn where second moments in bfloat16 change by less than nearest rounding lets them.
+
+    Args:
+        precision: What was asked for.
+        groups: The optimizer's `param_groups`.
+        purposes: What all parameters are for.
+        stacklevel: As `warnings.warn` in the caller would take it.
+    """
+    if not (precision.stochastic_rounding is None and any(map(_is_bfloat16, groups))):
+        return
+    beta2s = [float(group["betas"][1]) for group in groups]
+    pairs = [(beta2, p) for beta2, group in zip(beta2s, groups, strict=True) for p in group["params"]]
+    beta2s = [
+        beta2
+        for (beta2, p), purpose in zip(pairs, purposes, strict=True)
+        if beta2 > 0.99 and precision.is_nearest_by_default(p, *purpose)
+    ]
+    if beta2s:
+        beta2 = max(beta2s)
+        warnings.warn(
+            f"the second moments of {len(beta2s)} bfloat16 params are kept in bfloat16 and rounded to "
+            f"nearest, as in torch.optim.AdamW. With beta2={beta2:g} they change by up to {1 - beta2:.2g} of "
+            "themselves per step, mostly less than half a unit in the last place: they stay too large where "
+            "gradients fall. Pass state_dtype=torch.bfloat16, which rounds them stochastically, or "
+            "state_dtype=torch.float32; stochastic_rounding=False is torch's rounding without this warning.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _is_bfloat16(group: Mapping[str, Any]) -> bool:
+    return any(p.dtype == torch.bfloat16 for p in group["params"])
