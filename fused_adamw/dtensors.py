@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from types import NoneType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -78,6 +79,28 @@ def is_partial(p: Tensor) -> bool:
     """Whether processes hold addends of a DTensor, not its values."""
     spec: Any = getattr(p, "_spec", None)
     return spec is not None and any(placement.is_partial() for placement in spec.placements)
+
+
+def start_in_whole(spec: Any) -> list[int] | None:
+    """Where this process's part of a DTensor starts in the whole tensor, in each dimension.
+
+    Args:
+        spec: The DTensor's `_spec`.
+
+    Returns:
+        None if its indices in a dimension do not follow each other.
+    """
+    start, coordinate = [], spec.mesh.get_coordinate() or [0] * spec.mesh.ndim
+    for dim, size in enumerate(spec.shape):
+        index = torch.arange(size, device="cpu").view([-1 if d == dim else 1 for d in range(spec.ndim)])
+        for part, parts, placement in zip(coordinate, spec.mesh.shape, spec.placements, strict=True):
+            if getattr(placement, "dim", None) == dim:
+                index = placement._split_tensor(index, parts, with_padding=False)[0][part]
+        places = index.flatten().tolist()
+        if places != list(range(places[0], places[0] + len(places)) if places else ()):
+            return None
+        start.append(places[0] if places else 0)
+    return start
 
 
 def is_flattened(p: Tensor) -> bool:

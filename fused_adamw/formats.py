@@ -77,6 +77,33 @@ class Window(NamedTuple):
     whole_columns: int
 
 
+def window_of(t: Tensor, whole: Tensor, start: Sequence[int], *, by_rows: bool = False) -> Window | None:
+    """Where the elements of a shard lie in the whole tensor.
+
+    Args:
+        t: The shard.
+        whole: The tensor that it is a part of; only its shape and strides are read.
+        start: The first index of the shard in each dimension of it.
+        by_rows: Take the rows `t[0], t[1], ...` for the columns of the window.
+
+    Returns:
+        None if the shard is no regular series of pieces, or its order in memory is another one.
+    """
+    order = memory_order(whole)
+    if [d for d in order if t.shape[d] > 1] != [d for d in memory_order(t) if t.shape[d] > 1]:
+        return None
+    mine, all_ = [t.shape[d] for d in order], [whole.shape[d] for d in order]
+    cut = [i for i, (n, of) in enumerate(zip(mine, all_, strict=True)) if n != of]
+    # The window's columns begin at the innermost dimension that is cut; those outside of it must be one run.
+    first = max(cut, default=0)
+    if any(math.prod(mine[:i]) > 1 for i in cut if i < first) or (by_rows and (first > 1 or order[0] != 0)):
+        return None
+    first = max(first, int(by_rows))
+    offset = sum(start[d] * math.prod(all_[i + 1 :]) for i, d in enumerate(order))
+    columns = [max(1, math.prod(sizes[first:])) if first else 1 for sizes in (mine, all_)]
+    return Window(offset, *columns)
+
+
 def _signed(x: int) -> int:
     """`x` mod 2^64 as an int64."""
     return (x + 2**63) % 2**64 - 2**63
@@ -361,8 +388,13 @@ FORMATS = {
     )
 }
 
-# The format of a tensor that is as torch has it.
+# The formats of tensors that are as torch has them, in the dtypes that kernels know.
 PLAIN = {format.dtype: format for format in FORMATS.values() if type(format) is Format}
+
+
+def plain_format(dtype: torch.dtype) -> Format:
+    """The format of a tensor that is as torch has it, of any dtype."""
+    return PLAIN.get(dtype) or Format(str(dtype).removeprefix("torch."), dtype)
 
 
 class Formats(NamedTuple):
@@ -396,9 +428,19 @@ class Field(NamedTuple):
             noise: As `Format.store` takes it.
             skip: 0-dim bool on the device; where it is true, nothing is changed.
         """
-        for old, new in zip(self[1:], self.format.store(x, noise, self.values), strict=True):
-            if old is not None and new is not None:
-                old.copy_(new if skip is None else torch.where(skip, old, new))
+        for old, new in self.changes(x, noise, skip):
+            old.copy_(new)
+
+    def changes(
+        self, x: Tensor, noise: Tensor | None = None, skip: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What `write` would do: the tensors that it changes, each with what they are to hold."""
+        stored = zip(self[1:], self.format.store(x, noise, self.values), strict=True)
+        return [
+            (old, new if skip is None else torch.where(skip, old, new))
+            for old, new in stored
+            if old is not None and new is not None
+        ]
 
     def as_torch(self) -> Tensor:
         """What torch's optimizers would hold: the values themselves, decoded to float32 if they are codes."""

@@ -16,6 +16,7 @@ from .arguments import OWN, check_numbers, checked_max_grad_norm, checked_precis
 from .backends import check_backend, kernels_for, reference
 from .device import is_capturing
 from .dtensors import has_peers, is_flattened, local_grads
+from .fields import Rounding, State
 from .groups import Options, Role, decide, decided_groups, is_model, summarize_param_groups
 from .names import ParamNames, show_names_to_dcp
 from .state.checks import check_fused, check_hypers, check_no_transform, check_not_differentiable, check_step
@@ -28,7 +29,7 @@ from .step.guard import Found
 from .step.launch import Tensors
 from .step.plan import Plan, Request
 from .step.snapshot import Snapshot
-from .tables import Hyper, State, StepInputs
+from .tables import Hyper, StepInputs
 
 # Attributes that a copy of the optimizer keeps. It builds a plan of its own, as a plan is full of addresses.
 _COPIED = (
@@ -280,6 +281,7 @@ class FusedHygieneAdamW(Checkpointed):
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
             self._norm_group,
+            self._precision.seed,
         )
 
         def before_updates(inputs: StepInputs) -> None:
@@ -394,6 +396,7 @@ class FusedHygieneAdamW(Checkpointed):
             state,
             lambda device: kernels_for(self._backend, device),
             reference,
+            Rounding(self._precision.rounds_params, self._precision.rounds_moments),
             self._status,
             self._plan,
         )

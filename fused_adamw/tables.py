@@ -15,11 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# `Optimizer.state`: a step reads only what it holds for the optimizer's own parameters, under `STATE_KEYS`.
-# Whatever else users keep there is theirs.
-State = Mapping[Any, Any]
-# The last one is there with amsgrad only.
-STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+from .formats import Field, Window
 
 _Address, _Int64, _Double = ctypes.c_uint64, ctypes.c_int64, ctypes.c_double
 
@@ -215,20 +211,14 @@ class StepInputs(NamedTuple):
 class Entry:
     """One parameter with its state, as found when it was looked up: of DTensors, the local tensors."""
 
-    slot: int  # position among all parameters of all groups
+    ordinal: int  # position among all parameters of all groups
     group: int
-    sum_group: int  # gradients of one sum group are summed together
-    param: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
+    window: Window  # where its elements lie in the whole tensor
+    param: Field
+    exp_avg: Field
+    exp_avg_sq: Field
+    max_exp_avg_sq: Field | None
     step: Tensor
-    grad_dtype: torch.dtype
-
-    def state(self) -> dict[str, Tensor]:
-        """What belongs to the parameter, and is written like it."""
-        tensors = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step}
-        return tensors if self.max_exp_avg_sq is None else {**tensors, "max_exp_avg_sq": self.max_exp_avg_sq}
 
 
 @dataclass(slots=True)
@@ -259,8 +249,8 @@ def row_table(n: int, **columns: Sequence[int] | Tensor) -> Tensor:
 
     Args:
         n: The number of rows.
-        columns: Fields of struct Row by name, a number for each row; of a Field, the address of its values.
-            Those that are left out are 0, and shards are taken for whole tensors.
+        columns: Fields of struct Row by name, a number for each row, as in `set_column`. Those that are left
+            out are 0, and shards are taken for whole tensors.
 
     Returns:
         int64 (n, words), on the host.
@@ -272,10 +262,19 @@ def row_table(n: int, **columns: Sequence[int] | Tensor) -> Tensor:
 
 
 def set_column(rows: Tensor, name: str, numbers: Sequence[int] | Tensor) -> None:
-    """Write one field of all rows, as in `row_table`: mutates `rows`."""
+    """Write one field of all rows: mutates `rows`.
+
+    Args:
+        rows: As `row_table` lays them out.
+        name: Of a field of struct Row. Of a Field, "name" is the address of its values, "name.side" that of
+            its side.
+        numbers: One for each row.
+    """
+    name, _, part = name.partition(".")
     field = getattr(RowStruct, name)
     dtype = torch.int32 if field.size == 4 else torch.int64
-    column = rows.view(dtype)[:, field.offset // dtype.itemsize]
+    offset = field.offset + (getattr(FieldStruct, part).offset if part else 0)
+    column = rows.view(dtype)[:, offset // dtype.itemsize]
     column.copy_(torch.as_tensor(numbers, dtype=torch.int64, device="cpu"))
 
 

@@ -427,7 +427,7 @@ def test_functions_of_the_extension_refuse_other_types():
     if isinstance(extension, str):
         pytest.skip("the extension is not built")
     probes = layout.probes()
-    guard = extension.make_guard(torch.Tensor, (), (), (), probes)
+    guard = extension.make_guard(torch.Tensor, (), (), (), (), probes)
     assert extension.check_guard(guard, [], {}) == (b"", [], [], None)
     assert extension.check_guard(guard, [()], {}) is None  # only lists are walked
     assert extension.check_guard(guard, [[1]], {}) is None
@@ -441,13 +441,15 @@ def test_functions_of_the_extension_refuse_other_types():
     t = torch.zeros(2)
     for args in [([], (), ()), ((1,), (None,), ()), ((t,), (), ()), ((t,), ((t, ()),), ()), ((), (), (1,))]:
         with pytest.raises((IndexError, RuntimeError, SystemError)):
-            extension.make_guard(torch.Tensor, *args, probes)
+            extension.make_guard(torch.Tensor, *args, (), probes)
+    with pytest.raises(SystemError):
+        extension.make_guard(torch.Tensor, (), (), (), ["step"], probes)
     with pytest.raises(NotImplementedError, match="another layout"):
-        extension.make_guard(torch.Tensor, (), (), (), ((t, 12345),))
-    with pytest.raises(TypeError, match="5 arguments"):
+        extension.make_guard(torch.Tensor, (), (), (), (), ((t, 12345),))
+    with pytest.raises(TypeError, match="6 arguments"):
         extension.make_guard(torch.Tensor)
     with pytest.raises(AttributeError, match="dlpack"):
-        extension.make_guard(int, (), (), (), probes)
+        extension.make_guard(int, (), (), (), (), probes)
     assert extension.move_guard(guard, b"") is None
     with pytest.raises(ValueError, match="0 bytes, got 8"):
         extension.move_guard(guard, bytes(8))

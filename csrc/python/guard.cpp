@@ -3,7 +3,6 @@
 #include <ATen/dlpack.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -31,11 +30,6 @@ struct Names {
   PyObject* const placements = checked(PyUnicode_InternFromString("placements"));
   PyObject* const shape = checked(PyUnicode_InternFromString("shape"));
   PyObject* const spec = checked(PyUnicode_InternFromString("_spec"));
-  // What a step reads of a parameter's state.
-  const std::array<PyObject*, 4> state{checked(PyUnicode_InternFromString("step")),
-                                       checked(PyUnicode_InternFromString("exp_avg")),
-                                       checked(PyUnicode_InternFromString("exp_avg_sq")),
-                                       checked(PyUnicode_InternFromString("max_exp_avg_sq"))};
 };
 
 const Names& names() {
@@ -98,12 +92,14 @@ bool with_local(PyObject* tensor, bool is_dtensor, const F& f) {
 // What was recorded.
 class Guard {
  public:
-  Guard(PyObject* tensor_type, PyObject* params, PyObject* grads, PyObject* state, PyObject* probes)
+  Guard(PyObject* tensor_type, PyObject* params, PyObject* grads, PyObject* state, PyObject* read,
+        PyObject* probes)
       : to_dlpack(tensor_type) {
     keys.locate(to_dlpack(item(item(probes, 0), 0)), probes);
     const Py_ssize_t n_state = PyTuple_Size(state), n_params = PyTuple_Size(params);
     if (n_state < 0 || n_params < 0) throw PythonError();
-    this->state.reserve(5 * static_cast<size_t>(n_state));
+    for (Py_ssize_t i = 0; i < PyTuple_Size(read); ++i) read_.push_back(keep(item(read, i)));
+    this->state.reserve(4 * static_cast<size_t>(n_state));
     this->params.reserve(static_cast<size_t>(n_params));
     for (Py_ssize_t i = 0; i < n_state; ++i) {
       PyObject* const of_param = item(state, i);
@@ -125,6 +121,14 @@ class Guard {
 
   // Whether the state of this object is the optimizer's own.
   bool is_param(PyObject* object) const { return std::binary_search(own_.begin(), own_.end(), object); }
+
+  // Whether a step reads what a parameter's state has under a name.
+  bool is_read(PyObject* name) const {
+    return std::any_of(read_.begin(), read_.end(), [name](const Kept& other) {
+      if (name == other.get()) return true;
+      return PyUnicode_Check(name) && PyObject_RichCompareBool(name, other.get(), Py_EQ) == 1;
+    });
+  }
 
   // Records where the tensors of the state and the parameters have moved: addresses as `check_guard` returns
   // them.
@@ -201,6 +205,7 @@ class Guard {
   }
 
   std::vector<PyObject*> own_;              // the parameters, sorted
+  std::vector<Kept> read_;                  // names of what a step reads of a parameter's state
   std::vector<PyTypeObject*> other_types_;  // of tensors that are no DTensors
 };
 
@@ -229,7 +234,7 @@ class Check {
       for (Py_ssize_t j = 0; PyDict_Next(of_param, &j, &name, &value);) {
         if (n < known.size() && name == known[n].name.get()) {
           if (!is_alike(value, known, n++)) return false;
-        } else if (is_read(name)) {
+        } else if (guard_.is_read(name)) {
           return false;
         }
       }
@@ -265,15 +270,6 @@ class Check {
   }
 
  private:
-  // Whether a step reads what a parameter's state has under a name.
-  static bool is_read(PyObject* name) {
-    const auto& read = names().state;
-    return std::any_of(read.begin(), read.end(), [name](PyObject* other) {
-      if (name == other) return true;
-      return PyUnicode_Check(name) && PyObject_RichCompareBool(name, other, Py_EQ) == 1;
-    });
-  }
-
   // Whether the tensor has the description of the n-th recorded one; notes where it is. It may be another
   // object.
   bool is_alike(PyObject* tensor, std::vector<Object>& known, size_t n) {
@@ -364,9 +360,9 @@ void destroy(PyObject* capsule) { delete static_cast<Guard*>(PyCapsule_GetPointe
 }  // namespace
 
 PyObject* make_guard(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
-  if (n_args != 5) return PyErr_Format(PyExc_TypeError, "make_guard expects 5 arguments, got %zd", n_args);
+  if (n_args != 6) return PyErr_Format(PyExc_TypeError, "make_guard expects 6 arguments, got %zd", n_args);
   return guarded([args] {
-    auto made = std::make_unique<Guard>(args[0], args[1], args[2], args[3], args[4]);
+    auto made = std::make_unique<Guard>(args[0], args[1], args[2], args[3], args[4], args[5]);
     PyObject* const capsule = checked(PyCapsule_New(made.get(), kCapsule, &destroy));
     made.release();
     return capsule;

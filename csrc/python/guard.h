@@ -7,7 +7,7 @@
 
 namespace fused_adamw {
 
-// make_guard(tensor_type, params, grads, state, probes) -> capsule
+// make_guard(tensor_type, params, grads, state, read, probes) -> capsule
 //
 //   tensor_type  torch.Tensor
 //   params       tuple of the parameters of all groups
@@ -16,6 +16,7 @@ namespace fused_adamw {
 //                gradient
 //   state        tuple of tuples, one for each parameter in the optimizer's state: the parameter, then name
 //                and tensor of what a step reads
+//   read         tuple of the names of all that a step may read
 //   probes       tuple of tuples: a tensor and its dispatch keys, different ones
 //
 // Records where and as what these tensors are now; of a DTensor, its local tensor and how it is placed. The

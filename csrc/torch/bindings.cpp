@@ -261,7 +261,7 @@ PyMODINIT_FUNC PyInit__C(void) {
   };
   static PyMethodDef methods[] = {
       {"make_guard", fastcall(&fused_adamw::make_guard), METH_FASTCALL,
-       "make_guard(tensor_type, params, grads, state, probes)"},
+       "make_guard(tensor_type, params, grads, state, read, probes)"},
       {"check_guard", fastcall(&fused_adamw::check_guard), METH_FASTCALL,
        "check_guard(guard, params, state) -> (bytes, list, list, bytes | None) | None"},
       {"move_guard", fastcall(&fused_adamw::move_guard), METH_FASTCALL, "move_guard(guard, addresses)"},

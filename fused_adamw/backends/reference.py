@@ -7,11 +7,12 @@ like the kernels it never reads a device value on the host.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ..formats import Field, element_index, noise_bits, noise_hash, noise_word, plain_format
 from ..tables import Entry, Hyper, StepInputs
 
 
@@ -120,10 +121,10 @@ def update(
     listed: Counter[int] = Counter()
     steps = []
     for entry in entries:
-        listed[id(entry.param)] += 1
-        steps.append(entry.step + listed[id(entry.param)])
+        listed[id(entry.param.values)] += 1
+        steps.append(entry.step + listed[id(entry.param.values)])
     for entry, grad, step in zip(entries, grads, steps, strict=True):
-        for old, new in _updated(entry, grad, step, hypers, inputs.status.dtype, grad_scale, skip):
+        for old, new in _changes(entry, grad, step, hypers[entry.group], inputs, grad_scale, skip):
             old.copy_(new)
 
 
@@ -133,33 +134,49 @@ def rehearse(
     """Compute what `update` would, raise what it would raise, and change nothing."""
     _, grad_scale, skip = step_scalars(inputs)
     for entry, grad in zip(entries, grads, strict=True):
-        _updated(entry, grad, entry.step + 1, hypers, inputs.status.dtype, grad_scale, skip)
+        _changes(entry, grad, entry.step + 1, hypers[entry.group], inputs, grad_scale, skip)
 
 
-def _updated(
+def _changes(
     entry: Entry,
     grad: Tensor,
     step: Tensor,
-    hypers: Sequence[Hyper],
-    wide: torch.dtype,
+    hyper: Hyper,
+    inputs: StepInputs,
     grad_scale: Tensor | float,
     skip: Tensor | None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """The tensors that a step of one entry changes, each with its new value."""
-    dtype = math_dtype(entry.param.dtype)
-    stored = [
-        t for t in (entry.param, entry.exp_avg, entry.exp_avg_sq, entry.max_exp_avg_sq) if t is not None
-    ]
-    if entry.param.is_complex():
-        stored, grad = [torch.view_as_real(t) for t in stored], torch.view_as_real(grad.resolve_conj())
-    p, m, v, *maxima = (t.to(dtype) for t in stored)
-    hyper = hypers[entry.group]
+    """The tensors that a step of one entry changes, each with what they are to hold: load, rule, store."""
+    dtype, wide = math_dtype(entry.param.values.dtype), inputs.status.dtype
+    fields = {"param": entry.param, "exp_avg": entry.exp_avg, "exp_avg_sq": entry.exp_avg_sq}
+    if entry.max_exp_avg_sq is not None:
+        fields["max_exp_avg_sq"] = entry.max_exp_avg_sq
+    noise = _noise(entry, step, inputs.seed, fields)
+    if entry.param.values.is_complex():
+        fields = {name: _as_real(field) for name, field in fields.items()}
+        grad = torch.view_as_real(grad.resolve_conj())
+    p, m, v, *maxima = (field.load().to(dtype) for field in fields.values())
     if isinstance(hyper.lr, Tensor):
         hyper = hyper._replace(lr=hyper.lr.to(p.device, wide))
     v_max = maxima[0] if maxima else None
     new = adamw_update(p, grad.to(dtype), m, v, v_max, step.to(wide), hyper, grad_scale)
-    values = (*(value for value in new if value is not None), step)
-    return [
-        (old, value if skip is None else torch.where(skip, old, value))
-        for old, value in zip((*stored, entry.step), values, strict=True)
-    ]
+    changes: list[tuple[Tensor, Tensor]] = []
+    for (name, field), x in zip(fields.items(), filter(torch.is_tensor, new), strict=True):
+        changes += field.changes(x, noise.get(name), skip)
+    return [*changes, (entry.step, step if skip is None else torch.where(skip, entry.step, step))]
+
+
+def _noise(entry: Entry, step: Tensor, seed: int, fields: Mapping[str, Field]) -> dict[str, Tensor]:
+    """Random bits for the fields that are rounded with them."""
+    stochastic = [name for name, field in fields.items() if field.format.stochastic]
+    if not stochastic:
+        return {}
+    index = element_index(entry.param.values, entry.window)
+    hashed = noise_hash(noise_word(seed, entry.ordinal), step, index)
+    return {name: noise_bits(hashed, name) for name in stochastic}
+
+
+def _as_real(field: Field) -> Field:
+    """A complex tensor as the pairs of numbers that it is kept in."""
+    values = torch.view_as_real(field.values)
+    return Field(plain_format(values.dtype), values)

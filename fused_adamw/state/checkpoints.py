@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..fields import MOMENTS
 from ..groups import compare_param_names, decay_changes
 from .checks import check_not_differentiable, check_saved
-from .contents import MOMENTS
 from .mismatch import explain_mismatch
 
 

@@ -12,8 +12,8 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from ..arguments import hint_for_string, number_of
 from ..dtensors import is_partial, local_tensors, misplacement
+from ..fields import MOMENTS
 from ..layout import lacks_memory
-from .contents import MOMENTS
 
 
 def check_not_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dtensors import local_tensors
-from ..tables import STATE_KEYS, State
-
-MOMENTS = STATE_KEYS[1:]
+from ..fields import MOMENTS, State
 
 
 def moment_dtype(p: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..dtensors import is_dtensor, local_tensors
 from ..extension import load_extension
+from ..fields import STATE_KEYS, State
 from ..layout import address_of, is_plain, probes
-from ..tables import State
 from .snapshot import Form, Snapshot
 
 
@@ -80,7 +80,7 @@ class Guard:
         expected = tuple(None if g is None else described[g] for g in grads)
         try:
             self._recorded = extension.make_guard(
-                Tensor, tuple(params), expected, tuple(snapshot.known), probes()
+                Tensor, tuple(params), expected, tuple(snapshot.known), STATE_KEYS, probes()
             )
         except AttributeError as error:  # no DLPack
             raise RuntimeError(str(error)) from error

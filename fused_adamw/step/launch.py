@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from ..device import DeviceTable
-from ..dtensors import local_tensors
-from ..formats import PLAIN, Formats
+from ..dtensors import local_tensors, start_in_whole
+from ..fields import MAXIMUM, SCALES, Keys, Rounding, State, formats_of, keys_of
+from ..formats import Field, Format, Formats, Window, has_dense_rows, plain_format, window_of
 from ..layout import is_plain, same_layout
 from ..tables import (
     FORMAT_CODE,
-    STATE_KEYS,
     Entry,
     Hyper,
-    State,
     StepInputs,
     Tables,
     chunk_table,
@@ -89,9 +88,8 @@ class Member:
     id: int
     numel: int
     sum_group: int  # gradients of one sum group are summed together
-    amsgrad: bool
-    grad_dtype: torch.dtype
-    # Where a snapshot has the parameter, and its state: a position to add to that of each name.
+    kind: Kind
+    # Where a snapshot has the parameter, and its state: a position to add to that of each key.
     place: int
     place_of_state: int
     places_in_state: Mapping[str, int]
@@ -100,17 +98,95 @@ class Member:
         """Look up the parameter and its state, as they are now."""
         p = tensors.groups[self.group]["params"][self.index]
         state = tensors.state[p]
-        v_max = state["max_exp_avg_sq"] if self.amsgrad else None
-        p, m, v, v_max, step = local_tensors((p, state["exp_avg"], state["exp_avg_sq"], v_max, state["step"]))
-        step = step.view(()) if step.dim() else step  # others may count with it
-        return Entry(self.slot, self.group, self.sum_group, p, m, v, v_max, step, self.grad_dtype)
+
+        keys_of, formats = self.kind.keys, self.kind.formats
+
+        def field(name: str, format: Format) -> Field:
+            keys = keys_of[name]
+            values = state[keys.values] if keys.values else p
+            return Field(format, *local_tensors((values, state[keys.side] if keys.side else None)))
+
+        (step,) = local_tensors((state["step"],))
+        return Entry(
+            self.slot,
+            self.group,
+            self.kind.window,
+            field("param", formats.param),
+            field("exp_avg", formats.exp_avg),
+            field("exp_avg_sq", formats.exp_avg_sq),
+            field(MAXIMUM, plain_format(state[MAXIMUM].dtype)) if MAXIMUM in keys_of else None,
+            step.view(()) if step.dim() else step,  # others may count with it
+        )
+
+    def place_of(self, key: str) -> int:
+        """Where a snapshot has a tensor: of the state under a key, or "" for the parameter."""
+        return self.place_of_state + self.places_in_state[key] if key else self.place
 
 
-def fallback_reason(forms: Mapping[str, Form], backend: KernelBackend) -> str | None:
+class Kind(NamedTuple):
+    """What follows from the forms of a parameter's tensors, and is worked out once for all that are alike.
+
+    Attributes:
+        keys: Under which its state has each field.
+        formats: How it is kept.
+        window: Where its elements lie in the whole parameter.
+        has_kernel: Whether kernels can step it.
+        fallback: Why kernels that serve its device cannot.
+    """
+
+    keys: Mapping[str, Keys]
+    formats: Formats
+    window: Window
+    has_kernel: bool
+    fallback: str | None
+
+    @classmethod
+    def of(cls, forms: Mapping[str, Form], rounding: Rounding, backend: KernelBackend | None) -> Kind | None:
+        """Work it out.
+
+        Args:
+            forms: Of the parameter, its gradient, and what a step reads of its state, each under its name.
+            rounding: What is rounded stochastically.
+            backend: The kernels that serve its device.
+
+        Returns:
+            None if its elements are too irregular a part of the whole to be numbered, and have to be.
+        """
+        formats = formats_of({name: form.dtype for name, form in forms.items()}, rounding)
+        window = window_in_whole(forms["parameter"], formats)
+        reason = None if backend is None else fallback_reason(forms, formats, backend)
+        if window is None:
+            return None
+        return cls(keys_of(forms), formats, window, backend is not None and reason is None, reason)
+
+
+def window_in_whole(p: Form, formats: Formats) -> Window | None:
+    """Where the elements of a parameter, or of this process's part of it, lie in the whole parameter.
+
+    None: they are not regular enough to be numbered.
+    """
+    if not any(format.stochastic for format in formats):  # nothing depends on it
+        return Window(0, 1, 1)
+    t, spec = _like(p.shape, p.stride), p.key[-1]
+    has_scales = formats.exp_avg.side_dtype is not None or formats.exp_avg_sq.side_dtype is not None
+    by_rows = has_scales and has_dense_rows(t)
+    if spec is None:
+        return window_of(t, t, [0] * t.dim(), by_rows=by_rows)
+    start = start_in_whole(spec)
+    whole = _like(spec.shape, spec.stride)
+    return None if start is None else window_of(t, whole, start, by_rows=by_rows)
+
+
+def _like(shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+    return torch.empty_strided(tuple(shape), tuple(stride), device="meta")
+
+
+def fallback_reason(forms: Mapping[str, Form], formats: Formats, backend: KernelBackend) -> str | None:
     """None if kernels can step a parameter by address and flat index, else the reason.
 
     Args:
-        forms: Of the parameter, its gradient, its moments and its step count, each under its name.
+        forms: Of the parameter, its gradient, and what a step reads of its state, each under its name.
+        formats: How they are kept.
         backend: The kernels.
     """
     for name, form in forms.items():
@@ -126,26 +202,22 @@ def fallback_reason(forms: Mapping[str, Form], backend: KernelBackend) -> str | 
             continue
         if not form.is_dense:
             return f"{name} is not dense: strides {form.stride} for shape {tuple(form.shape)}"
-        if form.shape != p.shape or not same_layout(p.shape, form.stride, p.stride):
+        if name in SCALES:
+            if not _like(form.shape, form.stride).is_contiguous():
+                return f"{name} is not contiguous: strides {form.stride} for shape {tuple(form.shape)}"
+            if not has_dense_rows(_like(p.shape, p.stride)):
+                return f"the parameter has strides {p.stride}, and no rows to be cut into blocks"
+        elif form.shape != p.shape or not same_layout(p.shape, form.stride, p.stride):
             return f"{name} has strides {form.stride}, the parameter {p.stride}"
-    if (formats := formats_of(forms)) is None or not backend.supports(p.device, formats):
+    is_known = all(format.name in FORMAT_CODE for format in formats)
+    maximum = forms.get(MAXIMUM)
+    if maximum is not None and plain_format(maximum.dtype) != formats.exp_avg:
+        is_known = False
+    if not is_known or not backend.supports(p.device, formats):
         return "no kernel for " + ", ".join(
             f"{name} of {form.dtype}" for name, form in forms.items() if name != "step"
         )
     return None
-
-
-def formats_of(forms: Mapping[str, Form]) -> Formats | None:
-    """How a parameter is kept, if kernels know the words for it.
-
-    Args:
-        forms: As for `fallback_reason`.
-    """
-    dtypes = [forms[name].dtype for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq")]
-    maximum = forms.get("max_exp_avg_sq", forms["exp_avg"])
-    if maximum.dtype != forms["exp_avg"].dtype or any(dtype not in PLAIN for dtype in dtypes):
-        return None
-    return Formats(*(PLAIN[dtype] for dtype in dtypes))
 
 
 class TableBucket:
@@ -184,17 +256,21 @@ class TableBucket:
             hyper=[member.group for member in members],
             slot=self.slots,
             ordinal=self.slots,
+            offset=[member.kind.window.offset for member in members],
+            local_columns=[member.kind.window.columns for member in members],
+            columns=[member.kind.window.whole_columns for member in members],
         )
-        self._places = {"param": torch.tensor([member.place for member in members], device="cpu")}
-        for name in STATE_KEYS[:3]:
-            places = [member.place_of_state + member.places_in_state[name] for member in members]
-            self._places[name] = torch.tensor(places, device="cpu")
-        with_maximum = {i: member for i, member in enumerate(members) if member.amsgrad}
-        self._maxima = torch.tensor(list(with_maximum), device="cpu")
-        self._places_of_maxima = torch.tensor(
-            [m.place_of_state + m.places_in_state["max_exp_avg_sq"] for m in with_maximum.values()],
-            device="cpu",
-        )
+        self._places = {"step": _places([member.place_of("step") for member in members])}
+        for name, format in zip(("param", "exp_avg", "exp_avg_sq"), formats[:1] + formats[2:], strict=True):
+            self._places[name] = _places(
+                [member.place_of(member.kind.keys[name].values) for member in members]
+            )
+            if format.side_dtype is not None:
+                sides = [member.place_of(str(member.kind.keys[name].side)) for member in members]
+                self._places[f"{name}.side"] = _places(sides)
+        maxima = {i: member for i, member in enumerate(members) if MAXIMUM in member.kind.keys}
+        self._maxima = _places(list(maxima))
+        self._places_of_maxima = _places([member.place_of(MAXIMUM) for member in maxima.values()])
         self._tables = Tables(
             rows=self._rows,
             grads=torch.empty(0, dtype=torch.int64, device=device),
@@ -306,6 +382,10 @@ class TensorBucket:
 
 
 Bucket = TableBucket | TensorBucket
+
+
+def _places(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _sum_groups(members: Iterable[Member]) -> list[int]:

@@ -21,20 +21,20 @@ from torch import Tensor
 
 from ..device import DeviceTable, is_capturing, scalar_dtype, scalar_on
 from ..dtensors import is_flattened
+from ..fields import MAXIMUM, Rounding, State
 from ..formats import Formats
 from ..layout import Spans
-from ..tables import STATE_KEYS, Hyper, State, StepInputs
+from ..tables import Hyper, StepInputs
 from .guard import Found, Guard
 from .launch import (
     Bucket,
     KernelBackend,
+    Kind,
     Member,
     ReferenceBackend,
     TableBucket,
     TensorBucket,
     Tensors,
-    fallback_reason,
-    formats_of,
 )
 from .norm import NormGroup, Reduction, Sums
 from .snapshot import Form, Snapshot
@@ -57,6 +57,7 @@ class Request(NamedTuple):
         grad_scale: The loss scale that the gradients still carry: a number, or one element on any device.
         found_inf: Not 0: skip the step. One element on any device: what a GradScaler found in this process.
         norm_group: Sums over the processes that hold the other parameters.
+        seed: Of the noise of stochastic rounding.
     """
 
     max_grad_norm: float | None
@@ -64,6 +65,7 @@ class Request(NamedTuple):
     grad_scale: Any
     found_inf: Any
     norm_group: NormGroup | None
+    seed: int
 
     @property
     def needs_norm(self) -> bool:
@@ -79,6 +81,7 @@ class Request(NamedTuple):
             scalar_on(status.device, self.grad_scale),
             scalar_on(status.device, found_inf),
             self.skip_nonfinite,
+            self.seed,
         )
 
 
@@ -93,6 +96,7 @@ class Plan:
         state: The optimizer's state; every parameter that has a gradient must have its own.
         kernels_for: The kernels that serve a device, None for the reference.
         reference: The reference backend.
+        rounding: What is rounded stochastically.
         status: The status that the previous plan left for its first bucket.
         previous: The previous plan, which knows the layout of gradients that are absent now.
 
@@ -110,6 +114,7 @@ class Plan:
         state: Mapping[Tensor, dict[str, Tensor]],
         kernels_for: Callable[[torch.device], KernelBackend | None],
         reference: ReferenceBackend,
+        rounding: Rounding,
         status: Tensor | None,
         previous: Plan | None,
     ) -> None:
@@ -136,12 +141,13 @@ class Plan:
         self._sums = Sums(self._reduction)
         self._grad_tables: dict[torch.device, DeviceTable] = {}
         kernels_for = functools.cache(kernels_for)
-        for device, by_formats in self._parts(self._members(groups), kernels_for).items():
+        members = self._members(groups, rounding, kernels_for)
+        for device, by_formats in self._parts(members).items():
             buckets = [
-                TableBucket(members, device, formats, len(groups), walker, addresses)
+                TableBucket(part, device, formats, len(groups), walker, addresses)
                 if formats is not None and (walker := kernels_for(device)) is not None
-                else TensorBucket(members, device, reference)
-                for formats, members in sorted(by_formats.items(), key=lambda item: item[0] is not None)
+                else TensorBucket(part, device, reference)
+                for formats, part in sorted(by_formats.items(), key=lambda item: item[0] is not None)
             ]
             if status is None:
                 status = torch.zeros(2, dtype=scalar_dtype(device), device=device)
@@ -170,75 +176,69 @@ class Plan:
             for slot, (grad, id_) in enumerate(zip(snapshot.grads, snapshot.ids, strict=True))
         ]
 
-    def _members(self, groups: Sequence[Mapping[str, Any]]) -> list[Member]:
+    def _members(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        rounding: Rounding,
+        kernels_for: Callable[[torch.device], KernelBackend | None],
+    ) -> list[Member]:
         """The parameters to step: those that have had a gradient."""
         snapshot, slot, members = self._snapshot, -1, []
         n_state = len(snapshot.forms) - len(snapshot.ids)
+        kinds: dict[object, Kind] = {}
         for group, options in enumerate(groups):
             amsgrad = bool(options["amsgrad"])
             for index in range(len(options["params"])):
                 slot += 1
-                if (grad := self._expected[slot]) is not None:
-                    members.append(
-                        Member(
-                            slot,
-                            group,
-                            index,
-                            snapshot.ids[slot],
-                            snapshot.form(slot).numel,
-                            self._reduction.sum_group_of[slot],
-                            amsgrad,
-                            grad.dtype,
-                            n_state + slot,
-                            *snapshot.places(slot),
-                        )
+                if (grad := self._expected[slot]) is None:
+                    continue
+                p, (start, names) = snapshot.form(slot), snapshot.places(slot)
+                of_state = snapshot.forms[start : start + len(names)]
+                key = (p, grad, amsgrad, *names, *of_state)
+                if key not in kinds:
+                    read = [name for name in names if amsgrad or name != MAXIMUM]
+                    forms = {name: of_state[names[name]] for name in read}
+                    forms = {"parameter": p, "gradient": grad, **forms}
+                    kind = Kind.of(forms, rounding, kernels_for(p.device))
+                    if kind is None:
+                        raise RuntimeError(_NO_WINDOW.format(index, group, p.key[-1].placements))
+                    kinds[key] = kind
+                members.append(
+                    Member(
+                        slot,
+                        group,
+                        index,
+                        snapshot.ids[slot],
+                        p.numel,
+                        self._reduction.sum_group_of[slot],
+                        kinds[key],
+                        n_state + slot,
+                        start,
+                        names,
                     )
+                )
         return members
 
-    def _parts(
-        self,
-        members: Sequence[Member],
-        kernels_for: Callable[[torch.device], KernelBackend | None],
-    ) -> _Parts:
+    def _parts(self, members: Sequence[Member]) -> _Parts:
         """Put together what one launch can step, on each device; notes `fallbacks`."""
         snapshot = self._snapshot
         parts: _Parts = {}
-        judged: dict[object, tuple[str | None, list[Member]]] = {}
+        part_of: dict[tuple[int, bool], list[Member]] = {}
         for member in members:
-            start, names = member.place_of_state, member.places_in_state
-            p, grad = snapshot.forms[member.place], self._expected[member.slot]
-            # What follows from the forms of all tensors is worked out once.
-            key = (p, grad, member.amsgrad, *names, *snapshot.forms[start : start + len(names)])
-            if key not in judged:
-                reason, formats = self._judge(member, kernels_for(p.device))
-                judged[key] = reason, parts.setdefault(p.device, {}).setdefault(formats, [])
-            reason, part = judged[key]
-            if reason is None and self._shared and (reason := self._shared_reason(member)) is not None:
-                part = parts[p.device].setdefault(None, [])
+            kind, reason = member.kind, member.kind.fallback
+            if kind.has_kernel and self._shared:
+                reason = self._shared_reason(member)
+            key = (id(kind), kind.has_kernel and reason is None)
+            if key not in part_of:
+                device = snapshot.forms[member.place].device
+                formats = kind.formats if key[1] else None
+                part_of[key] = parts.setdefault(device, {}).setdefault(formats, [])
+            part_of[key].append(member)
             if reason is not None:
                 self.fallbacks[member.slot] = reason
-            part.append(member)
-        parts = {
-            device: found
-            for device, by_formats in parts.items()
-            if (found := {formats: part for formats, part in by_formats.items() if part})
-        }
         if not parts:  # norm and skipped steps are reported even if there is nothing to step
             parts[snapshot.forms[-1].device if snapshot.forms else torch.device("cpu")] = {None: []}
         return parts
-
-    def _judge(self, member: Member, backend: KernelBackend | None) -> tuple[str | None, Formats | None]:
-        """Why kernels that serve its device do not step a parameter, or how it is kept if they do."""
-        forms = self._snapshot.forms
-        names = STATE_KEYS if member.amsgrad else STATE_KEYS[:3]
-        named = {name: forms[member.place_of_state + member.places_in_state[name]] for name in names}
-        p, grad = forms[member.place], self._expected[member.slot]
-        assert grad is not None
-        if backend is None:
-            return None, None
-        forms_of_p = {"parameter": p, "gradient": grad, **named}
-        reason = fallback_reason(forms_of_p, backend)
-        return reason, None if reason else formats_of(forms_of_p)
 
     def _shared_reason(self, member: Member) -> str | None:
         """Why rows that are stepped at the same time would step on each other."""
@@ -399,3 +399,8 @@ class Plan:
 
 # On each device, by how it is kept (None: left to the reference): what one launch can step.
 _Parts = dict[torch.device, dict[Formats | None, list[Member]]]
+
+_NO_WINDOW = (
+    "parameter number {} of group {} is placed as {}: the elements that this process has cannot be numbered, "
+    "which stochastic rounding takes. Shard it along one dimension, or pass stochastic_rounding=False."
+)

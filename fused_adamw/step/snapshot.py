@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..extension import load_extension
+from ..fields import STATE_KEYS, State
 from ..layout import address_of, dispatch_keys, is_dense, is_plain, probes
-from ..tables import STATE_KEYS, State
 
 _STATE_KEYS = frozenset(STATE_KEYS)
 _Key = tuple[Any, ...]
