@@ -81,6 +81,27 @@ def is_partial(p: Tensor) -> bool:
     return spec is not None and any(placement.is_partial() for placement in spec.placements)
 
 
+def wrapped(local: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """A local tensor as this process's part of a DTensor that is placed as another one is.
+
+    Args:
+        local: This process's part.
+        like: Says where the whole is, and how it is placed; a plain tensor: the local tensor is all of it.
+        shape: Of the whole, which is contiguous; None: it has the shape and strides of `like`.
+    """
+    spec: Any = getattr(like, "_spec", None)
+    if spec is None:
+        return local
+    from torch.distributed.tensor import DTensor
+
+    stride = spec.stride if shape is None else torch.empty(tuple(shape), device="meta").stride()
+    shape = spec.shape if shape is None else torch.Size(shape)
+    whole: Tensor = DTensor.from_local(
+        local, spec.mesh, spec.placements, run_check=False, shape=shape, stride=stride
+    )
+    return whole
+
+
 def start_in_whole(spec: Any) -> list[int] | None:
     """Where this process's part of a DTensor starts in the whole tensor, in each dimension.
 

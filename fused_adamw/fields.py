@@ -6,8 +6,9 @@ from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .formats import FORMATS, Format, Formats, plain_format
+from .formats import FORMATS, Field, Format, Formats, plain_format
 
 # `Optimizer.state`: a step reads only what it holds for the optimizer's own parameters, under `STATE_KEYS`.
 # Whatever else users keep there is theirs.
@@ -31,6 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", MAXIMUM)
 RESIDUAL = "master_residual"
 # A moment is kept as torch does, or as codes beside their scales.
 CODED = {name: Keys(f"{name}_code", f"{name}_scale") for name in MOMENTS[:2]}
+CODES = {"exp_avg": FORMATS["root_signed"], "exp_avg_sq": FORMATS["root_unsigned"]}
 # Laid out as the parameter is.
 LIKE_PARAMETER = (*MOMENTS, RESIDUAL, *(keys.values for keys in CODED.values()))
 SCALES = tuple(str(keys.side) for keys in CODED.values())
@@ -73,9 +75,27 @@ def formats_of(dtypes: Mapping[str, torch.dtype], rounding: Rounding) -> Formats
     return Formats(
         FORMATS["bfloat16_split"] if keys["param"].side else _rounded(p, rounding.params),
         plain_format(grad),
-        FORMATS["root_signed"] if m.side else plain_format(dtypes[m.values]),
-        FORMATS["root_unsigned"] if v.side else _rounded(dtypes[v.values], rounding.moments),
+        CODES["exp_avg"] if m.side else plain_format(dtypes[m.values]),
+        CODES["exp_avg_sq"] if v.side else _rounded(dtypes[v.values], rounding.moments),
     )
+
+
+def moments_of(state: Mapping[str, Any]) -> dict[str, Field]:
+    """The moments that a state has."""
+    found = {}
+    for name, keys in keys_of(state).items():
+        if name != "param":
+            values: Tensor = state[keys.values]
+            format = CODES[name] if keys.side else plain_format(values.dtype)
+            found[name] = Field(format, values, state[keys.side] if keys.side else None)
+    return found
+
+
+def named(name: str, field: Field) -> dict[str, Tensor]:
+    """A moment by the keys under which a state has it."""
+    if field.side is None:
+        return {name: field.values}
+    return {CODED[name].values: field.values, str(CODED[name].side): field.side}
 
 
 def _rounded(dtype: torch.dtype, stochastically: bool) -> Format:

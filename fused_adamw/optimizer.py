@@ -386,10 +386,10 @@ class FusedHygieneAdamW(Checkpointed):
         assert local is not None  # every gradient was found to fit
         state = dict(self.state)
         amsgrad = [group["amsgrad"] for group in self.param_groups for _ in group["params"]]
-        for p, grad, has_maximum in zip(params, grads, amsgrad, strict=True):
+        for p, grad, has_maximum, kept in zip(params, grads, amsgrad, self._kept(), strict=True):
             if grad is not None or is_counted(state, p):
                 of_p = state.get(p, {})
-                state[p] = {**of_p, **missing_state(of_p, p, has_maximum, cast(Any, self.state_dtype))}
+                state[p] = {**of_p, **missing_state(of_p, p, has_maximum, kept)}
         plan = Plan(
             self.param_groups,
             local,

@@ -49,7 +49,7 @@ ALLOWED_WITHIN = {
     },
     "state": {
         "__init__": set(),
-        "contents": set(),
+        "contents": {"precision"},
         "mismatch": set(),
         "precision": set(),
         "purposes": {"precision"},

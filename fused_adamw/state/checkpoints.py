@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..fields import MOMENTS
+from ..fields import LIKE_PARAMETER
 from ..groups import compare_param_names, decay_changes
 from .checks import check_not_differentiable, check_saved
 from .mismatch import explain_mismatch
@@ -70,11 +70,11 @@ def check_shapes(state: Mapping[str, Any], p: Tensor, name: str, explain: Callab
     Raises:
         RuntimeError: A moment has another shape.
     """
-    for key in MOMENTS:
-        moment = state.get(key)
-        if isinstance(moment, Tensor) and moment.shape != p.shape:
+    for key in LIKE_PARAMETER:
+        kept = state.get(key)
+        if isinstance(kept, Tensor) and kept.shape != p.shape:
             raise RuntimeError(
-                f"the saved {key} of parameter {name} is {tuple(moment.shape)} on {moment.device}, expected "
+                f"the saved {key} of parameter {name} is {tuple(kept.shape)} on {kept.device}, expected "
                 f"{tuple(p.shape)} on {p.device} like the parameter: the checkpoint is of another model, or "
                 f"has its parameters in another order. {explain()}"
             )

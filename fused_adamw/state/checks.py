@@ -12,8 +12,12 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from ..arguments import hint_for_string, number_of
 from ..dtensors import is_partial, local_tensors, misplacement
-from ..fields import MOMENTS
+from ..fields import CODED, CODES, MOMENTS, RESIDUAL, SCALES, STATE_KEYS, keys_of
+from ..formats import FORMATS
 from ..layout import lacks_memory
+
+# The format of what a state has under the two keys of codes.
+_CODES = {CODED[name]: format for name, format in CODES.items()}
 
 
 def check_not_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:
@@ -88,7 +92,8 @@ def check_state(state: Mapping[str, Any], p: Tensor, name: str, *, saved: bool =
     """
     if not isinstance(state, Mapping):
         raise RuntimeError(f"the state of parameter {name} is {state!r}, expected a dict")
-    missing = [key for key in ("step", *MOMENTS[:2]) if key not in state]
+    missing = [key for key in ("step", *MOMENTS[:2]) if key not in state and key not in keys_of(state)]
+    missing += [str(keys.side) for keys in keys_of(state).values() if keys.side and keys.side not in state]
     if state and missing:
         raise RuntimeError(
             f"the state of parameter {name} has no {', '.join(missing)}: expected step, exp_avg and "
@@ -105,11 +110,41 @@ def check_state(state: Mapping[str, Any], p: Tensor, name: str, *, saved: bool =
         )
     if isinstance(step, Tensor) and not saved:
         check_writable(step, f"step of parameter {name}")
-    for key in MOMENTS:
+    for key in STATE_KEYS[1:]:
         if key in state:
-            check_like(key, state[key], p, name, anywhere=saved)
+            _check_kept(key, state[key], p, name, anywhere=saved)
             if not saved:
                 check_writable(state[key], f"{key} of parameter {name}")
+
+
+def _check_kept(key: str, t: Any, p: Tensor, name: str, *, anywhere: bool) -> None:
+    """Check what a state has under a key: its dtype, its shape and where it is."""
+    if key in MOMENTS:
+        check_like(key, t, p, name, anywhere=anywhere)
+        return
+    format = FORMATS["bfloat16_split"] if key == RESIDUAL else next(f for k, f in _CODES.items() if key in k)
+    is_side = key == RESIDUAL or key in SCALES
+    dtype, shape = format.dtype, p.shape
+    if is_side:
+        assert format.side_dtype is not None
+        dtype, shape = format.side_dtype, torch.Size(format.side_shape(p.shape) if p.dim() else ())
+    if key == RESIDUAL and p.dtype is not torch.bfloat16:
+        raise RuntimeError(
+            f"parameter {name} is {p.dtype} and has a {key}, which is the low half of a float32 whose upper "
+            "half is a bfloat16 parameter. Was the model converted after the optimizer had state?"
+        )
+    found = t.dtype if isinstance(t, Tensor) else f"a {type(t).__name__}"
+    if found != dtype:
+        raise RuntimeError(
+            f"{key} of parameter {name} is {found}, expected {dtype}. torch.optim.Optimizer.load_state_dict "
+            "casts state to the parameter's dtype, by which codes, scales and residuals are lost: load what "
+            "was saved before."
+        )
+    if t.shape != shape or (t.device != p.device and not anywhere):
+        raise RuntimeError(
+            f"{key} of parameter {name} is {tuple(t.shape)} on {t.device}, expected {tuple(shape)} on "
+            f"{p.device}. Was the model moved or resized after the optimizer had state?"
+        )
 
 
 def _is_number(value: Any) -> bool:
@@ -181,7 +216,7 @@ def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: s
         check_like("gradient", grad, p, name)
     if grad is not None or "step" in state:
         check_state(state, p, name)
-    others = {key: state[key] for key in MOMENTS if key in state}
+    others = {key: state[key] for key in STATE_KEYS[1:] if key in state}
     if grad is not None:
         others["gradient"] = grad
     for what, t in others.items():
@@ -198,9 +233,9 @@ def check_step(state: Mapping[str, Any], p: Tensor, grad: Tensor | None, name: s
 
 def check_saved(state: Mapping[str, Any], p: Tensor, name: str) -> None:
     """Refuse a saved state that is not AdamW's, or is distributed differently from its parameter."""
-    for key in MOMENTS:
-        moment = state.get(key)
-        if isinstance(moment, Tensor) and (reason := misplacement(moment, p, can_move=True)):
+    for key in STATE_KEYS[1:]:
+        kept = state.get(key)
+        if isinstance(kept, Tensor) and (reason := misplacement(kept, p, can_move=True)):
             raise ValueError(
                 f"the saved {key} of parameter {name} {reason}. Load what others saved through "
                 "torch.distributed.checkpoint.state_dict"

@@ -1,32 +1,40 @@
-"""The optimizer's state of one parameter: torch's keys, and no others."""
+"""The optimizer's state of one parameter: torch's keys, and those of the formats that were asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dtensors import local_tensors
-from ..fields import MOMENTS, State
+from ..dtensors import local_tensors, wrapped
+from ..fields import CODED, MAXIMUM, RESIDUAL, State, moments_of, named
+from ..formats import Field, Format, memory_order
+from .precision import Kept
 
 
-def moment_dtype(p: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a parameter's moments; `state_dtype` does not apply to complex parameters."""
-    return state_dtype if state_dtype is not None and p.is_floating_point() else p.dtype
-
-
-def new_moment(p: Tensor, state_dtype: torch.dtype | None) -> Tensor:
-    """Zeros laid out as the parameter is; the one place where moments are made.
+def new_field(p: Tensor, format: Format) -> Field:
+    """Zeros laid out and placed as the parameter is; the one place where moments are made.
 
     Tensor subclasses make them as their `zeros_like` does, as in torch; those that only override functions
     (`__torch_function__`) get plain tensors, which any program can load.
     """
     with torch._C.DisableTorchFunctionSubclass():
-        return torch.zeros_like(
-            p, dtype=moment_dtype(p, state_dtype), memory_format=torch.preserve_format, requires_grad=False
+        values = torch.zeros_like(
+            p, dtype=format.dtype, memory_format=torch.preserve_format, requires_grad=False
         )
+        return Field(format, values, new_side(values, format))
+
+
+def new_side(values: Tensor, format: Format) -> Tensor | None:
+    """What a format keeps beside these values if they are zero, or if nothing is known of it."""
+    (local,) = local_tensors([values])
+    side, shape = format.new_side(local), values.shape
+    if side is None:
+        return None
+    of_side = torch.Size(format.side_shape(shape))
+    return wrapped(side, values, None if of_side == shape else of_side)
 
 
 def new_step(p: Tensor, value: Any = None) -> Tensor:
@@ -43,9 +51,7 @@ def new_step(p: Tensor, value: Any = None) -> Tensor:
     return step
 
 
-def missing_state(
-    state: Mapping[str, Any], p: Tensor, amsgrad: bool, state_dtype: torch.dtype | None
-) -> dict[str, Tensor]:
+def missing_state(state: Mapping[str, Any], p: Tensor, amsgrad: bool, kept: Kept) -> dict[str, Tensor]:
     """What a parameter's state lacks before the next step.
 
     A step count is replaced only where it is no tensor on the parameter's device: others may count with it.
@@ -54,29 +60,89 @@ def missing_state(
         state: The parameter's state; it is not changed.
         p: The parameter.
         amsgrad: Whether there is a `max_exp_avg_sq`.
-        state_dtype: Dtype of new moments; None: the parameter's.
+        kept: The formats of what is new.
     """
     missing = {}
     step = state.get("step")
     if not isinstance(step, Tensor) or step.device != p.device:
         missing["step"] = new_step(p, step)
-    for key in MOMENTS[: 3 if amsgrad else 2]:
-        if key not in state:
-            missing[key] = new_moment(p, state_dtype)
+    present = moments_of(state)
+    for name, format in _formats(kept):
+        if name not in present and (amsgrad or name != MAXIMUM):
+            missing |= named(name, new_field(p, format))
+    if RESIDUAL not in state and (residual := new_side(p.detach(), kept.param)) is not None:
+        missing[RESIDUAL] = residual
     return missing
 
 
-def copied_state(saved: Mapping[str, Any], p: Tensor, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Copies of a saved step count and moments, made as for the first step."""
+def copied_state(saved: Mapping[str, Any], p: Tensor, kept: Kept) -> dict[str, Tensor]:
+    """Copies of a saved step count, moments and residual, made as for the first step.
+
+    Moments are rounded to the nearest that their format can keep; what was in that format stays as it was.
+    """
     state = {}
     if "step" in saved:
         state["step"] = new_step(p, saved["step"])
-    for key in MOMENTS:
-        if isinstance(value := saved.get(key), Tensor):
-            state[key] = new_moment(p, state_dtype)
+    present = moments_of({key: value for key, value in saved.items() if isinstance(value, Tensor)})
+    for name, format in _formats(kept):
+        if name in present:
+            field = new_field(p, format)
             with torch._C.DisableTorchFunctionSubclass():
-                state[key].copy_(value)
+                _copy(present[name], field)
+            state |= named(name, field)
+    residual = new_side(p.detach(), kept.param) if RESIDUAL in saved else None
+    if residual is not None:
+        state[RESIDUAL] = residual.copy_(saved[RESIDUAL])
     return state
+
+
+def _formats(kept: Kept) -> Iterator[tuple[str, Format]]:
+    """The format of each moment."""
+    yield from (("exp_avg", kept.exp_avg), ("exp_avg_sq", kept.exp_avg_sq), (MAXIMUM, kept.exp_avg))
+
+
+def _copy(saved: Field, field: Field) -> None:
+    """Write a saved moment, of any device, layout and format, into a new one."""
+    if saved.side is None and field.side is None:
+        field.values.copy_(saved.values)
+        return
+    source, target = _local(_placed(saved, field.values)), _local(field)
+    if source.format == target.format and memory_order(source.values) == memory_order(target.values):
+        for to, t in zip(target[1:], source[1:], strict=True):
+            if to is not None and t is not None:
+                to.copy_(t)
+    else:
+        target.write(source.load().to(target.values.device))
+
+
+def _placed(field: Field, like: Tensor) -> Field:
+    """A field distributed as a DTensor is; collective where it was distributed differently."""
+    spec = getattr(like, "_spec", None)
+    if spec is None or getattr(field.values, "placements", None) == spec.placements:
+        return field
+    tensors: tuple[Any, ...] = field[1:]
+    placed: list[Any] = [t if t is None else t.redistribute(placements=spec.placements) for t in tensors]
+    return Field(field.format, *placed)
+
+
+def _local(field: Field) -> Field:
+    return Field(field.format, *local_tensors(field[1:]))
+
+
+def has_codes(state: object) -> bool:
+    """Whether something is a state with moments that are kept as codes."""
+    return isinstance(state, Mapping) and any(keys.values in state for keys in CODED.values())
+
+
+def decoded_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state as torch's AdamW has it: moments that are kept as codes are decoded to float32."""
+    fields = moments_of(state)
+    coded = {key for name, field in fields.items() if field.side is not None for key in named(name, field)}
+    decoded = {key: value for key, value in state.items() if key not in coded}
+    for name, field in fields.items():
+        if field.side is not None:
+            decoded[name] = wrapped(_local(field).load(), field.values)
+    return decoded
 
 
 def is_counted(state: State, p: Tensor) -> bool:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ..arguments import OwnArguments
+from ..fields import STATE_KEYS
 from ..groups import Options, decide
 from ..names import ParamNames
 from .checkpoints import checked_state_dict
-from .contents import copied_state
+from .contents import copied_state, decoded_state, has_codes
 from .precision import Kept
 from .purposes import Purpose, Purposes
 from .regroup import Names, regrouped
@@ -70,7 +71,11 @@ class Checkpointed(OwnArguments):
         they are not known.
         """
         self._param_names.correct(self.param_groups)
-        return super().state_dict()
+        handle = self.register_state_dict_post_hook(_decode, prepend=True)  # users see what is saved
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -107,7 +112,10 @@ class Checkpointed(OwnArguments):
         def put(_: Any) -> None:
             """Torch has cast moments to the parameter's dtype, or shares them with what was loaded."""
             for p, of_p in copies.items():
-                self.state[p].update(of_p)
+                mine = self.state[p]
+                for key in set(STATE_KEYS).intersection(mine).difference(of_p):
+                    del mine[key]  # kept otherwise here
+                mine.update(of_p)
 
         handles = [
             self.register_load_state_dict_pre_hook(check),  # the last one: it sees what will be loaded
@@ -163,7 +171,16 @@ class Checkpointed(OwnArguments):
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         return {
-            p: copied_state(saved["state"][i], p, cast(Any, self.state_dtype))
-            for i, p in zip(ids, params, strict=False)  # torch refuses other numbers
+            p: copied_state(saved["state"][i], p, kept)
+            for i, p, kept in zip(ids, params, self._kept(), strict=False)  # torch refuses other numbers
             if i in saved["state"]
         }
+
+
+@torch.no_grad()
+def _decode(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put moments in floating point in the place of codes: changes the dict of states, but none of these."""
+    ids = {i for group in saved["param_groups"] for i in group["params"]}
+    for i in ids.intersection(saved["state"]):
+        if has_codes(saved["state"][i]):
+            saved["state"][i] = decoded_state(saved["state"][i])
