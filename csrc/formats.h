@@ -37,6 +37,7 @@ enum SideKind { kNoSide, kSidePerValue, kSidePerBlock };
 
 // What a format is, unless it says otherwise.
 struct Plain {
+  using Side = void;
   static constexpr SideKind kSide = kNoSide;
   static constexpr bool kTakesNoise = false;
 };
@@ -264,12 +265,34 @@ ADAMW_HOST_FN int64_t register_bytes(FormatCode number) {
   return bytes;
 }
 
+// Whether f is true of the format of anything that is stored.
+template <typename F>
+ADAMW_HOST_FN bool any_stored(const FormatCodes& formats, const F& f) {
+  bool any = false;
+  const FormatCode stored[] = {formats.param, formats.exp_avg, formats.exp_avg_sq};
+  for (const FormatCode number : stored) {
+    Formats::visit(number, [&](auto format) { any |= f(format); });
+  }
+  return any;
+}
+
+ADAMW_HOST_FN bool take_noise(const FormatCodes& formats) {
+  return any_stored(formats, [](auto format) { return decltype(format)::kTakesNoise; });
+}
+
+// Whether rows are cut into blocks that share a side.
+ADAMW_HOST_FN bool have_blocks(const FormatCodes& formats) {
+  return any_stored(formats, [](auto format) { return decltype(format)::kSide == kSidePerBlock; });
+}
+
 // Whether tensors of these formats can be updated together: one arithmetic, float or double, serves them all.
+// The codes of exp_avg_sq, which has no sign, go with those of exp_avg.
 ADAMW_HOST_FN bool share_arithmetic(const FormatCodes& formats) {
   const int64_t bytes = register_bytes<PlainFormats>(formats.grad);
-  return bytes && register_bytes<PlainFormats>(formats.param) == bytes &&
-         register_bytes<PlainFormats>(formats.exp_avg) == bytes &&
-         register_bytes<PlainFormats>(formats.exp_avg_sq) == bytes;
+  return bytes && register_bytes<ParamFormats>(formats.param) == bytes &&
+         register_bytes<ExpAvgFormats>(formats.exp_avg) == bytes &&
+         register_bytes<ExpAvgSqFormats>(formats.exp_avg_sq) == bytes &&
+         (formats.exp_avg_sq != kUnsignedRoot || formats.exp_avg == kSignedRoot);
 }
 
 }  // namespace fused_adamw

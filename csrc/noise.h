@@ -37,11 +37,15 @@ ADAMW_FN NoiseKey noise_key(uint64_t word, uint64_t step) {
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 
-// 32 bits for the element at this place, in memory order, of the whole tensor. The low 16 are for the
-// parameter and exp_avg, in which the update is linear, the high 16 for exp_avg_sq.
-ADAMW_FN uint32_t noise_bits(NoiseKey key, uint64_t index) {
-  const uint32_t low = static_cast<uint32_t>(index), high = static_cast<uint32_t>(index >> 32);
+// 32 bits for the element at this place, in memory order, of the whole tensor: here its halves, for 32-bit
+// arithmetic. The low 16 are for the parameter and exp_avg, in which the update is linear, the high 16 for
+// exp_avg_sq.
+ADAMW_FN uint32_t noise_bits(NoiseKey key, uint32_t low, uint32_t high) {
   return lowbias32(lowbias32(low ^ key.low) + key.high + high * 0x9e3779b9u);
+}
+
+ADAMW_FN uint32_t noise_bits(NoiseKey key, uint64_t index) {
+  return noise_bits(key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32));
 }
 
 }  // namespace fused_adamw

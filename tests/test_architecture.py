@@ -77,7 +77,7 @@ ALLOWED_INCLUDES = {
     "adamw.h": {"inline.h", "tables.h"},
     "formats.h": {"inline.h", "tables.h"},
     "cpu/kernels.h": {"formats.h", "tables.h"},
-    "cpu/blocks.h": {"formats.h"},
+    "cpu/blocks.h": {"formats.h", "noise.h"},
     "cpu/kernels.cpp": {"adamw.h", "cpu/blocks.h", "cpu/kernels.h"},
     "cuda/kernels.h": {"tables.h"},
     "cuda/layouts.h": {"formats.h"},

@@ -8,6 +8,7 @@
 #endif
 
 #include "../formats.h"
+#include "../noise.h"
 
 namespace fused_adamw {
 namespace {
@@ -22,46 +23,117 @@ constexpr int64_t kRegisterBytes = 16;
 
 // Elements per block: a few vectors, and whole cache lines of every format. The stores of a block wait for
 // its divisions; with more of them waiting, the processor does not get far enough ahead to start the next
-// block's.
+// block's. Where values share a side, their blocks are those of the walk.
 constexpr int64_t kBlock = 32;
+constexpr int64_t kLargestBlock = kCodeBlock;
 
-// One tensor of a row: how it is kept, and where.
+// One tensor of a row: how it is kept, in one of these formats, and where.
+template <typename List>
 struct Operand {
   FormatCode format;
   Field at;
 };
 
+// Where the elements of a row draw their noise from: its key, and where they lie in the whole tensor.
+struct RowNoise {
+  NoiseKey key;
+  int64_t offset, local_columns, columns;
+
+  // 32 bits for each of n elements from `begin` on. Neighbours that stay neighbours in the whole tensor, and
+  // share the upper half of their places, are hashed together.
+  void draw(int64_t begin, int64_t n, uint32_t* hash) const {
+    while (n > 0) {
+      uint64_t place = offset + begin;
+      int64_t run = n;
+      if (local_columns != columns) {
+        const int64_t row = begin / local_columns, column = begin % local_columns;
+        place = offset + row * columns + column;
+        run = run < local_columns - column ? run : local_columns - column;
+      }
+      const uint32_t low = static_cast<uint32_t>(place), high = static_cast<uint32_t>(place >> 32);
+      const int64_t left = (int64_t(1) << 32) - low;
+      run = run < left ? run : left;
+      for (int64_t i = 0; i < run; ++i) hash[i] = noise_bits(key, low + static_cast<uint32_t>(i), high);
+      begin += run;
+      hash += run;
+      n -= run;
+    }
+  }
+};
+
+// What is stepped at once: neighbouring elements of a row.
+struct Block {
+  int64_t begin, n;
+  int64_t side;           // the number of the side that they share, if they do
+  const uint32_t* noise;  // 32 bits for each of them, if any format takes noise
+};
+
+// A block of a tensor in a format.
+template <typename Format>
+struct Stretch {
+  using Stored = typename Format::Stored;
+  using Side = typename Format::Side;
+  Stored* values;
+  Side* side;
+  int64_t n;
+  const uint32_t* noise;
+  int noise_shift;  // which 16 bits of it are this tensor's
+
+  ADAMW_FN Stretch of(const Field& at, const Block& block, int noise_shift) {
+    Stretch x{reinterpret_cast<Stored*>(at.values) + block.begin, reinterpret_cast<Side*>(at.side), block.n,
+              block.noise, noise_shift};
+    if constexpr (Format::kSide == kSidePerValue) x.side += block.begin;
+    if constexpr (Format::kSide == kSidePerBlock) x.side += block.side;
+    return x;
+  }
+  uint32_t noise_of(int64_t i) const { return noise[i] >> noise_shift & 0xffff; }
+};
+
 // A format's elements in and out of `buffer`.
 template <typename Format>
 struct Codec {
-  using Stored = typename Format::Stored;
   using T = typename Format::Register;
-  ADAMW_FN T* load(Stored* values, T* buffer, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = Format::load(values[i]);
+  ADAMW_FN T* load(const Stretch<Format>& x, T* buffer) {
+    for (int64_t i = 0; i < x.n; ++i) buffer[i] = Format::load(x.values[i]);
     return buffer;
   }
-  ADAMW_FN void store(Stored* values, const T* buffer, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) values[i] = Format::store(buffer[i]);
+  ADAMW_FN void store(const Stretch<Format>& x, const T* buffer) {
+    for (int64_t i = 0; i < x.n; ++i) x.values[i] = Format::store(buffer[i]);
   }
 };
 
 // What is in memory as in a register stays in place.
-template <typename T>
+template <typename Format>
 struct InPlace {
-  ADAMW_FN T* load(T* values, T*, int64_t) { return values; }
-  ADAMW_FN void store(T*, const T*, int64_t) {}
+  using T = typename Format::Register;
+  ADAMW_FN T* load(const Stretch<Format>& x, T*) { return x.values; }
+  ADAMW_FN void store(const Stretch<Format>&, const T*) {}
 };
 template <>
-struct Codec<Float32> : InPlace<float> {};
+struct Codec<Float32> : InPlace<Float32> {};
 template <>
-struct Codec<Float64> : InPlace<double> {};
+struct Codec<Float64> : InPlace<Float64> {};
+
+// The low halves of words. A loop that packs whole registers is none that computes what is in them.
+ADAMW_FN void pack(uint16_t* values, const uint32_t* words, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    const __m256i packed = _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_loadu_si512(words + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + i), packed);
+  }
+#endif
+  for (; i < n; ++i) values[i] = static_cast<uint16_t>(words[i]);
+}
 
 template <>
 struct Codec<BFloat16> {
   static constexpr int64_t kWidth = kRegisterBytes / sizeof(uint32_t);
   typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
 
-  ADAMW_FN float* load(uint16_t* values, float* buffer, int64_t n) {
+  ADAMW_FN float* load(const Stretch<BFloat16>& x, float* buffer) {
+    const uint16_t* const values = x.values;
+    const int64_t n = x.n;
     int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) {
       Words bits;
@@ -74,17 +146,10 @@ struct Codec<BFloat16> {
     return buffer;
   }
 
-  ADAMW_FN void store(uint16_t* values, const float* buffer, int64_t n) {
-    uint32_t rounded[kBlock];  // two loops: the second packs whole registers
-    for (int64_t i = 0; i < n; ++i) rounded[i] = BFloat16::round(buffer[i]) >> 16;
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + kWidth <= n; i += kWidth) {
-      const __m256i packed = _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_loadu_si512(rounded + i));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + i), packed);
-    }
-#endif
-    for (; i < n; ++i) values[i] = static_cast<uint16_t>(rounded[i]);
+  ADAMW_FN void store(const Stretch<BFloat16>& x, const float* buffer) {
+    uint32_t rounded[kLargestBlock];
+    for (int64_t i = 0; i < x.n; ++i) rounded[i] = BFloat16::round(buffer[i]) >> 16;
+    pack(x.values, rounded, x.n);
   }
 };
 
@@ -92,7 +157,9 @@ struct Codec<BFloat16> {
 template <>
 struct Codec<Float16> {
   static constexpr int64_t kWidth = kRegisterBytes / sizeof(float);
-  ADAMW_FN float* load(uint16_t* values, float* buffer, int64_t n) {
+  ADAMW_FN float* load(const Stretch<Float16>& x, float* buffer) {
+    const uint16_t* const values = x.values;
+    const int64_t n = x.n;
     int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) {
 #ifdef __AVX512F__
@@ -107,7 +174,9 @@ struct Codec<Float16> {
     for (; i < n; ++i) buffer[i] = Float16::load(values[i]);
     return buffer;
   }
-  ADAMW_FN void store(uint16_t* values, const float* buffer, int64_t n) {
+  ADAMW_FN void store(const Stretch<Float16>& x, const float* buffer) {
+    uint16_t* const values = x.values;
+    const int64_t n = x.n;
     int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) {
 #ifdef __AVX512F__
@@ -124,19 +193,71 @@ struct Codec<Float16> {
 };
 #endif
 
+template <>
+struct Codec<StochasticBFloat16> {
+  ADAMW_FN float* load(const Stretch<StochasticBFloat16>& x, float* buffer) {
+    Stretch<BFloat16> plain{x.values, nullptr, x.n, nullptr, 0};
+    return Codec<BFloat16>::load(plain, buffer);
+  }
+  ADAMW_FN void store(const Stretch<StochasticBFloat16>& x, const float* buffer) {
+    uint32_t rounded[kLargestBlock];
+    for (int64_t i = 0; i < x.n; ++i) rounded[i] = StochasticBFloat16::store(buffer[i], x.noise_of(i));
+    pack(x.values, rounded, x.n);
+  }
+};
+
+template <>
+struct Codec<SplitBFloat16> {
+  ADAMW_FN float* load(const Stretch<SplitBFloat16>& x, float* buffer) {
+    for (int64_t i = 0; i < x.n; ++i) buffer[i] = SplitBFloat16::load(x.values[i], x.side[i]);
+    return buffer;
+  }
+  ADAMW_FN void store(const Stretch<SplitBFloat16>& x, const float* buffer) {
+    for (int64_t i = 0; i < x.n; ++i) x.values[i] = SplitBFloat16::store(buffer[i], x.side[i]);
+  }
+};
+
+// Stored in two sweeps: the largest magnitude first, which the codes depend on.
+template <typename Code>
+struct RootCodec {
+  ADAMW_FN float* load(const Stretch<Code>& x, float* buffer) {
+    const float side = *x.side, root_per_code = Code::root_per_code(side);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < x.n; ++i) buffer[i] = Code::load(x.values[i], side, root_per_code);
+    return buffer;
+  }
+  ADAMW_FN void store(const Stretch<Code>& x, const float* buffer) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < x.n; ++i) {
+      const uint32_t magnitude = Code::magnitude(buffer[i]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const float side = Code::side(largest), codes_per_root = Code::codes_per_root(side);
+    *x.side = side;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < x.n; ++i) {
+      x.values[i] = Code::store(buffer[i], side, codes_per_root, x.noise_of(i));
+    }
+  }
+};
+template <>
+struct Codec<SignedRoot> : RootCodec<SignedRoot> {};
+template <>
+struct Codec<UnsignedRoot> : RootCodec<UnsignedRoot> {};
+
 template <typename A, typename B>
 constexpr bool kSame = false;
 template <typename A>
 constexpr bool kSame<A, A> = true;
 
-// Calls f with the operand's format and its values; nothing where its arithmetic is not T.
-template <typename T, typename F>
-ADAMW_FN void visit(const Operand& x, const F& f) {
-  PlainFormats::visit(x.format, [&](auto format) __attribute__((always_inline)) {
+// Calls f with the operand's format; nothing where its arithmetic is not T, or where blocks of kSize
+// elements do not suit it.
+template <typename T, int64_t kSize, typename List, typename F>
+ADAMW_FN void visit(const Operand<List>& x, const F& f) {
+  List::visit(x.format, [&](auto format) __attribute__((always_inline)) {
     using Format = decltype(format);
-    if constexpr (kSame<typename Format::Register, T>) {
-      f(format, reinterpret_cast<typename Format::Stored*>(x.at.values));
-    }
+    constexpr bool kSuits = Format::kSide != kSidePerBlock || kSize == kCodeBlock;
+    if constexpr (kSame<typename Format::Register, T> && kSuits) f(format);
   });
 }
 
@@ -146,31 +267,37 @@ constexpr int64_t kPrefetchBytes = 1024;
 
 enum Access { kRead = 0, kWrite = 1 };
 
-template <Access kAccess, typename Stored>
-ADAMW_FN void prefetch_block(const Stored* values) {
-  const char* at = reinterpret_cast<const char*>(values) + kPrefetchBytes;
-  for (int64_t line = 0; line < kBlock * static_cast<int64_t>(sizeof(Stored)); line += 64) {
+template <Access kAccess, int64_t kSize, typename Element>
+ADAMW_FN void prefetch_block(const Element* elements) {
+  const char* at = reinterpret_cast<const char*>(elements) + kPrefetchBytes;
+  for (int64_t line = 0; line < kSize * static_cast<int64_t>(sizeof(Element)); line += 64) {
     __builtin_prefetch(at + line, kAccess, 3);
   }
 }
 
-// The n elements from `i` on as the arithmetic has them: in `buffer`, or where they are. kAccess says what
-// will be done to them.
-template <Access kAccess, typename T>
-ADAMW_FN T* load_block(const Operand& x, int64_t i, int64_t n, T* buffer) {
+// The block's elements as the arithmetic has them: in `buffer`, or where they are. kAccess says what will be
+// done to them.
+template <Access kAccess, int64_t kSize, typename T, typename List>
+ADAMW_FN T* load_block(const Operand<List>& x, const Block& block, T* buffer) {
   T* loaded = buffer;
-  visit<T>(x, [&](auto format, auto* values) __attribute__((always_inline)) {
-    if (n == kBlock) prefetch_block<kAccess>(values + i);
-    loaded = Codec<decltype(format)>::load(values + i, buffer, n);
+  visit<T, kSize>(x, [&](auto format) __attribute__((always_inline)) {
+    using Format = decltype(format);
+    const auto stretch = Stretch<Format>::of(x.at, block, 0);
+    if (block.n == kSize) {
+      prefetch_block<kAccess, kSize>(stretch.values);
+      if constexpr (Format::kSide == kSidePerValue) prefetch_block<kAccess, kSize>(stretch.side);
+    }
+    loaded = Codec<Format>::load(stretch, buffer);
   });
   return loaded;
 }
 
 // Back into memory what load_block took out.
-template <typename T>
-ADAMW_FN void store_block(const Operand& x, int64_t i, int64_t n, const T* loaded) {
-  visit<T>(x, [&](auto format, auto* values)
-                  __attribute__((always_inline)) { Codec<decltype(format)>::store(values + i, loaded, n); });
+template <int64_t kSize, typename T, typename List>
+ADAMW_FN void store_block(const Operand<List>& x, const Block& block, const T* loaded, int noise_shift = 0) {
+  visit<T, kSize>(x, [&](auto format) __attribute__((always_inline)) {
+    Codec<decltype(format)>::store(Stretch<decltype(format)>::of(x.at, block, noise_shift), loaded);
+  });
 }
 
 }  // namespace

@@ -21,23 +21,27 @@ namespace {
 
 // What the update of a row reads and writes.
 struct Operands {
-  Operand p, g, m, v, v_max;  // v_max: under amsgrad
+  Operand<ParamFormats> p;
+  Operand<PlainFormats> g;
+  Operand<ExpAvgFormats> m;
+  Operand<ExpAvgSqFormats> v;
+  Operand<ExpAvgFormats> v_max;  // under amsgrad
 };
 
-// Elements [i, i + n). The format of each tensor is chosen here, block by block: every combination of formats
-// takes the same loop over the rule.
-template <typename T, bool kAmsgrad>
-ADAMW_FN void update_block(const Operands& at, int64_t i, int64_t n, const Coefficients<T>& c) {
-  alignas(64) T buffers[5][kBlock];
-  T* const p = load_block<kWrite>(at.p, i, n, buffers[0]);
-  T* const g = load_block<kRead>(at.g, i, n, buffers[1]);
-  T* const m = load_block<kWrite>(at.m, i, n, buffers[2]);
-  T* const v = load_block<kWrite>(at.v, i, n, buffers[3]);
-  T* const v_max = kAmsgrad ? load_block<kWrite>(at.v_max, i, n, buffers[4]) : nullptr;
+// The elements of a block, kSize of them or fewer. The format of each tensor is chosen here, block by block:
+// every combination of formats takes the same loop over the rule.
+template <typename T, bool kAmsgrad, int64_t kSize>
+ADAMW_FN void update_block(const Operands& at, const Block& block, const Coefficients<T>& c) {
+  alignas(64) T buffers[5][kSize];
+  T* const p = load_block<kWrite, kSize>(at.p, block, buffers[0]);
+  T* const g = load_block<kRead, kSize>(at.g, block, buffers[1]);
+  T* const m = load_block<kWrite, kSize>(at.m, block, buffers[2]);
+  T* const v = load_block<kWrite, kSize>(at.v, block, buffers[3]);
+  T* const v_max = kAmsgrad ? load_block<kWrite, kSize>(at.v_max, block, buffers[4]) : nullptr;
   IeeeMath math;
 // Values on their way are locals: through references to memory, each step of the rule would be stored.
 #pragma GCC ivdep
-  for (int64_t k = 0; k < n; ++k) {
+  for (int64_t k = 0; k < block.n; ++k) {
     T p_k = p[k], m_k = m[k], v_k = v[k], v_max_k = kAmsgrad ? v_max[k] : T(0);
     adamw_update(p_k, g[k], m_k, v_k, v_max_k, c, math);
     p[k] = p_k;
@@ -45,10 +49,10 @@ ADAMW_FN void update_block(const Operands& at, int64_t i, int64_t n, const Coeff
     v[k] = v_k;
     if (kAmsgrad) v_max[k] = v_max_k;
   }
-  store_block(at.m, i, n, m);
-  store_block(at.v, i, n, v);
-  if (kAmsgrad) store_block(at.v_max, i, n, v_max);
-  store_block(at.p, i, n, p);
+  store_block<kSize>(at.m, block, m);
+  store_block<kSize>(at.v, block, v, 16);
+  if (kAmsgrad) store_block<kSize>(at.v_max, block, v_max);
+  store_block<kSize>(at.p, block, p);
 }
 
 // Elements of a row that a chunk covers.
@@ -61,24 +65,79 @@ ADAMW_FN Span span_of(const Table& table, const Row& row, const Chunk& chunk) {
   return {begin, begin + (left < table.chunk_size ? left : table.chunk_size)};
 }
 
+// What the formats of a launch ask of the walk.
+struct Needs {
+  bool noise, blocks;
+};
+
 template <typename T, bool kAmsgrad>
-void update_span(const UpdateArgs& args, const Row& row, uint64_t grad, const Span& span,
+void update_span(const Operands& operands, const RowNoise* row_noise, const Span& span,
                  const Coefficients<T>& c) {
   // Copies that no store can alias.
+  const Operands at = operands;
+  const Coefficients<T> coef = c;
+  alignas(64) uint32_t noise[kBlock];
+  int64_t i = span.begin;
+  const int64_t end = span.end;
+  for (; i + kBlock <= end; i += kBlock) {
+    if (row_noise) row_noise->draw(i, kBlock, noise);
+    update_block<T, kAmsgrad, kBlock>(at, {i, kBlock, 0, noise}, coef);
+  }
+  if (row_noise) row_noise->draw(i, end - i, noise);
+  update_block<T, kAmsgrad, kBlock>(at, {i, end - i, 0, noise}, coef);
+}
+
+// The blocks that start in the span, whole: rows of `columns` elements are cut into blocks, each row anew.
+template <typename T>
+void update_blocks(const Operands& operands, const RowNoise* row_noise, int64_t columns, const Span& span,
+                   const Coefficients<T>& c) {
+  const Operands at = operands;
+  const Coefficients<T> coef = c;
+  alignas(64) uint32_t noise[kCodeBlock];
+  const int64_t per_row = (columns + kCodeBlock - 1) / kCodeBlock;
+  int64_t row = span.begin / columns, block = (span.begin % columns + kCodeBlock - 1) / kCodeBlock;
+  while (true) {
+    if (block == per_row) ++row, block = 0;
+    const int64_t begin = row * columns + block * kCodeBlock, left = columns - block * kCodeBlock;
+    if (begin >= span.end) return;
+    const int64_t n = left < kCodeBlock ? left : kCodeBlock, side = row * per_row + block;
+    if (row_noise) row_noise->draw(begin, n, noise);
+    if (n == kCodeBlock) {
+      update_block<T, false, kCodeBlock>(at, {begin, kCodeBlock, side, noise}, coef);
+    } else {
+      update_block<T, false, kCodeBlock>(at, {begin, n, side, noise}, coef);
+    }
+    ++block;
+  }
+}
+
+template <typename T>
+ADAMW_FN void update_chunk(const UpdateArgs& args, const Needs& needs, const Row& row, uint64_t grad,
+                           float step, const Span& span, const Coefficients<T>& c) {
   const Operands at = {{args.formats.param, row.param},
                        {args.formats.grad, {grad, 0}},
                        {args.formats.exp_avg, row.exp_avg},
                        {args.formats.exp_avg_sq, row.exp_avg_sq},
                        {args.formats.exp_avg, row.max_exp_avg_sq}};
-  const Coefficients<T> coef = c;
-  int64_t i = span.begin;
-  const int64_t end = span.end;
-  for (; i + kBlock <= end; i += kBlock) update_block<T, kAmsgrad>(at, i, kBlock, coef);
-  update_block<T, kAmsgrad>(at, i, end - i, coef);
+  RowNoise row_noise;
+  const RowNoise* noise = nullptr;
+  if (needs.noise) {
+    const NoiseKey key = noise_key(noise_word(args.inputs.seed, row.ordinal), static_cast<uint64_t>(step));
+    row_noise = {key, row.offset, row.local_columns, row.columns};
+    noise = &row_noise;
+  }
+  if (needs.blocks) {
+    update_blocks<T>(at, noise, row.local_columns, span, c);
+  } else if (row.max_exp_avg_sq.values) {
+    update_span<T, true>(at, noise, span, c);
+  } else {
+    update_span<T, false>(at, noise, span, c);
+  }
 }
 
 template <typename T>
 void update_rows(const UpdateArgs& args, double grad_scale, int64_t begin, int64_t end) {
+  const Needs needs = {take_noise(args.formats), have_blocks(args.formats)};
   Coefficients<T> c{};
   // Neighbouring rows mostly share a group and a step count: keep what was worked out.
   int64_t hyper = -1;
@@ -93,12 +152,7 @@ void update_rows(const UpdateArgs& args, double grad_scale, int64_t begin, int64
       step = row_step;
       c = coefficients<T>(args.hypers[hyper], step, grad_scale);
     }
-    const Span span = span_of(args.table, row, args.table.chunks[i]);
-    if (row.max_exp_avg_sq.values) {
-      update_span<T, true>(args, row, grad, span, c);
-    } else {
-      update_span<T, false>(args, row, grad, span, c);
-    }
+    update_chunk<T>(args, needs, row, grad, step, span_of(args.table, row, args.table.chunks[i]), c);
   }
 }
 
@@ -113,7 +167,7 @@ void update_chunks(const UpdateArgs& args, double grad_scale, int64_t begin, int
 // Squares are summed in double: no overflow for any float32 gradient, and far below float32's rounding. Each
 // lane sums every 32nd square, and the lanes are summed as a tree: the same order for all instruction sets.
 template <typename T>
-double sum_of_squares(const Operand& g, const Span& span) {
+double sum_of_squares(const Operand<PlainFormats>& g, const Span& span) {
   // Sums of a vector type stay in registers; those in an array of doubles do not.
   typedef double Doubles __attribute__((vector_size(kRegisterBytes)));
   constexpr int64_t kLanes = 32, kWidth = kRegisterBytes / sizeof(double);
@@ -121,7 +175,7 @@ double sum_of_squares(const Operand& g, const Span& span) {
   Doubles sums[kLanes / kWidth] = {};
   int64_t i = span.begin;
   for (; i + kLanes <= span.end; i += kLanes) {
-    const T* x = load_block<kRead>(g, i, kLanes, buffer);
+    const T* x = load_block<kRead, kLanes>(g, {i, kLanes, 0, nullptr}, buffer);
     // Widening reads from memory: GCC takes a register apart element by element.
     asm("" : "+r"(x) : : "memory");
 #pragma GCC unroll 16
@@ -134,7 +188,7 @@ double sum_of_squares(const Operand& g, const Span& span) {
   }
   double lanes[kLanes];
   memcpy(lanes, sums, sizeof lanes);
-  const T* const rest = load_block<kRead>(g, i, span.end - i, buffer);
+  const T* const rest = load_block<kRead, kLanes>(g, {i, span.end - i, 0, nullptr}, buffer);
   for (int64_t lane = 0; i + lane < span.end; ++lane) {
     lanes[lane] += static_cast<double>(rest[lane]) * static_cast<double>(rest[lane]);
   }

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fused_adamw.formats import FORMATS, noise_hash, noise_word
+from fused_adamw.formats import BLOCK, FORMATS, noise_hash, noise_word
 
 # How numpy sees what a format keeps.
 VIEW = dict.fromkeys((torch.bfloat16, torch.float16), (torch.int16, np.uint16))
@@ -80,44 +80,33 @@ class Cpp:
         self.block = self.library.block()
 
     def store(self, name, x, noise=None):
+        return self._store(f"store_{name}", FORMATS[name], x, noise)
+
+    def _store(self, function, format, x, noise, *block):
         x = np.ascontiguousarray(x, np.float32)
         noise = None if noise is None else np.ascontiguousarray(noise, np.int32)
-        format = FORMATS[name]
-        values = np.empty(x.shape, stored_dtype(format.dtype))
-        side = None
+        dtype = stored_dtype(format.dtype)
+        memory = np.full(x.size + 64, 0x5A, dtype)
+        values, side = memory[: x.size].reshape(x.shape), None
         if format.side_dtype is not None:
             side = np.empty(format.side_shape(x.shape), stored_dtype(format.side_dtype))
-        rows, columns = map(ctypes.c_int64, x.shape)
-        self.library[f"store_{name}"](*map(address, (x, noise)), rows, columns, *map(address, (values, side)))
+        sizes = map(ctypes.c_int64, (*x.shape, *block))
+        self.library[function](*map(address, (x, noise)), *sizes, *map(address, (values, side)))
+        assert (memory[x.size :] == 0x5A).all(), "written after the last element"
         return values, side
 
     def load(self, name, values, side):
-        format = FORMATS[name]
+        return self._load(f"load_{name}", FORMATS[name], values, side)
+
+    def _load(self, function, format, values, side, *block):
         shape = values.shape
         values = np.atleast_2d(np.ascontiguousarray(values, stored_dtype(format.dtype)))
         if side is not None:
             side = np.ascontiguousarray(side, stored_dtype(format.side_dtype))
         x = np.empty(values.shape, np.float32)
-        rows, columns = map(ctypes.c_int64, values.shape)
-        self.library[f"load_{name}"](*map(address, (values, side)), rows, columns, address(x))
+        sizes = map(ctypes.c_int64, (*values.shape, *block))
+        self.library[function](*map(address, (values, side)), *sizes, address(x))
         return x.reshape(shape)
-
-    def load_blocks(self, name, values, n):
-        """Load a vector n values at a time."""
-        x = np.zeros(len(values), np.float32)
-        for i in range(0, len(values), n):
-            part, to = values[i : i + n], x[i : i + n]
-            self.library[f"load_block_{name}"](address(part), ctypes.c_int64(len(part)), address(to))
-        return x
-
-    def store_blocks(self, name, x, n):
-        """Store a vector n values at a time, and nothing after them."""
-        out = np.full(len(x) + 1, 0x1234, np.uint16)
-        for i in range(0, len(x), n):
-            part = x[i : i + n]
-            self.library[f"store_block_{name}"](address(out[i:]), ctypes.c_int64(len(part)), address(part))
-            assert out[i + len(part)] == 0x1234
-        return out[:-1]
 
     def noise_hash(self, seed, ordinal, step, index):
         index = np.ascontiguousarray(index, np.uint64)
@@ -129,6 +118,26 @@ class Cpp:
         )
         self.library.noise_hash(word, step, address(index), n, address(out))
         return out
+
+
+class Blocks(Cpp):
+    """csrc/cpu/blocks.h: blocks as the walk on the CPU loads and stores them.
+
+    It never stores to nearest what takes noise: `csrc/formats.h` does so here.
+    """
+
+    def store(self, name, x, noise=None, block=None):
+        format = FORMATS[name]
+        if format.stochastic and noise is None:
+            return super().store(name, x)
+        return self._store(f"store_blocks_{name}", format, x, noise, block or self.size(name))
+
+    def load(self, name, values, side, block=None):
+        return self._load(f"load_blocks_{name}", FORMATS[name], values, side, block or self.size(name))
+
+    def size(self, name):
+        """Elements that the walk loads and stores at once."""
+        return BLOCK if name.startswith("root") else self.block
 
 
 def stored_dtype(dtype):

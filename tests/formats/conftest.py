@@ -1,5 +1,6 @@
 """The codecs under test, and answers that none of them made."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from . import oracle
-from .codecs import Cpp, Torch
+from .codecs import Blocks, Cpp, Torch
 
 
 @pytest.fixture(autouse=True)
@@ -17,17 +18,17 @@ def one_thread(threads):
     threads(1)
 
 
-def compiled(tmp_path_factory, isa=()):
+def compiled(kind, tmp_path_factory, isa=()):
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    return Cpp(compiler, tmp_path_factory.mktemp("formats"), isa)
+    return kind(compiler, tmp_path_factory.mktemp("formats"), isa)
 
 
 @pytest.fixture(scope="session")
 def cpp(tmp_path_factory):
     """The formats in C++."""
-    return compiled(tmp_path_factory)
+    return compiled(Cpp, tmp_path_factory)
 
 
 # For each instruction set that has loops of its own: the compiler's flags, and what /proc/cpuinfo calls it.
@@ -39,16 +40,27 @@ ISAS = {
 CPUINFO = Path("/proc/cpuinfo")
 
 
-@pytest.fixture(scope="session", params=ISAS)
-def by_isa(request, tmp_path_factory):
-    """The same, for each instruction set."""
-    flags, feature = ISAS[request.param]
-    if feature and not (CPUINFO.exists() and f" {feature} " in CPUINFO.read_text()):
-        pytest.skip(f"this processor has no {feature}")
-    return compiled(tmp_path_factory, flags)
+@pytest.fixture(scope="session")
+def blocks(tmp_path_factory):
+    """Makes the blocks of the walk on the CPU for an instruction set."""
+
+    @functools.cache
+    def make(isa):
+        flags, feature = ISAS[isa]
+        if feature and not (CPUINFO.exists() and f" {feature} " in CPUINFO.read_text()):
+            pytest.skip(f"this processor has no {feature}")
+        return compiled(Blocks, tmp_path_factory, flags)
+
+    return make
 
 
-CODECS = ["torch-cpu", pytest.param("torch-cuda", marks=pytest.mark.gpu), "cpp"]
+@pytest.fixture(params=ISAS)
+def by_isa(request, blocks):
+    """The blocks of the walk on the CPU, for each instruction set."""
+    return blocks(request.param)
+
+
+CODECS = ["torch-cpu", pytest.param("torch-cuda", marks=pytest.mark.gpu), "cpp", *ISAS]
 
 
 @pytest.fixture(params=CODECS)
@@ -68,6 +80,8 @@ def _codec(request):
         return oracle
     if request.param == "cpp":
         return request.getfixturevalue("cpp")
+    if request.param in ISAS:
+        return request.getfixturevalue("blocks")(request.param)
     device = request.param.removeprefix("torch-")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

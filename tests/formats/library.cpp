@@ -34,8 +34,46 @@ void load_codes(const typename Code::Stored* values, const float* side, int64_t 
   }
 }
 
+// As the walk on the CPU does, so many elements at a time.
+template <typename Format>
+void load_blocks(typename Format::Stored* values, void* side, int64_t rows, int64_t columns, int64_t block,
+                 float* x) {
+  const Field at{reinterpret_cast<uint64_t>(values), reinterpret_cast<uint64_t>(side)};
+  const int64_t per_row = (columns + block - 1) / block;
+  for (int64_t i = 0; i < rows * per_row; ++i) {
+    const int64_t column = i % per_row * block, begin = i / per_row * columns + column;
+    const int64_t n = column + block < columns ? block : columns - column;
+    float buffer[kLargestBlock];
+    const float* loaded = Codec<Format>::load(Stretch<Format>::of(at, {begin, n, i, nullptr}, 0), buffer);
+    for (int64_t k = 0; k < n; ++k) x[begin + k] = loaded[k];
+  }
+}
+
+template <typename Format>
+void store_blocks(const float* x, const uint32_t* noise, int64_t rows, int64_t columns, int64_t block,
+                  typename Format::Stored* values, void* side) {
+  const Field at{reinterpret_cast<uint64_t>(values), reinterpret_cast<uint64_t>(side)};
+  const int64_t per_row = (columns + block - 1) / block;
+  for (int64_t i = 0; i < rows * per_row; ++i) {
+    const int64_t column = i % per_row * block, begin = i / per_row * columns + column;
+    const int64_t n = column + block < columns ? block : columns - column;
+    Codec<Format>::store(Stretch<Format>::of(at, {begin, n, i, noise + begin}, 0), x + begin);
+  }
+}
+
 }  // namespace
 
+#define BLOCK_ENTRIES(NAME, FORMAT)                                                                         \
+  void store_blocks_##NAME(const float* x, const uint32_t* noise, int64_t rows, int64_t columns,            \
+                           int64_t block, FORMAT::Stored* values, void* side) {                             \
+    store_blocks<FORMAT>(x, noise, rows, columns, block, values, side);                                     \
+  }                                                                                                         \
+  void load_blocks_##NAME(FORMAT::Stored* values, void* side, int64_t rows, int64_t columns, int64_t block, \
+                          float* x) {                                                                       \
+    load_blocks<FORMAT>(values, side, rows, columns, block, x);                                             \
+  }
+
+// One value at a time.
 #define ROOT_ENTRIES(NAME, CODE)                                                                             \
   void store_##NAME(const float* x, const int32_t* noise, int64_t rows, int64_t columns,                     \
                     CODE::Stored* values, float* side) {                                                     \
@@ -52,7 +90,6 @@ void load_codes(const typename Code::Stored* values, const float* side, int64_t 
     }                                                                                                        \
   }
 
-// One value at a time, and a block as the walk on the CPU does.
 #define FLOAT_ENTRIES(NAME, FORMAT)                                                                  \
   void store_##NAME(const float* x, const int32_t*, int64_t rows, int64_t columns, uint16_t* values, \
                     void*) {                                                                         \
@@ -60,15 +97,6 @@ void load_codes(const typename Code::Stored* values, const float* side, int64_t 
   }                                                                                                  \
   void load_##NAME(const uint16_t* values, const void*, int64_t rows, int64_t columns, float* x) {   \
     for (int64_t i = 0; i < rows * columns; ++i) x[i] = FORMAT::load(values[i]);                     \
-  }                                                                                                  \
-  void store_block_##NAME(uint16_t* values, int64_t n, const float* x) {                             \
-    store_block({FORMAT::kCode, reinterpret_cast<uint64_t>(values)}, 0, n, x);                      \
-  }                                                                                                  \
-  void load_block_##NAME(const uint16_t* values, int64_t n, float* x) {                              \
-    float buffer[kBlock];                                                                            \
-    const float* loaded =                                                                            \
-        load_block<kRead>({FORMAT::kCode, reinterpret_cast<uint64_t>(values)}, 0, n, buffer);       \
-    for (int64_t i = 0; i < n; ++i) x[i] = loaded[i];                                                \
   }
 
 extern "C" {
@@ -77,6 +105,12 @@ FLOAT_ENTRIES(bfloat16, BFloat16)
 FLOAT_ENTRIES(float16, Float16)
 ROOT_ENTRIES(root_signed, SignedRoot)
 ROOT_ENTRIES(root_unsigned, UnsignedRoot)
+BLOCK_ENTRIES(bfloat16, BFloat16)
+BLOCK_ENTRIES(float16, Float16)
+BLOCK_ENTRIES(bfloat16_stochastic, StochasticBFloat16)
+BLOCK_ENTRIES(bfloat16_split, SplitBFloat16)
+BLOCK_ENTRIES(root_signed, SignedRoot)
+BLOCK_ENTRIES(root_unsigned, UnsignedRoot)
 
 void store_bfloat16_stochastic(const float* x, const int32_t* noise, int64_t rows, int64_t columns,
                                uint16_t* values, void*) {

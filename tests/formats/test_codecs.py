@@ -312,3 +312,25 @@ def test_the_least_noise_that_rounds_up_is_that_of_the_oracle(codec, name, short
     noise = np.maximum(-np.rint(places * 65536).astype(np.int64) % 65536 - short, 0)
     values, _ = codec.store(name, x, noise)
     np.testing.assert_array_equal(values, oracle.store(name, x, noise)[0])
+
+
+# ---- The walk on the CPU
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_of_any_length(by_isa, name):
+    """Whole vectors and what is left over of them have the same bits, and nothing after them is written."""
+    largest = by_isa.size(name)
+    x = np.abs(blocks("normal", 3, largest))
+    noise = np.random.default_rng(1).integers(0, 2**16, x.shape)
+    takes_noise = name not in ("float16", "bfloat16", "bfloat16_split")
+    for n in range(1, largest + 1):
+        row, its_noise = x[:, :n].reshape(1, -1) if name not in ROOTS else x[:, :n], None
+        if takes_noise:
+            its_noise = noise[:, :n].reshape(row.shape)
+        values, side = by_isa.store(name, row, its_noise, block=n)
+        expected = oracle.store(name, row, its_noise)
+        np.testing.assert_array_equal(values, expected[0])
+        if side is not None:
+            np.testing.assert_array_equal(side, expected[1])
+        assert_same_bits(by_isa.load(name, values, side, block=n), oracle.load(name, *expected))

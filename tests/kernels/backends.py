@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from format_codes import BF16, CUDA_LAYOUTS, F64, MIXES
+from format_codes import BF16, CPU_LAYOUTS, CUDA_LAYOUTS, F64
 
 from fused_adamw.backends import native
 from fused_adamw.tables import StepInputs, StepInputsStruct, Tables
@@ -49,7 +49,7 @@ class Kernels:
 class Native(Kernels):
     """The C++ kernels, through the operators. A grid is a number of threads."""
 
-    layouts = MIXES
+    layouts = CPU_LAYOUTS
     block, chunk, norm_chunk = 32, 1000, 1000
     grids = (1, 2, 3)
     norm_rtol = 2e-7

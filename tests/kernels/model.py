@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import oracle
 import torch
-from format_codes import BF16, F32, F64
+from format_codes import BF16, F32, F64, TAKES_NOISE, has_codes, takes_noise
+from formats.oracle import noise_pair
 
-from fused_adamw.tables import StepInputs, Tables, chunk_table, hyper_table, row_table
+from fused_adamw.tables import RowStruct, StepInputs, Tables, chunk_table, hyper_table, row_table, word_of
 
 from .buffers import Buffer
 
 NAMES = ("p", "g", "m", "v", "v_max", "step")
+FIELDS = {"param": 0, "exp_avg": 2, "exp_avg_sq": 3, "max_exp_avg_sq": 4}  # whose they are
 
 
 @dataclass
@@ -42,14 +44,39 @@ GROUPS = (
 
 @dataclass
 class Param:
-    """A row."""
+    """A row: a tensor, or a shard of one.
+
+    Attributes:
+        n: Elements.
+        group: Its index.
+        amsgrad: Whether there is a maximum; never where moments are codes.
+        grad: Whether there is a gradient.
+        step: Updates made so far.
+        shifts: Of p, g, m, v, v_max, in elements.
+        side_shifts: The same, of what is kept beside them.
+        columns: The length of its rows; None: it is one row.
+        whole_columns: The same in the whole tensor.
+        offset: Where its first element lies there.
+        ordinal: Its number among all parameters; None: one that is no other number of its row.
+    """
 
     n: int
     group: int = 0
     amsgrad: bool = False
     grad: bool = True
     step: float = 0.0
-    shifts: tuple[int, ...] = (0, 0, 0, 0, 0)  # of p, g, m, v, v_max, in elements
+    shifts: tuple[int, ...] = (0, 0, 0, 0, 0)
+    side_shifts: tuple[int, ...] = (0, 0, 0, 0, 0)
+    columns: int | None = None
+    whole_columns: int | None = None
+    offset: int = 0
+    ordinal: int | None = None
+
+    def index(self) -> np.ndarray:
+        """The place of each element in the whole tensor."""
+        i, local = np.arange(self.n, dtype=np.uint64), np.uint64(self.columns or 1)
+        whole = np.uint64(self.whole_columns or self.columns or 1)
+        return np.uint64(self.offset) + i // local * whole + i % local
 
 
 class Model:
@@ -58,37 +85,57 @@ class Model:
     Where they take a `grid`, it is one of `kernels.grids`.
     """
 
+    noise_seed = 0xFEDCBA9876543210
+
     def __init__(
         self, kernels, params: Sequence[Param], formats=(F32, F32, F32, F32), groups=PLAIN, chunk_size=None,
         seed=0, grad_scale=1.0,
     ):  # fmt: skip
-        self.kernels, self.params, self.formats, self.groups = kernels, params, formats, groups
+        self.kernels, self.formats, self.groups = kernels, formats, groups
+        self.params = [complete(param, i, formats) for i, param in enumerate(params)]
         random = np.random.default_rng(seed)
-        self.buffers = [draw(random, param, formats, grad_scale) for param in params]
-        p, g, m, v, v_max, step = ([row[i].address for row in self.buffers] for i in range(6))
-        slots = list(reversed(range(len(params))))  # not those of the rows
-        chunks = chunk_table([x.n for x in params], chunk_size or kernels.chunk)
+        self.buffers = [draw(random, param, formats, grad_scale) for param in self.params]
         self.lrs = [Buffer([group.lr], F32) for group in groups]
+        chunks = chunk_table([x.n for x in params], chunk_size or kernels.chunk)
         self.workspace = Buffer([0.0] + [5.0] * len(chunks), F64)
+        slots = list(reversed(range(len(params))))  # not those of the rows
+        grads = [self.buffers[slot][1].address * params[slot].grad for slot in slots]
         self.tables = Tables(
-            rows=row_table(
-                len(params),
-                param=p,
-                exp_avg=m,
-                exp_avg_sq=v,
-                max_exp_avg_sq=[address * x.amsgrad for address, x in zip(v_max, params, strict=True)],
-                step=step,
-                numel=[x.n for x in params],
-                hyper=[x.group for x in params],
-                slot=slots,
-            ),
-            grads=torch.tensor([g[slot] * params[slot].grad for slot in slots], dtype=torch.int64),
+            rows=self.rows(slots),
+            grads=torch.tensor(grads, dtype=torch.int64),
             chunks=chunks,
             chunk_size=chunk_size or kernels.chunk,
             hypers=hyper_table([fields(*pair) for pair in zip(groups, self.lrs, strict=True)]),
             formats=formats,
             workspace=self.workspace.tensor,
         )
+
+    def rows(self, slots: Sequence[int]) -> torch.Tensor:
+        """The table of rows."""
+
+        def there(name: str) -> list[bool]:
+            return [param.amsgrad or name != "max_exp_avg_sq" for param in self.params]
+
+        def addresses(name: str, of: str) -> list[int]:
+            tensors = [getattr(buffers[FIELDS[name]], of) for buffers in self.buffers]
+            return [address * is_there for address, is_there in zip(tensors, there(name), strict=True)]
+
+        table = row_table(
+            len(self.params),
+            **{name: addresses(name, "address") for name in FIELDS},
+            step=[buffers[5].address for buffers in self.buffers],
+            numel=[x.n for x in self.params],
+            hyper=[x.group for x in self.params],
+            slot=slots,
+            ordinal=[x.ordinal for x in self.params],
+            offset=[x.offset for x in self.params],
+            local_columns=[x.columns or 1 for x in self.params],
+            columns=[x.whole_columns or x.columns or 1 for x in self.params],
+        )
+        for name in FIELDS:
+            side = torch.tensor(addresses(name, "side_address"), dtype=torch.int64)
+            table[:, word_of(RowStruct, name) + 1] = side
+        return table
 
     def squares(self) -> list[float]:
         """The sum of squares of each chunk."""
@@ -115,7 +162,7 @@ class Model:
             grad_scale *= oracle.clip_coefficient(norm, max_grad_norm)
         skip = bool(found_inf) or (skip_nonfinite and not math.isfinite(norm))
         expected = [
-            self.expected(*row, grad_scale) if row[0].grad and not skip else [b.values for b in row[1]]
+            self.expected(*row, grad_scale) if row[0].grad and not skip else [b.snapshot() for b in row[1]]
             for row in zip(self.params, self.buffers, strict=True)
         ]
 
@@ -128,39 +175,47 @@ class Model:
                 (None if found_inf is None else [found_inf], F32),
             )
         ]
-        inputs = StepInputs(status.tensor, given[0], max_grad_norm, *given[1:], skip_nonfinite)
-        self.kernels.update(self.tables, inputs, self.grid(grid))
+        scalars = (given[0], max_grad_norm, *given[1:], skip_nonfinite, self.noise_seed)
+        self.kernels.update(self.tables, StepInputs(status.tensor, *scalars), self.grid(grid))
         status.check([norm, 5.0 + skip], "status")
         self.check_workspace()
         rtol = self.kernels.rtol(self.formats)
         for i, (buffers, values) in enumerate(zip(self.buffers, expected, strict=True)):
             for buffer, value, name in zip(buffers, values, NAMES, strict=True):
                 exact = name in ("g", "step")
-                buffer.check(value, f"{name} of row {i}, {self.params[i]}", 0.0 if exact else rtol)
+                buffer.check_stored(value, f"{name} of row {i}, {self.params[i]}", 0.0 if exact else rtol)
         return status.values
 
     def expected(self, param: Param, buffers, grad_scale: float):
-        """What a step makes of a row."""
-        p, g, m, v, v_max, step = (b.values for b in buffers)
+        """What a step makes of a row: the bits of each buffer."""
+        p, g, m, v, v_max, step = buffers
         group = replace(self.groups[param.group], amsgrad=param.amsgrad)
         if group.lr_tensor:
             group.lr = float(self.lrs[param.group].values[0])
         wide = np.float64 if self.formats[0] == F64 else np.float32
-        values = (x.astype(wide) for x in (p, g, m, v, v_max))
-        p, m, v, new_max = oracle.adamw(*values, group, float(step[0] + 1), grad_scale)
-        v_max = new_max if param.amsgrad else v_max
-        p, m, v, v_max = (
-            self.kernels.rounded(x, b.dtype)
-            for x, b in zip((p, m, v, v_max), (buffers[0], *buffers[2:5]), strict=True)
+        count = step.values[0] + 1
+        numbers = (b.values.astype(wide) for b in (p, g, m, v, v_max))
+        new = oracle.adamw(*numbers, group, float(count), grad_scale)
+        low, high = self.noise(param, int(count))
+        p, m, v, new_max = (
+            b.stored(self.kernels.rounded(x, b.format), noise if b.format in TAKES_NOISE else None)
+            for x, b, noise in zip(new, (p, m, v, v_max), (low, low, high, None), strict=True)
         )
-        return p, g, m, v, v_max, step + 1
+        v_max = new_max if param.amsgrad else v_max.snapshot()
+        return p, g.snapshot(), m, v, v_max, step.stored([count])
+
+    def noise(self, param: Param, step: int):
+        """That of parameter and exp_avg, and that of exp_avg_sq, where any is drawn."""
+        if not takes_noise(self.formats):
+            return None, None
+        return noise_pair(self.noise_seed, param.ordinal, step, param.index())
 
     def grid(self, grid):
         return self.kernels.grids[0] if grid is None else grid
 
     def check_workspace(self) -> None:
         """The ticket is 0 again, and the guards are whole."""
-        assert (self.workspace.bytes[:8] == 0).all()
+        assert (self.workspace.values[:1].view(np.uint64) == 0).all()
         self.workspace.check(self.workspace.values, "workspace")
 
     def set_special_values(self) -> Model:
@@ -172,29 +227,34 @@ class Model:
                 tiny = np.finfo(values.dtype).tiny * (0.125 if subnormal else 8.0)
                 values[:64] = values[70::7] = 0.0
                 values[71::31], values[64:68] = tiny, 1e-30
-                values[75::29] *= values.dtype.type(1e25 if buffer.dtype in (F32, BF16) else 1.0)
-                values[79::37] = np.nan
+                values[75::29] *= values.dtype.type(1e25 if buffer.format in (F32, BF16) else 1.0)
+                # One takes its whole block of codes along.
+                values[79 :: 500 if has_codes(self.formats) else 37] = np.nan
                 buffer.write(values)
         return self
 
 
+def complete(param: Param, i: int, formats) -> Param:
+    """Row i, with what follows from the formats and from the rest."""
+    coded = has_codes(formats)
+    columns = max(1, param.n) if param.columns is None and coded else param.columns
+    ordinal = 1000 + 7 * i if param.ordinal is None else param.ordinal
+    return replace(param, columns=columns, ordinal=ordinal, amsgrad=param.amsgrad and not coded)
+
+
 def draw(random, param: Param, formats, grad_scale: float) -> tuple[Buffer, ...]:
     """Parameter, gradient, moments, maximum, step. Moments are 0 before the first step."""
-    p_format, g_format, m_format, v_format = formats
+    max_format = F32 if has_codes(formats) else formats[2]
     started = param.step > 0
 
     def normal(scale):
         return random.standard_normal(param.n) * scale
 
     v = normal(0.3) ** 2
-    return (
-        Buffer(normal(1.0), p_format, param.shifts[0]),
-        Buffer(normal(grad_scale), g_format, param.shifts[1]),
-        Buffer(normal(0.1) * started, m_format, param.shifts[2]),
-        Buffer(v * started, v_format, param.shifts[3]),
-        Buffer(v * random.uniform(0.5, 2.0, param.n), m_format, param.shifts[4]),
-        Buffer([param.step], F32),
-    )
+    numbers = [normal(1.0), normal(grad_scale), normal(0.1) * started, v * started]
+    numbers.append(v * random.uniform(0.5, 2.0, param.n))
+    kept = zip(numbers, (*formats, max_format), param.shifts, param.side_shifts, strict=True)
+    return (*(Buffer(*what, columns=param.columns) for what in kept), Buffer([param.step], F32))
 
 
 def fields(group: Group, lr: Buffer) -> dict[str, float | int]:
