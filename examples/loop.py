@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from data import Batches, Data, Split
 from models import GPT, GPTConfig, ResNet, ResNetConfig
 from ranks import Ranks, whole
-from recipes import build_recipe
+from recipes import build_recipe, dtype_of
 from schedules import build_scheduler
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -109,7 +109,7 @@ class Trainer:
         self.history: list[Row] = []
 
         torch.manual_seed(seed)  # initial weights: the same in every run of a seed, and on every rank
-        self.model = task.build_model(settings.gradient_checkpointing).to(self.device)
+        self.model = task.build_model(settings.gradient_checkpointing).to(self.device, dtype_of(run))
         self.forward = self.ranks.wrap(self.model)
         self.recipe = build_recipe(
             run, self.model, settings.lr, settings.weight_decay, settings.clip, settings.backend
@@ -133,6 +133,15 @@ class Trainer:
         """Whether validation has not improved for as long as the settings allow."""
         patience = self.settings.patience
         return patience is not None and self.evaluations_since_best >= patience
+
+    def bytes_per_parameter(self) -> float:
+        """Return what parameters and optimizer state take, without step counts and gradients; locally."""
+        params = list(self.model.parameters())
+        state = self.recipe.optimizer.state
+        kept = [t for p in params for key, t in state[p].items() if key != "step"]
+        local = [getattr(t, "_local_tensor", t) for t in (*params, *kept)]
+        values = sum(t.numel() for t in local[: len(params)])
+        return sum(t.numel() * t.element_size() for t in local) / values
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on, in types that load with `weights_only=True`.
@@ -228,6 +237,7 @@ class Trainer:
             "seed": self.seed,
             "train_loss": float(self.ranks.mean(torch.stack(losses).sum())),
             **self.task.validation_metrics(None, None),
+            "bytes_per_parameter": None,
             "learning_rate": learning_rate,
             "grad_norm": float(whole(grad_norm)),
             "param_norm": float(whole(torch.nn.utils.get_total_norm(list(self.model.parameters())))),
@@ -244,7 +254,8 @@ class Trainer:
             self.evaluations_since_best = 0
         else:
             self.evaluations_since_best += 1
-        return self.task.validation_metrics(loss, accuracy)
+        measured = {"bytes_per_parameter": self.bytes_per_parameter()}
+        return self.task.validation_metrics(loss, accuracy) | measured
 
     @torch.no_grad()
     def _evaluate(self, split: Split) -> tuple[float, float]:

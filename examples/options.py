@@ -13,6 +13,7 @@ import torch
 from loop import AMP_DTYPES, Settings
 from models import GPTConfig, ResNetConfig
 from ranks import STRATEGIES, Ranks, launched
+from recipes import PRECISIONS
 from schedules import SCHEDULES
 
 from fused_adamw.backends import check_backend, kernels_for
@@ -41,6 +42,7 @@ class Options:
     settings: Settings
     data: Path | None
     data_share: float
+    precisions: tuple[str, ...]
     seeds: tuple[int, ...]
     out: Path
     checkpoint_every: int | None
@@ -126,7 +128,16 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--seeds", type=count, metavar="N", help="how many seeds hygiene is judged by (default: 3)"
     )
-    what.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: runs/<model>)")
+    what.add_argument(
+        "--precision",
+        nargs="*",
+        choices=PRECISIONS,
+        metavar="NAME",
+        help=f"compare these instead of optimizers, all if none is named: {', '.join(PRECISIONS)}",
+    )
+    what.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the results go (default: runs/<model>, runs/precision)"
+    )
 
     sizes = parser.add_argument_group("the model")
     for model, names in SIZES.items():
@@ -233,6 +244,10 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         parser.error(f"--data is text for --model gpt; {args.model} learns scikit-learn's digits")
     if args.data is not None and not args.data.exists():
         parser.error(f"--data {args.data} does not exist")
+    if args.precision is not None and args.model != "gpt":
+        parser.error("--precision is for --model gpt: BatchNorm's running averages need float32")
+    if args.precision is not None and args.amp is not None:
+        parser.error("--precision says what is computed in which dtype, and so does --amp: give one of them")
     if args.resume and args.force_fresh:
         parser.error("--resume continues and --force-fresh starts over: give one of them")
 
@@ -286,8 +301,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         settings=settings,
         data=args.data,
         data_share=QUICK_SHARE if args.quick else 1.0,
+        precisions=tuple(PRECISIONS if args.precision == [] else dict.fromkeys(args.precision or ())),
         seeds=tuple(range(args.seed, args.seed + seeds)),
-        out=args.out or Path("runs", args.model),
+        out=args.out or Path("runs", args.model if args.precision is None else "precision"),
         checkpoint_every=args.checkpoint or (CHECKPOINT_EVERY if args.resume else None),
         resume=args.resume,
         force_fresh=args.force_fresh,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,38 @@ TITLES = {
     "fused": "FusedHygieneAdamW",
     "uniform": "FusedHygieneAdamW, uniform decay",
 }
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In which dtype a model trains, and what its optimizer is asked for."""
+
+    title: str
+    dtype: torch.dtype
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+#: The runs of `--precision`, from the most bytes per parameter to the fewest.
+PRECISIONS = {
+    "fp32": Precision("float32", torch.float32),
+    "bf16-split": Precision(
+        "bfloat16, split master",
+        torch.bfloat16,
+        {"master_weights": "split", "state_dtype": torch.bfloat16},
+    ),
+    "bf16": Precision("bfloat16, nearest, as in torch", torch.bfloat16, {"stochastic_rounding": False}),
+    "bf16-stochastic": Precision("bfloat16, stochastic", torch.bfloat16, {"stochastic_rounding": True}),
+    "8bit": Precision(
+        "bfloat16, stochastic, 8-bit moments",
+        torch.bfloat16,
+        {"stochastic_rounding": True, "state_dtype": "8bit"},
+    ),
+}
+
+
+def dtype_of(run: str) -> torch.dtype:
+    """The dtype of the parameters in one of the runs."""
+    return PRECISIONS[run].dtype if run in PRECISIONS else torch.float32
 
 
 class Recipe(Protocol):
@@ -52,15 +86,22 @@ class FusedRecipe:
     """The same with FusedHygieneAdamW: unscaling and clipping happen inside the step."""
 
     def __init__(
-        self, model: nn.Module, lr: float, weight_decay: float, clip: float, backend: str, hygiene: bool
+        self,
+        params: nn.Module | Iterable[Tensor],
+        lr: float,
+        weight_decay: float,
+        clip: float,
+        backend: str,
+        **options: Any,
     ) -> None:
         self.optimizer = FusedHygieneAdamW(
-            model if hygiene else model.parameters(),  # the model: groups; its parameters: all decay alike
+            params,  # a model: groups; its parameters: all decay alike
             lr=lr,
             betas=BETAS,
             weight_decay=weight_decay,
             max_grad_norm=clip,
             backend=backend,
+            **options,
         )
 
     def step(self, scaler: GradScaler) -> Tensor:
@@ -73,7 +114,9 @@ class FusedRecipe:
 def build_recipe(
     run: str, model: nn.Module, lr: float, weight_decay: float, clip: float, backend: str
 ) -> Recipe:
-    """Build the recipe of one of the runs in `TITLES`."""
+    """Build the recipe of one of the runs in `TITLES` and `PRECISIONS`."""
     if run == "torch":
         return TorchRecipe(model, lr, weight_decay, clip)
-    return FusedRecipe(model, lr, weight_decay, clip, backend, hygiene=run == "fused")
+    params = model.parameters() if run == "uniform" else model
+    options = PRECISIONS[run].options if run in PRECISIONS else {}
+    return FusedRecipe(params, lr, weight_decay, clip, backend, **options)

@@ -3,7 +3,8 @@
 From one seed: (1) torch's AdamW with `clip_grad_norm_`, (2) FusedHygieneAdamW, which must follow the same
 curve, (3) FusedHygieneAdamW with uniform decay, to see what hygiene is worth. More seeds repeat (2) and (3).
 The metrics go to `runs/<model>/metrics.jsonl`, the picture to `runs/<model>/curves.png`. Under torchrun, with
-`--distributed`, several processes share each batch and follow the curves of one.
+`--distributed`, several processes share each batch and follow the curves of one. With `--precision` the runs
+are in several precisions instead, all with FusedHygieneAdamW.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from models import GPTConfig
 from options import Options, parse
 from plotting import draw_picture
 from ranks import joined
-from recipes import TITLES
+from recipes import PRECISIONS, TITLES
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -62,6 +63,8 @@ def load_task(options: Options) -> Task:
 
 def planned_runs(options: Options) -> list[tuple[str, int]]:
     """List the runs: torch's only for the first seed, which is enough to see whether the curves agree."""
+    if options.precisions:
+        return [(run, seed) for run in options.precisions for seed in options.seeds]
     first, *others = options.seeds
     return [(run, first) for run in TITLES] + [(run, seed) for seed in others for run in ("fused", "uniform")]
 
@@ -196,6 +199,40 @@ def report_hygiene(results: Results, options: Options, task: Task, console: Cons
     console.print(gain.verdict())
 
 
+def report_precisions(results: Results, options: Options, score: str, console: Console) -> None:
+    """Print score and bytes of each precision, and what the first one's spread from seed to seed is."""
+    table = Table(title=f"Validation {score} at the lowest validation loss", title_justify="left")
+    table.add_column("precision")
+    headings = ["bytes per parameter", *(f"seed {seed}" for seed in options.seeds), "mean"]
+    for heading in (*headings, "spread between seeds", f"mean gain over {options.precisions[0]}"):
+        table.add_column(heading, justify="right")
+    scores = {
+        run: [best_validation(results[run, seed])[score] for seed in options.seeds]
+        for run in options.precisions
+    }
+    first = scores[options.precisions[0]]
+    for run, mine in scores.items():
+        gain = Gain.of(mine, first, score)
+        mean_gain = f"{gain.mean:+.3f}"
+        if gain.interval is not None:
+            mean_gain += " ({:+.3f} to {:+.3f})".format(*gain.interval)
+        table.add_row(
+            run,
+            f"{results[run, options.seeds[0]][-1]['bytes_per_parameter']:.2f}",
+            *(f"{value:.3f}" for value in mine),
+            f"{sum(mine) / len(mine):.3f}",
+            f"{torch.tensor(mine).std():.3f}" if len(mine) > 1 else "–",
+            "–" if mine is first else mean_gain,
+        )
+    console.print(table)
+    for run in options.precisions:
+        console.print(f"{run}: {PRECISIONS[run].title}")
+    console.print(
+        "Bytes: parameters and optimizer state, without gradients. In brackets: 95 % interval of the mean "
+        "gain; one that includes 0 says that seeds explain the difference."
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     logging.basicConfig(format="%(message)s")
@@ -205,10 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     with joined(options.ranks, options.settings.device):
-        return compare_optimizers(options)
+        return compare_runs(options)
 
 
-def compare_optimizers(options: Options) -> int:
+def compare_runs(options: Options) -> int:
     """Make all runs and report on them; return the exit status."""
     console = Console(highlight=False)
     try:
@@ -218,7 +255,7 @@ def compare_optimizers(options: Options) -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
 
-    settings, first = options.settings, options.seeds[0]
+    settings = options.settings
     console.print(
         f"{options.model} on {task.data.description}, {settings.max_steps} steps, {settings.device}"
     )
@@ -234,8 +271,19 @@ def compare_optimizers(options: Options) -> int:
                 )
             results[run, seed] = train(trainer, options, metrics)
 
-    allowed = tolerance(settings.amp)
     console.print()
+    if options.precisions:
+        report_precisions(results, options, task.score, console)
+        status = 0
+    else:
+        status = report_optimizers(results, options, task, console)
+    console.print(f"\nmetrics: {metrics.name}")
+    return status
+
+
+def report_optimizers(results: Results, options: Options, task: Task, console: Console) -> int:
+    """Print and draw what the runs say about the optimizers; return 1 if the two part, else 0."""
+    first, allowed = options.seeds[0], tolerance(options.settings.amp)
     same = report_path(results, first, allowed, console)
     console.print()
     report_hygiene(results, options, task, console)
@@ -244,11 +292,11 @@ def compare_optimizers(options: Options) -> int:
         draw_picture(
             {run: results[run, first] for run in TITLES},
             allowed,
-            settings.clip,
+            options.settings.clip,
             f"{options.model} on {task.data.description}, seed {first}",
             picture,
         )
-    console.print(f"\nmetrics: {metrics.name}\npicture: {picture}")
+    console.print(f"\npicture: {picture}")
     return 0 if same else 1
 
 

@@ -342,7 +342,7 @@ class TestFormats:
         )
         assert lines[3].startswith("wte.weight is kept as float32, exp_avg as float32")  # it is tied
 
-    @pytest.mark.parametrize("options", [[], ["--state-dtype", "bfloat16"]], ids=str)
+    @pytest.mark.parametrize("options", [[], FORMATS, ["--state-dtype", "bfloat16"]], ids=str)
     def test_bytes_are_those_of_the_optimizer(self, capsys, options):
         """Of its parameters and state, as they are in memory."""
         assert explain(EMBEDDER, "--json", *options) == 0

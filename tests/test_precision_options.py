@@ -262,6 +262,7 @@ def warnings_of(*args, **options):
         (BF16, {"master_weights": "split"}, True),
         (BF16, {"state_roles": {"norm": F32}}, True),
         (BF16, {"betas": (0.9, 0.99)}, False),
+        (BF16, {"betas": (torch.tensor(0.9), torch.tensor(0.99))}, False),
         (BF16, {"stochastic_rounding": True}, False),
         (BF16, {"stochastic_rounding": False}, False),
         (BF16, {"state_dtype": BF16}, False),

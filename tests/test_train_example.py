@@ -95,7 +95,7 @@ def test_both_optimizers_follow_the_same_curve(job, model, capsys):
 @pytest.mark.parametrize("model", TINY)
 def test_metrics_have_the_promised_fields(job, model):
     _, rows = job(*TINY[model], "--eval-every=5")
-    validated = SCORES[model] | {"val_loss"}
+    validated = SCORES[model] | {"val_loss", "bytes_per_parameter"}
     always = {"step", "run", "seed", "train_loss", "learning_rate", "grad_norm", "param_norm"} | TIMES
     for row in rows:
         assert row.keys() == always | validated

@@ -109,7 +109,7 @@ def warn_of_nearest(
     """
     if not (precision.stochastic_rounding is None and any(map(_is_bfloat16, groups))):
         return
-    beta2s = [float(group["betas"][1]) for group in groups]
+    beta2s = [round(float(group["betas"][1]), 6) for group in groups]  # float32 tensors hold .99000001
     pairs = [(beta2, p) for beta2, group in zip(beta2s, groups, strict=True) for p in group["params"]]
     beta2s = [
         beta2
