@@ -2,15 +2,18 @@
 
 from .backends import available_backends
 from .groups import build_param_groups, explain_param_groups, get_optimizer_grouped_parameters
+from .muon import MuonWithAdamW, split_for_muon
 from .optimizer import AdamW, FusedHygieneAdamW
 from .version import __version__
 
 __all__ = [
     "AdamW",
     "FusedHygieneAdamW",
+    "MuonWithAdamW",
     "__version__",
     "available_backends",
     "build_param_groups",
     "explain_param_groups",
     "get_optimizer_grouped_parameters",
+    "split_for_muon",
 ]

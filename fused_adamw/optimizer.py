@@ -177,15 +177,15 @@ class FusedHygieneAdamW(Checkpointed):
             fused=fused,
         )
         self._show_options()
-        self._announce(params if from_model else None)
+        self._announce(params if from_model else None, _has_decay_of_its_own(groups))
 
-    def _announce(self, model: nn.Module | None) -> None:
+    def _announce(self, model: nn.Module | None, is_decided: bool) -> None:
         """Log what was made of the parameters, after a last check of the selectors among the arguments."""
         purposes, params = self._all_purposes(), [p for group in self.param_groups for p in group["params"]]
         check_state_roles(self._precision, purposes, model is not None)
         if model is not None:
             announce(f"[AdamW Groups] {summarize_param_groups(self.param_groups, model)}")
-        elif len(self.param_groups) == 1:
+        elif len(self.param_groups) == 1 and not is_decided:
             announce(
                 f"[AdamW Groups] {len(params)} params in one group, "
                 f"weight_decay={self.param_groups[0]['weight_decay']} for all: no hygiene applied. Pass the "
@@ -429,6 +429,11 @@ class FusedHygieneAdamW(Checkpointed):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:
             self._param_names.learn(group)
+
+
+def _has_decay_of_its_own(groups: Any) -> bool:
+    """Whether somebody has decided how much the first of these groups decays."""
+    return isinstance(groups, list) and isinstance(groups[0], dict) and "weight_decay" in groups[0]
 
 
 class AdamW(FusedHygieneAdamW):

@@ -31,8 +31,9 @@ ALLOWED = {
     "state": {"arguments", "dtensors", "fields", "formats", "groups", "layout", "names", "tables"},
     "optimizer": {"announce", "arguments", "backends", "device", "dtensors", "fields", "groups", "names"}
     | {"state", "step", "tables"},
+    "muon": {"announce", "arguments", "backends", "dtensors", "groups", "optimizer", "step", "tables"},
     "version": set(),
-    "__init__": {"groups", "backends", "optimizer", "version"},
+    "__init__": {"groups", "backends", "muon", "optimizer", "version"},
     "cli": {"arguments", "backends", "device", "groups", "optimizer", "state", "version"},
     "__main__": {"cli"},
 }

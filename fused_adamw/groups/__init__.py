@@ -10,6 +10,7 @@ from .build import (
 from .changes import DecayChange, decay_changes
 from .decide import Decision, Options, decide
 from .lint import Lint
+from .muon import MuonHint, MuonSplit
 from .overrides import ParamGroupWarning
 from .places import canonical
 from .policies import POLICIES, Policy
@@ -23,6 +24,8 @@ __all__ = [
     "DecayChange",
     "Decision",
     "Lint",
+    "MuonHint",
+    "MuonSplit",
     "Options",
     "ParamGroupReport",
     "ParamGroupWarning",
