@@ -14,6 +14,7 @@ from .dtensors import is_flattened
 from .state.precision import Precision, StateDtype
 from .step.norm import NormGroup
 from .tables import as_number
+from .variants import VARIANT, DecayMode, Variant, Variants
 
 # They are attributes of the optimizer, not group keys: those would end up in checkpoints, and torch's
 # checkpoints, which lack them, would not load. Each with its default.
@@ -150,6 +151,11 @@ def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
             raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def _set_options_of(variant: Variant, default: Variant) -> dict[str, Any]:
+    """What differs from the default."""
+    return {name: value for name, value in variant._asdict().items() if value != getattr(default, name)}
+
+
 class OwnArguments(torch.optim.AdamW):
     """torch's AdamW with the arguments that it does not have, as properties; `step` gives them meaning."""
 
@@ -158,6 +164,7 @@ class OwnArguments(torch.optim.AdamW):
     _norm_group: NormGroup | None
     _skip_nonfinite: bool
     _precision: Precision
+    _variants: Variants
     _status: Tensor | None  # float64: norm of the last step, steps skipped so far
     _has_norm: bool
 
@@ -214,6 +221,26 @@ class OwnArguments(torch.optim.AdamW):
         return self._precision.seed
 
     @property
+    def weight_decay_mode(self) -> DecayMode:
+        """How decay follows lr, unless a group says otherwise."""
+        return self._variants.default.weight_decay_mode
+
+    @property
+    def cautious_weight_decay(self) -> bool:
+        """Whether decay acts only where the update shrinks a parameter, unless a group says otherwise."""
+        return self._variants.default.cautious_weight_decay
+
+    @property
+    def nesterov(self) -> bool:
+        """Whether the momentum looks one step ahead, unless a group says otherwise."""
+        return self._variants.default.nesterov
+
+    @property
+    def lr_ref(self) -> float | None:
+        """The peak of lr that decay is relative to; None: what the group says."""
+        return self._variants.default.lr_ref
+
+    @property
     def skip_nonfinite(self) -> bool:
         """Whether steps whose gradient norm is not finite are skipped."""
         return self._skip_nonfinite
@@ -259,9 +286,10 @@ class OwnArguments(torch.optim.AdamW):
     def _set_options(self) -> dict[str, Any]:
         """What was set of the arguments that change results."""
         values = {name: getattr(self, name) for name in OWN if name != "backend"}
-        return {
+        options = {
             name: value for name, value in values.items() if value is not OWN[name] and value != OWN[name]
         }
+        return options | _set_options_of(self._variants.default, Variant())
 
     def _show_options(self) -> None:
         """Show the own options that are set in `defaults`, where loggers look; groups do not get them.
@@ -270,13 +298,17 @@ class OwnArguments(torch.optim.AdamW):
         """
         options = self._set_options()
         options.pop("norm_process_group", None)
-        for name in OWN:
+        for name in (*OWN, *VARIANT):
             self.defaults.pop(name, None)
         self.defaults.update(options)
 
     def __repr__(self) -> str:
         head, rest = super().__repr__().split("\n", 1)
-        return "\n".join([head, *(f"{name}: {value}" for name, value in self._set_options().items()), rest])
+        lines = [f"{name}: {value}" for name, value in self._set_options().items()]
+        for index, group in enumerate(self.param_groups):
+            if (variant := self._variants.of(group)) != self._variants.default:
+                lines.append(f"of group {index}: {_set_options_of(variant, self._variants.default)}")
+        return "\n".join([head, *lines, rest])
 
     def _needs_norm(self) -> bool:
         return self._max_grad_norm is not None or self._skip_nonfinite

@@ -17,7 +17,7 @@ from .backends import check_backend, kernels_for, reference
 from .device import is_capturing
 from .dtensors import has_peers, is_flattened, local_grads
 from .fields import Rounding, State
-from .groups import Options, Role, decide, decided_groups, is_model, summarize_param_groups
+from .groups import Options, Overrides, Role, decide, decided_groups, is_model, summarize_param_groups
 from .names import ParamNames, show_names_to_dcp
 from .state.checks import check_fused, check_hypers, check_no_transform, check_not_differentiable, check_step
 from .state.contents import is_counted, missing_state
@@ -30,6 +30,7 @@ from .step.launch import Tensors
 from .step.plan import Plan, Request
 from .step.snapshot import Snapshot
 from .tables import Hyper, StepInputs
+from .variants import VARIANT, DecayMode, Variant, Variants
 
 # Attributes that a copy of the optimizer keeps. It builds a plan of its own, as a plan is full of addresses.
 _COPIED = (
@@ -98,7 +99,19 @@ class FusedHygieneAdamW(Checkpointed):
         state_roles: The same for single roles, and for parameters by a glob over names, which wins:
             `{"embedding": "8bit", "*.head.weight": torch.float32}`.
         seed: Of the noise of stochastic rounding, which is the same on all replicas and after resuming.
+        weight_decay_mode: What parameters lose of themselves in a step: "lr", as torch, lr * weight_decay;
+            "schedule", weight_decay * lr / lr_ref; "corrected", weight_decay * lr^2 / lr_ref
+            (AdamC, https://arxiv.org/abs/2506.02285); "constant", weight_decay. This and the next three may
+            differ by group: they are options of groups that are passed in, and of `overrides`, but never show
+            in `param_groups`, and no checkpoint has them.
+        cautious_weight_decay: Decay only where the update shrinks a parameter too
+            (https://arxiv.org/abs/2510.12402).
+        nesterov: Let the momentum look one step ahead, as `torch.optim.NAdam(decoupled_weight_decay=True)`
+            does once its momentum has warmed up.
+        lr_ref: The peak of lr that "schedule" and "corrected" refer to; None: the group's `max_lr` or
+            `initial_lr`, which schedulers set, or else the lr that it came with.
         backend: "auto", "native" (C++ on CPU, CUDA on GPU), "triton" or "reference" (plain PyTorch).
+        overrides: What of a model's groups to change by hand, as in `build_param_groups`.
         example_inputs: What to call a model with, so that its groups are built with evidence by use, as
             `build_param_groups` does. Not kept, and without effect unless `params` is a model.
 
@@ -133,7 +146,12 @@ class FusedHygieneAdamW(Checkpointed):
         state_dtype: StateDtype | None = None,
         state_roles: Mapping[Role | str, StateDtype] | None = None,
         seed: int = 0,
+        weight_decay_mode: DecayMode = "lr",
+        cautious_weight_decay: bool = False,
+        nesterov: bool = False,
+        lr_ref: float | None = None,
         backend: str = "auto",
+        overrides: Overrides | None = None,
         example_inputs: Any = None,
     ) -> None:
         check_backend(backend)
@@ -142,6 +160,8 @@ class FusedHygieneAdamW(Checkpointed):
         self._precision = checked_precision(
             master_weights, stochastic_rounding, state_dtype, state_roles, seed
         )
+        variant = Variant(weight_decay_mode, cautious_weight_decay, nesterov, lr_ref)
+        self._variants = Variants(variant.checked(""))
         self._skip_nonfinite = checked_skip_nonfinite(skip_nonfinite)
         self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
         self._plan: Plan | None = None
@@ -157,11 +177,15 @@ class FusedHygieneAdamW(Checkpointed):
         self._purposes = Purposes()
         if from_model:
             self._model = weakref.ref(params)
-            group_options = Options(weight_decay, example_inputs=example_inputs)
+            group_options = Options(weight_decay, overrides=overrides, example_inputs=example_inputs)
             decisions = decide(params, group_options)
             groups = decided_groups(decisions, group_options)
             self._purposes.learn(decisions)
             show_names_to_dcp()
+        elif overrides is not None:
+            raise TypeError(
+                "overrides select parameters of a model: pass the model instead of its parameters"
+            )
         self._param_names = ParamNames(self._model)
         super().__init__(
             groups,
@@ -210,6 +234,9 @@ class FusedHygieneAdamW(Checkpointed):
         """
         index = len(self.param_groups)
         given = set(param_group) if isinstance(param_group, dict) else set()
+        of_rule = {name: param_group[name] for name in VARIANT if name in given}
+        if of_rule:
+            param_group = {**param_group}  # may build other optimizers, too
         if self._names_are_ours and isinstance(param_group, dict):
             self._param_names.correct(self.param_groups)
             self._param_names.complete([*self.param_groups, param_group])
@@ -219,12 +246,15 @@ class FusedHygieneAdamW(Checkpointed):
         for name in OWN:
             if name not in given:
                 group.pop(name, None)  # torch completes a group from `defaults`
+        for name in VARIANT:
+            group.pop(name, None)
         names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
         names = [f"{name} of group {index}" for name in names]
         try:
             self._check_params(group["params"], names)
             check_hypers(group, index)
             self._check_own(group, index)
+            self._variants.take(group, of_rule, index)
             self._check_amsgrad(group, index)
             self._learn_purposes(group)
         except Exception:
@@ -312,7 +342,8 @@ class FusedHygieneAdamW(Checkpointed):
     def _hypers(self) -> list[Hyper]:
         """Read the hyper-parameters of all groups, as schedulers left them."""
         try:
-            return [Hyper.of(group) for group in self.param_groups]
+            hypers = [Hyper.of(group) for group in self.param_groups]
+            return self._variants.applied(hypers, self.param_groups)
         except (TypeError, ValueError):
             for index, group in enumerate(self.param_groups):
                 check_hypers(group, index)  # names what is wrong
@@ -419,7 +450,8 @@ class FusedHygieneAdamW(Checkpointed):
 
     def __getstate__(self) -> dict[str, Any]:
         self._param_names.correct(self.param_groups)
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in _COPIED}}
+        own = {name: self.__dict__[name] for name in _COPIED}
+        return {**super().__getstate__(), **own, "_variants": self._variants.by_position(self.param_groups)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None
@@ -427,6 +459,8 @@ class FusedHygieneAdamW(Checkpointed):
         self._double_clip = DoubleClipDetector()
         self.__dict__.setdefault("_param_names", ParamNames())
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_variants" in state:  # a copy: else a state_dict is being loaded
+            self._variants = Variants.from_positions(state["_variants"], self.param_groups)
         for group in self.param_groups:
             self._param_names.learn(group)
 

@@ -42,14 +42,14 @@ class Hypers:
     weight_decay_mode: str = "lr"
     cautious_weight_decay: bool = False
     nesterov: bool = False
-    initial_lr: float = 1.0  # of the group
+    lr_ref: float = 1e-3
 
     def decay(self):
         """What parameters lose of themselves in a step."""
         return {
             "lr": self.lr * self.weight_decay,
-            "schedule": self.weight_decay * self.lr / self.initial_lr,
-            "corrected": self.weight_decay * self.lr**2 / self.initial_lr,
+            "schedule": self.weight_decay * self.lr / self.lr_ref,
+            "corrected": self.weight_decay * self.lr**2 / self.lr_ref,
             "constant": self.weight_decay,
         }[self.weight_decay_mode]
 

@@ -95,6 +95,13 @@ def pair(target, shapes, hypers=oracle.Hypers(), dtype=torch.float32, state_dtyp
         oracle.Hypers(betas=(0.5, 0.99)),
         oracle.Hypers(eps=0.0),
         oracle.Hypers(eps=1e-3, lr=0.1),
+        oracle.Hypers(weight_decay_mode="schedule", weight_decay=0.1, lr=3e-4),
+        oracle.Hypers(weight_decay_mode="corrected", weight_decay=0.1, lr=3e-4),
+        oracle.Hypers(weight_decay_mode="constant", weight_decay=1e-3),
+        oracle.Hypers(cautious_weight_decay=True, weight_decay=0.3, lr=1e-2),
+        oracle.Hypers(cautious_weight_decay=True, maximize=True, weight_decay_mode="constant"),
+        oracle.Hypers(nesterov=True),
+        oracle.Hypers(nesterov=True, betas=(0.3, 0.9), amsgrad=True, cautious_weight_decay=True),
     ],
     ids=lambda h: (
         ",".join(f"{k}={v}" for k, v in vars(h).items() if v != getattr(oracle.Hypers(), k)) or "defaults"

@@ -11,7 +11,7 @@ from .changes import DecayChange, decay_changes
 from .decide import Decision, Options, decide
 from .lint import Lint
 from .muon import MuonHint, MuonSplit
-from .overrides import ParamGroupWarning
+from .overrides import Overrides, ParamGroupWarning
 from .places import canonical
 from .policies import POLICIES, Policy
 from .report import ParamGroupReport, PolicyDiff, explain_param_groups
@@ -27,6 +27,7 @@ __all__ = [
     "MuonHint",
     "MuonSplit",
     "Options",
+    "Overrides",
     "ParamGroupReport",
     "ParamGroupWarning",
     "Policy",
