@@ -21,7 +21,7 @@ from .groups import Options, Overrides, Role, decide, decided_groups, is_model, 
 from .names import ParamNames, show_names_to_dcp
 from .state.checks import check_fused, check_hypers, check_no_transform, check_not_differentiable, check_step
 from .state.contents import is_counted, missing_state
-from .state.loading import Checkpointed
+from .state.masters import Mastered
 from .state.precision import StateDtype
 from .state.purposes import Purposes, check_state_roles, summarize_state, warn_of_nearest
 from .step.double_clip import DoubleClipDetector
@@ -46,7 +46,7 @@ _COPIED = (
 )
 
 
-class FusedHygieneAdamW(Checkpointed):
+class FusedHygieneAdamW(Mastered):
     """AdamW that decays the right parameters and clips inside the update.
 
     With `FusedHygieneAdamW(model, lr=3e-4, weight_decay=0.1, max_grad_norm=1.0)`, `step()` is equivalent to

@@ -58,6 +58,7 @@ ALLOWED_WITHIN = {
         "checks": {"contents"},
         "checkpoints": {"checks", "contents", "mismatch"},
         "regroup": {"checkpoints"},
+        "masters": {"contents", "loading"},
         "loading": {"checkpoints", "contents", "precision", "purposes", "regroup"},
     },
     # The rule knows no formats, and a format no rule.

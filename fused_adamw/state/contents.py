@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dtensors import local_tensors, wrapped
 from ..fields import CODED, MAXIMUM, RESIDUAL, State, moments_of, named
-from ..formats import Field, Format, memory_order
+from ..formats import Field, Format, RootCode, memory_order
 from .precision import Kept
 
 
@@ -75,21 +75,30 @@ def missing_state(state: Mapping[str, Any], p: Tensor, amsgrad: bool, kept: Kept
     return missing
 
 
-def copied_state(saved: Mapping[str, Any], p: Tensor, kept: Kept) -> dict[str, Tensor]:
+def copied_state(saved: Mapping[str, Any], p: Tensor, name: str, kept: Kept) -> dict[str, Tensor]:
     """Copies of a saved step count, moments and residual, made as for the first step.
 
     Moments are rounded to the nearest that their format can keep; what was in that format stays as it was.
+
+    Args:
+        saved: The saved state.
+        p: The parameter.
+        name: Its name in messages.
+        kept: The formats of the copies.
+
+    Raises:
+        RuntimeError: Moments were in 8 bits, and rounded since.
     """
     state = {}
     if "step" in saved:
         state["step"] = new_step(p, saved["step"])
     present = moments_of({key: value for key, value in saved.items() if isinstance(value, Tensor)})
-    for name, format in _formats(kept):
-        if name in present:
+    for moment, format in _formats(kept):
+        if moment in present:
             field = new_field(p, format)
             with torch._C.DisableTorchFunctionSubclass():
-                _copy(present[name], field)
-            state |= named(name, field)
+                _copy(present[moment], field, f"the saved {moment} of parameter {name}")
+            state |= named(moment, field)
     residual = new_side(p.detach(), kept.param) if RESIDUAL in saved else None
     if residual is not None:
         state[RESIDUAL] = residual.copy_(saved[RESIDUAL])
@@ -101,7 +110,7 @@ def _formats(kept: Kept) -> Iterator[tuple[str, Format]]:
     yield from (("exp_avg", kept.exp_avg), ("exp_avg_sq", kept.exp_avg_sq), (MAXIMUM, kept.exp_avg))
 
 
-def _copy(saved: Field, field: Field) -> None:
+def _copy(saved: Field, field: Field, what: str) -> None:
     """Write a saved moment, of any device, layout and format, into a new one."""
     if saved.side is None and field.side is None:
         field.values.copy_(saved.values)
@@ -113,6 +122,28 @@ def _copy(saved: Field, field: Field) -> None:
                 to.copy_(t)
     else:
         target.write(source.load().to(target.values.device))
+        if source.side is None and target.side is not None and _was_rounded(source, target):
+            raise RuntimeError(
+                f"{what} is what 8-bit moments decode to, rounded to {source.values.dtype}, as "
+                "torch.optim.Optimizer.load_state_dict rounds them to the parameter's dtype. Load what "
+                "state_dict() of FusedHygieneAdamW returned, before another optimizer had it."
+            )
+
+
+def _was_rounded(saved: Field, coded: Field) -> bool:
+    """Whether saved moments are values of codes that were rounded to a smaller dtype.
+
+    Others are about a code's width away from the nearest code; many different ones near theirs are no chance.
+    """
+    if saved.values.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    limits, format = torch.finfo(saved.values.dtype), coded.format
+    assert isinstance(format, RootCode)
+    x, code = saved.load().to(coded.values.device), coded.values.int().abs()
+    told = (code > 0) & (code < format.levels) & (x.abs() >= limits.tiny)
+    x, decoded = x[told], coded.load()[told]
+    is_near = ((decoded - x).abs() <= limits.eps * x.abs()).all()
+    return bool(is_near) and int(x.sort().values.diff().count_nonzero()) >= 64
 
 
 def _placed(field: Field, like: Tensor) -> Field:
