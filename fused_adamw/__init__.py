@@ -1,7 +1,7 @@
 """AdamW done right in one line: the right parameters decay, clipping happens inside one fused update."""
 
 from .backends import available_backends
-from .groups import build_param_groups, explain_param_groups, get_optimizer_grouped_parameters
+from .groups import WidthScale, build_param_groups, explain_param_groups, get_optimizer_grouped_parameters
 from .muon import MuonWithAdamW, split_for_muon
 from .optimizer import AdamW, FusedHygieneAdamW
 from .version import __version__
@@ -10,6 +10,7 @@ __all__ = [
     "AdamW",
     "FusedHygieneAdamW",
     "MuonWithAdamW",
+    "WidthScale",
     "__version__",
     "available_backends",
     "build_param_groups",

@@ -1,10 +1,10 @@
-"""The command line: `python -m fused_adamw info | explain`."""
+"""The command line: `python -m fused_adamw info | explain | coord-check`."""
 
 from __future__ import annotations
 
 import argparse
 
-from . import explain, info
+from . import coord_check, explain, info
 from .errors import show_error
 
 __all__ = ["main"]
@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m fused_adamw")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (info, explain):
-        name = command.__name__.rpartition(".")[2]
+    for command in (info, explain, coord_check):
+        name = command.__name__.rpartition(".")[2].replace("_", "-")
         about = commands.add_parser(name, help=command.HELP)
         command.add_arguments(about)
         about.set_defaults(run=command.run)

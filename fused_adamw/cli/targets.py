@@ -44,6 +44,23 @@ def load_target(target: str) -> nn.Module:
 
 def _from_factory(source: str, name: str) -> nn.Module:
     target = f"{source}:{name}"
+    found = find(target)
+    model = _call(found, target) if callable(found) and not isinstance(found, nn.Module) else found
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"target {target!r}: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def find(target: str) -> Any:
+    """Return what `package.module:name` names, a module or a factory.
+
+    Raises:
+        ValueError: If the target is malformed or names nothing.
+        Exception: Whatever the module raises.
+    """
+    source, colon, name = target.partition(":")
+    if not (colon and source and name):
+        raise ValueError(f"target {target!r}: expected package.module:factory")
     _refuse_paths(source, name)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
@@ -53,10 +70,7 @@ def _from_factory(source: str, name: str) -> nn.Module:
             found = getattr(found, part)
     except AttributeError as error:
         raise ValueError(f"target {target!r}: {error}") from error
-    model = _call(found, target) if callable(found) and not isinstance(found, nn.Module) else found
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"target {target!r}: expected a torch.nn.Module, got {type(model).__name__}")
-    return model
+    return found
 
 
 def _refuse_paths(source: str, name: str) -> None:

@@ -17,6 +17,7 @@ from .policies import POLICIES, Policy
 from .report import ParamGroupReport, PolicyDiff, explain_param_groups
 from .resume import compare_param_names
 from .roles import Role, register_type
+from .scaling import WidthScale
 from .walk import is_model
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Policy",
     "PolicyDiff",
     "Role",
+    "WidthScale",
     "build_param_groups",
     "canonical",
     "compare_param_names",

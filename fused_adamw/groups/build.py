@@ -13,6 +13,7 @@ from .overrides import Overrides, Setting
 from .places import tensors_of
 from .policies import Policy, get_policy
 from .roles import Role
+from .scaling import WidthScale
 from .walk import walk
 
 
@@ -26,6 +27,8 @@ def build_param_groups(
     layer_decay: float | None = None,
     lr: float | Tensor | None = None,
     example_inputs: Any = None,
+    lr_by_role: Mapping[Role | str, float] | str | None = None,
+    width: WidthScale | None = None,
 ) -> list[dict[str, Any]]:
     """Build parameter groups in which the right parameters decay.
 
@@ -46,10 +49,13 @@ def build_param_groups(
             decay, or a mapping of options (`weight_decay`, `weight_decay_scale`, `lr`, `lr_scale`, any group
             option).
         layer_decay: Factor on the learning rate per layer below the top, e.g. 0.75.
-        lr: The base learning rate that `layer_decay` and `lr_scale` scale.
+        lr: The base learning rate that `layer_decay`, `lr_by_role`, `width` and `lr_scale` scale.
         example_inputs: What to call the model with: a tensor, a tuple or list of positional arguments, or a
             mapping of keyword arguments. One forward pass of a copy is watched, without arithmetic where the
             model allows, to see how each parameter is used. If it fails, a warning says so.
+        lr_by_role: Factors on `lr` by role, e.g. `{"embedding": 0.2}`, or the name of a published recipe:
+            `"nanochat"`, which sets `lr`, `betas` and `eps` of embeddings and outputs.
+        width: How wide the model is against the one that `lr` was tuned on: `WidthScale(base=...)`.
 
     Returns:
         Groups with `params`, `param_names` (canonical: wrapper components dropped) and `weight_decay`, decay
@@ -68,7 +74,9 @@ def build_param_groups(
         >>> [(group["weight_decay"], group["param_names"]) for group in groups]
         [(0.1, ['0.weight']), (0.0, ['0.bias', '1.weight', '1.bias'])]
     """
-    options = Options(weight_decay, policy, roles, overrides, layer_decay, lr, example_inputs)
+    options = Options(
+        weight_decay, policy, roles, overrides, layer_decay, lr, example_inputs, lr_by_role, width
+    )
     return decided_groups(decide(model, options), options)
 
 
@@ -111,6 +119,8 @@ def new_param_groups(
     layer_decay: float | None = None,
     lr: float | Tensor | None = None,
     example_inputs: Any = None,
+    lr_by_role: Mapping[Role | str, float] | str | None = None,
+    width: WidthScale | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for parameters that became trainable after the optimizer was built.
 
@@ -124,6 +134,8 @@ def new_param_groups(
         layer_decay: As above.
         lr: As above.
         example_inputs: As above.
+        lr_by_role: As above.
+        width: As above.
 
     Returns:
         Groups for the trainable parameters that are in no group yet, ready for `add_param_group`; an empty
@@ -133,7 +145,9 @@ def new_param_groups(
         TypeError: As `build_param_groups`.
         ValueError: As `build_param_groups`, but a model with nothing to train gives an empty list.
     """
-    options = Options(weight_decay, policy, roles, overrides, layer_decay, lr, example_inputs)
+    options = Options(
+        weight_decay, policy, roles, overrides, layer_decay, lr, example_inputs, lr_by_role, width
+    )
     known = {id(param) for group in param_groups for param in tensors_of(group)}
     decisions = [d for d in decide(model, options, allow_none=True) if id(d.param) not in known]
     return decided_groups(decisions, options)

@@ -1,4 +1,4 @@
-"""One decision per tensor, in one pass: role, policy, marks, overrides, layer scale.
+"""One decision per tensor, in one pass: role, policy, marks, overrides, scales.
 
 Precedence, strongest first: overrides (later ones win), marks and hooks, `roles=`, the policy.
 """
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .ends import with_ends
 from .findings import Confidence, Finding, Rule
 from .identify import identify
-from .layers import layer_depths
 from .marks import Marks, call_hook
 from .overrides import (
     Override,
@@ -29,6 +28,7 @@ from .overrides import (
 from .places import Located, class_of, unwrap
 from .policies import Policy, Verdict, get_policy
 from .roles import Role, as_role
+from .scaling import NONE, Scaling, WidthScale, scalings
 from .use import observe, with_use
 from .walk import trainable, walk
 
@@ -47,6 +47,8 @@ class Options:
     layer_decay: float | None = None
     lr: float | Tensor | None = None
     example_inputs: Any = None
+    lr_by_role: Mapping[Role | str, float] | str | None = None
+    width: WidthScale | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,8 @@ class Decision:
         chosen: Whether a person asked for it: an override, a mark, a hook or `roles=`.
         disputed: Whether the places of a shared tensor speak for decay and against it.
         contradicted: Its roles by name and by use in a forward pass, in words, if they differ.
+        multiplier: What the model has to multiply the result of this map by, under `width=`.
+        scaled: What `width=` did, in words.
     """
 
     name: str
@@ -87,6 +91,8 @@ class Decision:
     chosen: bool
     disputed: bool
     contradicted: str = ""
+    multiplier: float = 1.0
+    scaled: str = ""
 
     @property
     def owner(self) -> str:
@@ -102,6 +108,7 @@ class Decision:
         verb = f"decays ({self.options['weight_decay']:g})" if self.decays else "does not decay"
         shared = f", shared with {', '.join(self.aliases)}," if self.aliases else ""
         scale = f"; its learning rate is scaled by {self.lr_scale:.4g}" if self.lr_scale != 1 else ""
+        scale += f"; {self.scaled}" if self.scaled else ""
         sure = "" if self.confidence == "high" else f" [{self.confidence} confidence]"
         return f"{self.name}{shared} {verb}: {self.evidence}{scale}{sure}."
 
@@ -159,7 +166,9 @@ def decide(model: nn.Module, options: Options, *, allow_none: bool = False) -> l
     table = _role_table(policy, options.roles)
     overrides = parse_overrides(options.overrides, located)
     findings = find_roles(model, located, options, policy)
-    scales = _layer_scales(model, options, located, {item.name: findings[id(item)].role for item in located})
+    scaled = scalings(
+        model, located, findings, options.layer_decay, options.lr_by_role, options.width, options.lr
+    )
     marks = Marks() if policy.marks else None
     listed = (call_hook(unwrap(model), "no_weight_decay") or ()) if policy.rule else ()
     decisions = []
@@ -173,7 +182,7 @@ def decide(model: nn.Module, options: Options, *, allow_none: bool = False) -> l
             if override.matches(item):
                 said = _say_override(override)
                 draft.apply(override.options, "override", said, said)
-        decisions.append(_finish(item, finding, draft, weight_decay, scales.get(item.name)))
+        decisions.append(_finish(item, finding, draft, weight_decay, scaled.get(item.name, NONE)))
     if any(d.lr_scale != 1 for d in decisions) and options.lr is None:
         raise ValueError("lr_scale and layer_decay scale a learning rate; expected lr=, got None")
     return decisions
@@ -228,19 +237,14 @@ def _row(finding: Finding, table: Mapping[Role, tuple[Verdict, Mapping[str, Any]
 
 
 def _finish(
-    item: Located,
-    finding: Finding,
-    draft: _Draft,
-    weight_decay: float,
-    layer_and_scale: tuple[int, float] | None,
+    item: Located, finding: Finding, draft: _Draft, weight_decay: float, scaling: Scaling
 ) -> Decision:
-    chosen = dict(draft.options)
+    chosen = {**scaling.options, **draft.options}
     decay = chosen.pop("weight_decay", draft.decays)
     if isinstance(decay, bool):
-        decay = weight_decay if decay else 0.0
+        decay = weight_decay * scaling.weight_decay if decay else 0.0
     chosen["weight_decay"] = float(decay * chosen.pop("weight_decay_scale", 1.0))
-    layer, layer_scale = layer_and_scale or (None, 1.0)
-    scale = chosen.pop("lr_scale", 1.0) * layer_scale
+    scale = chosen.pop("lr_scale", 1.0) * scaling.lr
     return Decision(
         name=item.name,
         param=item.param,
@@ -253,10 +257,12 @@ def _finish(
         confidence=draft.confidence,
         options=chosen,
         lr_scale=1.0 if "lr" in chosen else float(scale),
-        layer=layer,
+        layer=scaling.layer,
         chosen=draft.chosen,
         disputed=draft.disputed and not draft.chosen,
         contradicted=finding.contradicted,
+        multiplier=scaling.multiplier,
+        scaled=scaling.said,
     )
 
 
@@ -287,22 +293,6 @@ def _says(options: Mapping[str, Any], before: bool) -> bool | None:
     if "weight_decay_scale" in options:
         return before and bool(options["weight_decay_scale"] > 0)
     return None
-
-
-def _layer_scales(
-    model: nn.Module, options: Options, located: list[Located], roles: Mapping[str, Role]
-) -> dict[str, tuple[int, float]]:
-    """The layer of each tensor and the factor on its learning rate; empty without `layer_decay`."""
-    if options.layer_decay is None:
-        return {}
-    factor = as_number(options.layer_decay, "layer_decay")
-    if not 0 < factor <= 1:
-        raise ValueError(f"layer_decay: expected a factor in (0, 1], got {options.layer_decay!r}")
-    if options.lr is None:
-        raise ValueError("layer_decay scales a learning rate; expected lr=, got None")
-    depths = layer_depths(model, located, roles)
-    top = max(depths.values())
-    return {name: (depth, factor ** (top - depth)) for name, depth in depths.items()}
 
 
 def _say_override(override: Override) -> str:

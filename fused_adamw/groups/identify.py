@@ -198,6 +198,8 @@ def _kind_of_table(place: Place) -> Role:
     attribute = place.owner_name.rpartition(".")[2]
     for name in (attribute, class_of(place.owner).__name__):
         local = "_".join(words(name))
+        if local in ("token", "tokens"):  # a table of all of them
+            return Role.EMBEDDING
         rule = next((rule for rule in _ALONE if rule.pattern.fullmatch(local)), None)
         if rule is not None and rule.role in TABLES:
             return rule.role

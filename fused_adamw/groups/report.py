@@ -17,6 +17,7 @@ from .overrides import Overrides, Setting
 from .places import canonical, class_of, tensors_of, unwrap
 from .policies import Policy, get_policy
 from .roles import Role
+from .scaling import WidthScale
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,6 +51,11 @@ class ParamGroupReport:
     @property
     def policy(self) -> Policy:
         return get_policy(self.options.policy)
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """What the model has to multiply the results of maps by, under `width=`: name -> factor."""
+        return {d.name: d.multiplier for d in self.decisions if d.multiplier != 1}
 
     def __getitem__(self, name: str) -> str:
         """Explain one parameter in a sentence; aliases and wrapped names are understood."""
@@ -185,6 +191,8 @@ def explain_param_groups(
     layer_decay: float | None = None,
     lr: float | Tensor | None = None,
     example_inputs: Any = None,
+    lr_by_role: Mapping[Role | str, float] | str | None = None,
+    width: WidthScale | None = None,
     groups: Iterable[Mapping[str, Any]] | None = None,
 ) -> ParamGroupReport:
     """Explain what `build_param_groups` does with the same arguments.
@@ -198,6 +206,8 @@ def explain_param_groups(
         layer_decay: As above.
         lr: As above.
         example_inputs: As above.
+        lr_by_role: As above.
+        width: As above.
         groups: Groups that are in use, `optimizer.param_groups` say: the report then names the trainable
             parameters that are in none of them.
 
@@ -213,7 +223,9 @@ def explain_param_groups(
         >>> print(report["1.weight"])
         1.weight does not decay: 1 is a LayerNorm; decay would pull a norm's gain to zero, not to one.
     """
-    options = Options(weight_decay, policy, roles, overrides, layer_decay, lr, example_inputs)
+    options = Options(
+        weight_decay, policy, roles, overrides, layer_decay, lr, example_inputs, lr_by_role, width
+    )
     decisions = decide(model, options)
     exempt_first = get_policy(policy).exempt_first
     used = group_decisions(decisions, lr, exempt_first) if groups is None else list(groups)
@@ -227,6 +239,7 @@ def _group(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parameter(decision: Decision) -> dict[str, Any]:
+    multiplier = {} if decision.multiplier == 1 else {"multiplier": decision.multiplier}
     return {
         "name": decision.name,
         "aliases": list(decision.aliases),
@@ -242,6 +255,7 @@ def _parameter(decision: Decision) -> dict[str, Any]:
         "rule": decision.rule,
         "evidence": decision.evidence,
         "confidence": decision.confidence,
+        **multiplier,
     }
 
 
