@@ -7,6 +7,7 @@ are read and written by name only, so that a struct can grow.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,8 @@ class Hyper(NamedTuple):
         return (lr, *self[1:])
 
 
-class StepInputs(NamedTuple):
+@dataclass(eq=False)
+class StepInputs:
     """What is known only when the step runs (struct StepInputs). Tensors are on the bucket's device.
 
     Attributes:
@@ -175,8 +177,9 @@ class StepInputs(NamedTuple):
     skip_nonfinite: bool = False
     seed: int = 0
 
+    @functools.cached_property
     def record(self) -> Tensor:
-        """The words of struct StepInputs, on the host. It holds addresses: keep the tensors through the call.
+        """The words of struct StepInputs, on the host. They hold addresses: keep this object while in use.
 
         Raises:
             ValueError: A tensor has another dtype or device than the kernels expect, or too few elements.

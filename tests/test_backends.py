@@ -303,7 +303,7 @@ def sum_args(t, dtype=0):
 
 
 def update_args(t, **inputs):
-    record = t["inputs"] if "inputs" in t else StepInputs(t["status"], max_grad_norm=1.0, **inputs).record()
+    record = t["inputs"] if "inputs" in t else StepInputs(t["status"], max_grad_norm=1.0, **inputs).record
     tables = t["rows"], t["grads"], t["chunks"], t["chunk_size"], t["hypers"], t["formats"]
     return *tables, record, t["workspace"]
 
@@ -394,9 +394,9 @@ def test_a_workspace_without_a_place_for_every_chunk_is_refused(ops):
 )
 def test_inputs_of_another_kind_are_refused(name, value):
     """They reach kernels as addresses, which say nothing of what is there."""
-    inputs = StepInputs(torch.zeros(2, dtype=torch.float64))._replace(**{name: value})
+    inputs = StepInputs(**{"status": torch.zeros(2, dtype=torch.float64), name: value})
     with pytest.raises(ValueError, match=f"{name} must be contiguous, of torch.float"):
-        inputs.record()
+        inputs.record  # noqa: B018
 
 
 def test_dtypes_without_a_kernel_are_refused(ops):

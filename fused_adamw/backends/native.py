@@ -126,5 +126,5 @@ def sum_of_squares(t: Tables, chunks: Tensor, out: Tensor) -> None:
 def update(t: Tables, inputs: StepInputs) -> None:
     """Step in place the parameters, moments and step counts of all rows that have a gradient."""
     _operator("update")(
-        t.rows, t.grads, t.chunks, t.chunk_size, t.hypers, t.formats, inputs.record(), t.workspace
+        t.rows, t.grads, t.chunks, t.chunk_size, t.hypers, t.formats, inputs.record, t.workspace
     )

@@ -129,6 +129,7 @@ class Plan:
         self._tables_are_of_graph = False
         self.was_captured = False
         self._has_run = False
+        self._steady: tuple[Request, list[tuple[Bucket, StepInputs]]] | None = None  # of the last step
         self.fallbacks: dict[int, str] = {}
         self._snapshot = snapshot
         self._expected = self._expected_grads(previous)
@@ -335,10 +336,7 @@ class Plan:
         if request.needs_norm:
             self.sum_of_squares(found.grads)
         sums, found_inf = self._sums.totals(request.needs_norm, request.found_inf, request.norm_group)
-        runs = [
-            (bucket, request.inputs(status, sums.get(bucket.device), found_inf))
-            for bucket, _, status in self.launches
-        ]
+        runs = self._runs(request, sums, found_inf)
         if not self._has_run:
             for bucket, inputs in runs:
                 bucket.rehearse(tensors, inputs)
@@ -347,6 +345,21 @@ class Plan:
         for bucket, inputs in runs:
             bucket.update(tensors, inputs)
         torch.autograd.graph.increment_version(found.stepped)
+
+    def _runs(
+        self, request: Request, sums: dict[torch.device, Tensor], found_inf: Tensor | None
+    ) -> list[tuple[Bucket, StepInputs]]:
+        """What to run, with what each launch needs to know: the same objects while nothing changes."""
+        own_sums = not sums or sums is self._sums.by_device
+        is_steady = own_sums and request.grad_scale is None and found_inf is None
+        if self._steady is not None and is_steady and request == self._steady[0]:
+            return self._steady[1]
+        runs = [
+            (bucket, request.inputs(status, sums.get(bucket.device), found_inf))
+            for bucket, _, status in self.launches
+        ]
+        self._steady = (request, runs) if is_steady else None
+        return runs
 
     @property
     def status(self) -> Tensor:

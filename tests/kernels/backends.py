@@ -184,7 +184,7 @@ class Cuda(Kernels):
         self.run(self.library.norm, args, device)
 
     def update(self, t: Tables, inputs: StepInputs, device: int) -> None:
-        record = StepInputsStruct.from_buffer_copy(inputs.record().numpy())
+        record = StepInputsStruct.from_buffer_copy(inputs.record.numpy())
         hypers = (t.hypers.data_ptr(), len(t.hypers))
         args = UpdateArgs(self.table(t), *hypers, (I64 * 4)(*t.formats), record, t.workspace.data_ptr())
         before = self.device.launches
