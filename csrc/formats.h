@@ -33,6 +33,12 @@ ADAMW_FN uint32_t as_bits(float x) {
   return bits;
 }
 
+// a or b, by bits: compilers turn what follows a conditional expression into branches, which no vector takes.
+ADAMW_FN float select(bool condition, float a, float b) {
+  const uint32_t mask = condition ? 0xffffffffu : 0u;
+  return as_float((as_bits(a) & mask) | (as_bits(b) & ~mask));
+}
+
 enum SideKind { kNoSide, kSidePerValue, kSidePerBlock };
 
 // What a format is, unless it says otherwise.
@@ -199,10 +205,10 @@ struct RootCode : Plain {
   ADAMW_FN float codes_per_root(float side) { return kTop / side; }
 
   ADAMW_FN float load(Code code, float side, float root_per_code) {
-    const int32_t magnitude = code < 0 ? -static_cast<int32_t>(code) : static_cast<int32_t>(code);
-    float x = magnitude == kLevels ? side : static_cast<float>(magnitude) * root_per_code;
+    const int32_t wide = code, sign = wide >> 31, magnitude = (wide ^ sign) - sign;
+    float x = select(magnitude == kLevels, side, static_cast<float>(magnitude) * root_per_code);
     for (int i = 0; i < kRoots; ++i) x = x * x;
-    return code < 0 ? -x : x;
+    return as_float(as_bits(x) | (static_cast<uint32_t>(sign) & 0x80000000));
   }
 
   // Stochastic: `noise` has 16 bits.
@@ -222,16 +228,18 @@ struct RootCode : Plain {
     return x;
   }
 
-  // Between the codes: 0 to kTop.
+  // Between the codes: 0 to kTop. Of a block of zeros or NaN, any.
   ADAMW_FN float place(float x, float side, float codes_per_root) {
     const float w = root(as_float(magnitude(x)));
-    const float z = w * codes_per_root;
-    return !(side > 0.0f) ? 0.0f : w == side || z > kTop ? kTop : z;
+    const float z = select(w == side, kTop, w * codes_per_root);
+    return select(z < kTop, z, kTop);
   }
 
   ADAMW_FN Code finish(int32_t code, float x, float side) {
-    if (kSigned) return static_cast<Code>(x < 0.0f ? -code : code);
-    return static_cast<Code>(code == 0 && x != 0.0f && side > 0.0f ? 1 : code);
+    const int32_t live = side > 0.0f ? -1 : 0, sign = static_cast<int32_t>(as_bits(x)) >> 31;
+    const int32_t least = (as_bits(x) << 1) != 0;
+    if (kSigned) return static_cast<Code>(((code ^ sign) - sign) & live);
+    return static_cast<Code>((code < least ? least : code) & live);
   }
 };
 

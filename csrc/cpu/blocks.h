@@ -93,11 +93,11 @@ struct Stretch {
 template <typename Format>
 struct Codec {
   using T = typename Format::Register;
-  ADAMW_FN T* load(const Stretch<Format>& x, T* buffer) {
+  ADAMW_FN T* load(Stretch<Format> x, T* buffer) {
     for (int64_t i = 0; i < x.n; ++i) buffer[i] = Format::load(x.values[i]);
     return buffer;
   }
-  ADAMW_FN void store(const Stretch<Format>& x, const T* buffer) {
+  ADAMW_FN void store(Stretch<Format> x, const T* buffer) {
     for (int64_t i = 0; i < x.n; ++i) x.values[i] = Format::store(buffer[i]);
   }
 };
@@ -106,8 +106,8 @@ struct Codec {
 template <typename Format>
 struct InPlace {
   using T = typename Format::Register;
-  ADAMW_FN T* load(const Stretch<Format>& x, T*) { return x.values; }
-  ADAMW_FN void store(const Stretch<Format>&, const T*) {}
+  ADAMW_FN T* load(Stretch<Format> x, T*) { return x.values; }
+  ADAMW_FN void store(Stretch<Format>, const T*) {}
 };
 template <>
 struct Codec<Float32> : InPlace<Float32> {};
@@ -131,7 +131,7 @@ struct Codec<BFloat16> {
   static constexpr int64_t kWidth = kRegisterBytes / sizeof(uint32_t);
   typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
 
-  ADAMW_FN float* load(const Stretch<BFloat16>& x, float* buffer) {
+  ADAMW_FN float* load(Stretch<BFloat16> x, float* buffer) {
     const uint16_t* const values = x.values;
     const int64_t n = x.n;
     int64_t i = 0;
@@ -146,7 +146,7 @@ struct Codec<BFloat16> {
     return buffer;
   }
 
-  ADAMW_FN void store(const Stretch<BFloat16>& x, const float* buffer) {
+  ADAMW_FN void store(Stretch<BFloat16> x, const float* buffer) {
     uint32_t rounded[kLargestBlock];
     for (int64_t i = 0; i < x.n; ++i) rounded[i] = BFloat16::round(buffer[i]) >> 16;
     pack(x.values, rounded, x.n);
@@ -157,7 +157,7 @@ struct Codec<BFloat16> {
 template <>
 struct Codec<Float16> {
   static constexpr int64_t kWidth = kRegisterBytes / sizeof(float);
-  ADAMW_FN float* load(const Stretch<Float16>& x, float* buffer) {
+  ADAMW_FN float* load(Stretch<Float16> x, float* buffer) {
     const uint16_t* const values = x.values;
     const int64_t n = x.n;
     int64_t i = 0;
@@ -174,7 +174,7 @@ struct Codec<Float16> {
     for (; i < n; ++i) buffer[i] = Float16::load(values[i]);
     return buffer;
   }
-  ADAMW_FN void store(const Stretch<Float16>& x, const float* buffer) {
+  ADAMW_FN void store(Stretch<Float16> x, const float* buffer) {
     uint16_t* const values = x.values;
     const int64_t n = x.n;
     int64_t i = 0;
@@ -195,11 +195,11 @@ struct Codec<Float16> {
 
 template <>
 struct Codec<StochasticBFloat16> {
-  ADAMW_FN float* load(const Stretch<StochasticBFloat16>& x, float* buffer) {
+  ADAMW_FN float* load(Stretch<StochasticBFloat16> x, float* buffer) {
     Stretch<BFloat16> plain{x.values, nullptr, x.n, nullptr, 0};
     return Codec<BFloat16>::load(plain, buffer);
   }
-  ADAMW_FN void store(const Stretch<StochasticBFloat16>& x, const float* buffer) {
+  ADAMW_FN void store(Stretch<StochasticBFloat16> x, const float* buffer) {
     uint32_t rounded[kLargestBlock];
     for (int64_t i = 0; i < x.n; ++i) rounded[i] = StochasticBFloat16::store(buffer[i], x.noise_of(i));
     pack(x.values, rounded, x.n);
@@ -208,11 +208,11 @@ struct Codec<StochasticBFloat16> {
 
 template <>
 struct Codec<SplitBFloat16> {
-  ADAMW_FN float* load(const Stretch<SplitBFloat16>& x, float* buffer) {
+  ADAMW_FN float* load(Stretch<SplitBFloat16> x, float* buffer) {
     for (int64_t i = 0; i < x.n; ++i) buffer[i] = SplitBFloat16::load(x.values[i], x.side[i]);
     return buffer;
   }
-  ADAMW_FN void store(const Stretch<SplitBFloat16>& x, const float* buffer) {
+  ADAMW_FN void store(Stretch<SplitBFloat16> x, const float* buffer) {
     for (int64_t i = 0; i < x.n; ++i) x.values[i] = SplitBFloat16::store(buffer[i], x.side[i]);
   }
 };
@@ -220,13 +220,13 @@ struct Codec<SplitBFloat16> {
 // Stored in two sweeps: the largest magnitude first, which the codes depend on.
 template <typename Code>
 struct RootCodec {
-  ADAMW_FN float* load(const Stretch<Code>& x, float* buffer) {
+  ADAMW_FN float* load(Stretch<Code> x, float* buffer) {
     const float side = *x.side, root_per_code = Code::root_per_code(side);
 #pragma GCC ivdep
     for (int64_t i = 0; i < x.n; ++i) buffer[i] = Code::load(x.values[i], side, root_per_code);
     return buffer;
   }
-  ADAMW_FN void store(const Stretch<Code>& x, const float* buffer) {
+  ADAMW_FN void store(Stretch<Code> x, const float* buffer) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < x.n; ++i) {
       const uint32_t magnitude = Code::magnitude(buffer[i]);
@@ -250,14 +250,24 @@ constexpr bool kSame = false;
 template <typename A>
 constexpr bool kSame<A, A> = true;
 
-// Calls f with the operand's format; nothing where its arithmetic is not T, or where blocks of kSize
-// elements do not suit it.
-template <typename T, int64_t kSize, typename List, typename F>
+// Of a walk: the type of its arithmetic, how many elements it steps at once, whether it draws noise.
+template <typename T_, int64_t kSize_, bool kNoise_>
+struct Walk {
+  using T = T_;
+  static constexpr int64_t kSize = kSize_;
+  static constexpr bool kNoise = kNoise_;
+
+  // Whether it is taken for tensors in a format: loops for the others would only take up registers.
+  template <typename Format>
+  static constexpr bool kTakes = kSame<typename Format::Register, T> && (kNoise || !Format::kTakesNoise) &&
+                                 (kSize == kCodeBlock || Format::kSide != kSidePerBlock);
+};
+
+// Calls f with the operand's format.
+template <typename Walk, typename List, typename F>
 ADAMW_FN void visit(const Operand<List>& x, const F& f) {
   List::visit(x.format, [&](auto format) __attribute__((always_inline)) {
-    using Format = decltype(format);
-    constexpr bool kSuits = Format::kSide != kSidePerBlock || kSize == kCodeBlock;
-    if constexpr (kSame<typename Format::Register, T> && kSuits) f(format);
+    if constexpr (Walk::template kTakes<decltype(format)>) f(format);
   });
 }
 
@@ -277,15 +287,15 @@ ADAMW_FN void prefetch_block(const Element* elements) {
 
 // The block's elements as the arithmetic has them: in `buffer`, or where they are. kAccess says what will be
 // done to them.
-template <Access kAccess, int64_t kSize, typename T, typename List>
-ADAMW_FN T* load_block(const Operand<List>& x, const Block& block, T* buffer) {
-  T* loaded = buffer;
-  visit<T, kSize>(x, [&](auto format) __attribute__((always_inline)) {
+template <Access kAccess, typename Walk, typename List>
+ADAMW_FN auto load_block(const Operand<List>& x, const Block& block, typename Walk::T* buffer) {
+  typename Walk::T* loaded = buffer;
+  visit<Walk>(x, [&](auto format) __attribute__((always_inline)) {
     using Format = decltype(format);
     const auto stretch = Stretch<Format>::of(x.at, block, 0);
-    if (block.n == kSize) {
-      prefetch_block<kAccess, kSize>(stretch.values);
-      if constexpr (Format::kSide == kSidePerValue) prefetch_block<kAccess, kSize>(stretch.side);
+    if (block.n == Walk::kSize) {
+      prefetch_block<kAccess, Walk::kSize>(stretch.values);
+      if constexpr (Format::kSide == kSidePerValue) prefetch_block<kAccess, Walk::kSize>(stretch.side);
     }
     loaded = Codec<Format>::load(stretch, buffer);
   });
@@ -293,9 +303,10 @@ ADAMW_FN T* load_block(const Operand<List>& x, const Block& block, T* buffer) {
 }
 
 // Back into memory what load_block took out.
-template <int64_t kSize, typename T, typename List>
-ADAMW_FN void store_block(const Operand<List>& x, const Block& block, const T* loaded, int noise_shift = 0) {
-  visit<T, kSize>(x, [&](auto format) __attribute__((always_inline)) {
+template <typename Walk, typename List>
+ADAMW_FN void store_block(const Operand<List>& x, const Block& block, const typename Walk::T* loaded,
+                          int noise_shift = 0) {
+  visit<Walk>(x, [&](auto format) __attribute__((always_inline)) {
     Codec<decltype(format)>::store(Stretch<decltype(format)>::of(x.at, block, noise_shift), loaded);
   });
 }

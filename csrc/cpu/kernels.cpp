@@ -28,16 +28,16 @@ struct Operands {
   Operand<ExpAvgFormats> v_max;  // under amsgrad
 };
 
-// The elements of a block, kSize of them or fewer. The format of each tensor is chosen here, block by block:
-// every combination of formats takes the same loop over the rule.
-template <typename T, bool kAmsgrad, int64_t kSize>
+// The elements of a block. The format of each tensor is chosen here, block by block: every combination of
+// formats takes the same loop over the rule.
+template <typename Walk, bool kAmsgrad, typename T = typename Walk::T>
 ADAMW_FN void update_block(const Operands& at, const Block& block, const Coefficients<T>& c) {
-  alignas(64) T buffers[5][kSize];
-  T* const p = load_block<kWrite, kSize>(at.p, block, buffers[0]);
-  T* const g = load_block<kRead, kSize>(at.g, block, buffers[1]);
-  T* const m = load_block<kWrite, kSize>(at.m, block, buffers[2]);
-  T* const v = load_block<kWrite, kSize>(at.v, block, buffers[3]);
-  T* const v_max = kAmsgrad ? load_block<kWrite, kSize>(at.v_max, block, buffers[4]) : nullptr;
+  alignas(64) T buffers[5][Walk::kSize];
+  T* const p = load_block<kWrite, Walk>(at.p, block, buffers[0]);
+  T* const g = load_block<kRead, Walk>(at.g, block, buffers[1]);
+  T* const m = load_block<kWrite, Walk>(at.m, block, buffers[2]);
+  T* const v = load_block<kWrite, Walk>(at.v, block, buffers[3]);
+  T* const v_max = kAmsgrad ? load_block<kWrite, Walk>(at.v_max, block, buffers[4]) : nullptr;
   IeeeMath math;
 // Values on their way are locals: through references to memory, each step of the rule would be stored.
 #pragma GCC ivdep
@@ -49,10 +49,10 @@ ADAMW_FN void update_block(const Operands& at, const Block& block, const Coeffic
     v[k] = v_k;
     if (kAmsgrad) v_max[k] = v_max_k;
   }
-  store_block<kSize>(at.m, block, m);
-  store_block<kSize>(at.v, block, v, 16);
-  if (kAmsgrad) store_block<kSize>(at.v_max, block, v_max);
-  store_block<kSize>(at.p, block, p);
+  store_block<Walk>(at.m, block, m);
+  store_block<Walk>(at.v, block, v, 16);
+  if (kAmsgrad) store_block<Walk>(at.v_max, block, v_max);
+  store_block<Walk>(at.p, block, p);
 }
 
 // Elements of a row that a chunk covers.
@@ -65,102 +65,111 @@ ADAMW_FN Span span_of(const Table& table, const Row& row, const Chunk& chunk) {
   return {begin, begin + (left < table.chunk_size ? left : table.chunk_size)};
 }
 
-// What the formats of a launch ask of the walk.
-struct Needs {
-  bool noise, blocks;
+// What the update of a part of a row takes besides the part.
+template <typename T>
+struct RowUpdate {
+  Operands at;
+  Coefficients<T> c;
+  RowNoise noise;
 };
 
-template <typename T, bool kAmsgrad>
-void update_span(const Operands& operands, const RowNoise* row_noise, const Span& span,
-                 const Coefficients<T>& c) {
-  // Copies that no store can alias.
-  const Operands at = operands;
-  const Coefficients<T> coef = c;
+template <bool kNoise, typename T>
+ADAMW_FN RowUpdate<T> update_of(const UpdateArgs& args, const Row& row, const Coefficients<T>& c,
+                                float step) {
+  RowUpdate<T> x;
+  x.at = {{args.formats.param, row.param},
+          {args.formats.grad, {args.table.grads[row.slot], 0}},
+          {args.formats.exp_avg, row.exp_avg},
+          {args.formats.exp_avg_sq, row.exp_avg_sq},
+          {args.formats.exp_avg, row.max_exp_avg_sq}};
+  x.c = c;
+  if constexpr (kNoise) {
+    const uint64_t word = noise_word(args.inputs.seed, row.ordinal);
+    x.noise = {noise_key(word, static_cast<uint64_t>(step)), row.offset, row.local_columns, row.columns};
+  }
+  return x;
+}
+
+template <typename T, bool kAmsgrad, bool kNoise>
+void update_span(const UpdateArgs& args, const Row& row, const Span& span, const Coefficients<T>& c,
+                 float step) {
+  using W = Walk<T, kBlock, kNoise>;
+  const RowUpdate<T> x = update_of<kNoise>(args, row, c, step);  // copies that no store can alias
   alignas(64) uint32_t noise[kBlock];
   int64_t i = span.begin;
   const int64_t end = span.end;
   for (; i + kBlock <= end; i += kBlock) {
-    if (row_noise) row_noise->draw(i, kBlock, noise);
-    update_block<T, kAmsgrad, kBlock>(at, {i, kBlock, 0, noise}, coef);
+    if (kNoise) x.noise.draw(i, kBlock, noise);
+    update_block<W, kAmsgrad>(x.at, {i, kBlock, 0, noise}, x.c);
   }
-  if (row_noise) row_noise->draw(i, end - i, noise);
-  update_block<T, kAmsgrad, kBlock>(at, {i, end - i, 0, noise}, coef);
+  if (kNoise) x.noise.draw(i, end - i, noise);
+  update_block<W, kAmsgrad>(x.at, {i, end - i, 0, noise}, x.c);
 }
 
-// The blocks that start in the span, whole: rows of `columns` elements are cut into blocks, each row anew.
-template <typename T>
-void update_blocks(const Operands& operands, const RowNoise* row_noise, int64_t columns, const Span& span,
-                   const Coefficients<T>& c) {
-  const Operands at = operands;
-  const Coefficients<T> coef = c;
+// The blocks of codes that start in the span, whole. Each row of the tensor is cut from its start on.
+void update_codes(const UpdateArgs& args, const Row& row, const Span& span, const Coefficients<float>& c,
+                  float step) {
+  using W = Walk<float, kCodeBlock, true>;
+  const RowUpdate<float> x = update_of<true>(args, row, c, step);
+  const int64_t columns = row.local_columns, per_row = (columns + kCodeBlock - 1) / kCodeBlock;
   alignas(64) uint32_t noise[kCodeBlock];
-  const int64_t per_row = (columns + kCodeBlock - 1) / kCodeBlock;
-  int64_t row = span.begin / columns, block = (span.begin % columns + kCodeBlock - 1) / kCodeBlock;
-  while (true) {
-    if (block == per_row) ++row, block = 0;
-    const int64_t begin = row * columns + block * kCodeBlock, left = columns - block * kCodeBlock;
+  int64_t line = span.begin / columns, block = (span.begin % columns + kCodeBlock - 1) / kCodeBlock;
+  for (;; ++block) {
+    if (block == per_row) ++line, block = 0;
+    const int64_t begin = line * columns + block * kCodeBlock, left = columns - block * kCodeBlock;
     if (begin >= span.end) return;
-    const int64_t n = left < kCodeBlock ? left : kCodeBlock, side = row * per_row + block;
-    if (row_noise) row_noise->draw(begin, n, noise);
+    const int64_t n = left < kCodeBlock ? left : kCodeBlock, side = line * per_row + block;
+    x.noise.draw(begin, n, noise);
     if (n == kCodeBlock) {
-      update_block<T, false, kCodeBlock>(at, {begin, kCodeBlock, side, noise}, coef);
+      update_block<W, false>(x.at, {begin, kCodeBlock, side, noise}, x.c);
     } else {
-      update_block<T, false, kCodeBlock>(at, {begin, n, side, noise}, coef);
+      update_block<W, false>(x.at, {begin, n, side, noise}, x.c);
     }
-    ++block;
   }
 }
 
 template <typename T>
-ADAMW_FN void update_chunk(const UpdateArgs& args, const Needs& needs, const Row& row, uint64_t grad,
-                           float step, const Span& span, const Coefficients<T>& c) {
-  const Operands at = {{args.formats.param, row.param},
-                       {args.formats.grad, {grad, 0}},
-                       {args.formats.exp_avg, row.exp_avg},
-                       {args.formats.exp_avg_sq, row.exp_avg_sq},
-                       {args.formats.exp_avg, row.max_exp_avg_sq}};
-  RowNoise row_noise;
-  const RowNoise* noise = nullptr;
-  if (needs.noise) {
-    const NoiseKey key = noise_key(noise_word(args.inputs.seed, row.ordinal), static_cast<uint64_t>(step));
-    row_noise = {key, row.offset, row.local_columns, row.columns};
-    noise = &row_noise;
-  }
-  if (needs.blocks) {
-    update_blocks<T>(at, noise, row.local_columns, span, c);
-  } else if (row.max_exp_avg_sq.values) {
-    update_span<T, true>(at, noise, span, c);
-  } else {
-    update_span<T, false>(at, noise, span, c);
-  }
-}
+using Update = void (*)(const UpdateArgs&, const Row&, const Span&, const Coefficients<T>&, float step);
+
+// With and without amsgrad.
+template <typename T>
+struct Updates {
+  Update<T> with_maximum, without;
+};
+
+template <typename T, bool kNoise>
+constexpr Updates<T> kSpans = {update_span<T, true, kNoise>, update_span<T, false, kNoise>};
 
 template <typename T>
-void update_rows(const UpdateArgs& args, double grad_scale, int64_t begin, int64_t end) {
-  const Needs needs = {take_noise(args.formats), have_blocks(args.formats)};
+void update_rows(const UpdateArgs& args, double grad_scale, int64_t begin, int64_t end,
+                 const Updates<T>& updates) {
   Coefficients<T> c{};
   // Neighbouring rows mostly share a group and a step count: keep what was worked out.
   int64_t hyper = -1;
   float step = -1.0f;
   for (int64_t i = begin; i < end; ++i) {
     const Row& row = args.table.rows[args.table.chunks[i].row];
-    const uint64_t grad = args.table.grads[row.slot];
-    if (!grad) continue;
+    if (!args.table.grads[row.slot]) continue;
     const float row_step = *reinterpret_cast<const float*>(row.step) + 1.0f;
     if (row.hyper != hyper || row_step != step) {
       hyper = row.hyper;
       step = row_step;
       c = coefficients<T>(args.hypers[hyper], step, grad_scale);
     }
-    update_chunk<T>(args, needs, row, grad, step, span_of(args.table, row, args.table.chunks[i]), c);
+    const Span span = span_of(args.table, row, args.table.chunks[i]);
+    (row.max_exp_avg_sq.values ? updates.with_maximum : updates.without)(args, row, span, c, step);
   }
 }
 
 void update_chunks(const UpdateArgs& args, double grad_scale, int64_t begin, int64_t end) {
   if (args.formats.param == kFloat64) {
-    update_rows<double>(args, grad_scale, begin, end);
+    update_rows<double>(args, grad_scale, begin, end, kSpans<double, false>);
+  } else if (have_blocks(args.formats)) {
+    update_rows<float>(args, grad_scale, begin, end, {update_codes, update_codes});  // no maximum there
+  } else if (take_noise(args.formats)) {
+    update_rows<float>(args, grad_scale, begin, end, kSpans<float, true>);
   } else {
-    update_rows<float>(args, grad_scale, begin, end);
+    update_rows<float>(args, grad_scale, begin, end, kSpans<float, false>);
   }
 }
 
@@ -170,12 +179,14 @@ template <typename T>
 double sum_of_squares(const Operand<PlainFormats>& g, const Span& span) {
   // Sums of a vector type stay in registers; those in an array of doubles do not.
   typedef double Doubles __attribute__((vector_size(kRegisterBytes)));
-  constexpr int64_t kLanes = 32, kWidth = kRegisterBytes / sizeof(double);
+  constexpr int64_t kLanes = 32;
+  using W = Walk<T, kLanes, false>;
+  constexpr int64_t kWidth = kRegisterBytes / sizeof(double);
   alignas(64) T buffer[kLanes];
   Doubles sums[kLanes / kWidth] = {};
   int64_t i = span.begin;
   for (; i + kLanes <= span.end; i += kLanes) {
-    const T* x = load_block<kRead, kLanes>(g, {i, kLanes, 0, nullptr}, buffer);
+    const T* x = load_block<kRead, W>(g, {i, kLanes, 0, nullptr}, buffer);
     // Widening reads from memory: GCC takes a register apart element by element.
     asm("" : "+r"(x) : : "memory");
 #pragma GCC unroll 16
@@ -188,7 +199,7 @@ double sum_of_squares(const Operand<PlainFormats>& g, const Span& span) {
   }
   double lanes[kLanes];
   memcpy(lanes, sums, sizeof lanes);
-  const T* const rest = load_block<kRead, kLanes>(g, {i, span.end - i, 0, nullptr}, buffer);
+  const T* const rest = load_block<kRead, W>(g, {i, span.end - i, 0, nullptr}, buffer);
   for (int64_t lane = 0; i + lane < span.end; ++lane) {
     lanes[lane] += static_cast<double>(rest[lane]) * static_cast<double>(rest[lane]);
   }
