@@ -85,8 +85,9 @@ def show_names_to_dcp() -> None:
 
     It looks up every option of a live group in the checkpoint, and so `param_names`, which are not loaded: a
     checkpoint of `torch.optim.AdamW(model.parameters())` would raise KeyError. Where a checkpoint has none,
-    those of the live groups are added, for optimizers of this package alone. A no-op until the module, which
-    takes seconds, is imported.
+    those of the live groups are added, for optimizers of this package alone. It looks up the keys of live
+    states too, which are others where moments are kept as codes: it is shown those that are saved. A no-op
+    until the module, which takes seconds, is imported.
     """
     module = sys.modules.get("torch.distributed.checkpoint.state_dict")
     if module is not None and not hasattr(module, _SHOWN):
@@ -108,6 +109,8 @@ def _show_names_to(module: ModuleType) -> None:
                 for fqn in info.fqn_param_mapping[p]
             }
             state_dict = {**names, **state_dict}
+        if (shown := getattr(optim, "_shown_to_dcp", None)) is not None:
+            optim = shown(state_dict, info.fqn_param_mapping)
         return unflatten(optim, state_dict, info)
 
     module._unflatten_optim_state_dict = with_names  # type: ignore[attr-defined]

@@ -134,7 +134,7 @@ def _check_kept(key: str, t: Any, p: Tensor, name: str, *, anywhere: bool) -> No
             "half is a bfloat16 parameter. Was the model converted after the optimizer had state?"
         )
     found = t.dtype if isinstance(t, Tensor) else f"a {type(t).__name__}"
-    if found != dtype:
+    if found != dtype and not (key == RESIDUAL and anywhere and found == torch.int32):  # saved of a DTensor
         raise RuntimeError(
             f"{key} of parameter {name} is {found}, expected {dtype}. torch.optim.Optimizer.load_state_dict "
             "casts state to the parameter's dtype, by which codes, scales and residuals are lost: load what "

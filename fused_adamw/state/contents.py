@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtensors import local_tensors, wrapped
+from ..dtensors import is_dtensor, local_tensors, wrapped
 from ..fields import CODED, MAXIMUM, RESIDUAL, State, moments_of, named
 from ..formats import Field, Format, RootCode, memory_order
 from .precision import Kept
+
+_CODE_KEYS = {key for keys in CODED.values() for key in keys if key is not None}
 
 
 def new_field(p: Tensor, format: Format) -> Field:
@@ -160,20 +162,22 @@ def _local(field: Field) -> Field:
     return Field(field.format, *local_tensors(field[1:]))
 
 
-def has_codes(state: object) -> bool:
-    """Whether something is a state with moments that are kept as codes."""
-    return isinstance(state, Mapping) and any(keys.values in state for keys in CODED.values())
+def saved_state(state: Any) -> Any:
+    """A parameter's state as it is saved: with torch's keys, moments that are kept as codes in float32.
 
+    Residuals of DTensors are int32: no collective knows int16, so they could not be gathered.
 
-def decoded_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state as torch's AdamW has it: moments that are kept as codes are decoded to float32."""
-    fields = moments_of(state)
-    coded = {key for name, field in fields.items() if field.side is not None for key in named(name, field)}
-    decoded = {key: value for key, value in state.items() if key not in coded}
-    for name, field in fields.items():
-        if field.side is not None:
-            decoded[name] = wrapped(_local(field).load(), field.values)
-    return decoded
+    Returns:
+        A new dict; or the state itself if nothing in it is kept otherwise.
+    """
+    if not isinstance(state, Mapping) or not {*_CODE_KEYS, RESIDUAL} & state.keys():
+        return state
+    saved = {key: value for key, value in state.items() if key not in _CODE_KEYS}
+    for name, field in moments_of(state).items():
+        saved[name] = field.values if field.side is None else wrapped(_local(field).load(), field.values)
+    if RESIDUAL in saved and is_dtensor(saved[RESIDUAL]):
+        saved[RESIDUAL] = saved[RESIDUAL].to(torch.int32)
+    return saved
 
 
 def is_counted(state: State, p: Tensor) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..fields import RESIDUAL, STATE_KEYS
 from ..groups import Options, decide
 from ..names import ParamNames
 from .checkpoints import checked_state_dict
-from .contents import copied_state, decoded_state, has_codes
+from .contents import copied_state, saved_state
 from .precision import Kept
 from .purposes import Purpose, Purposes
 from .regroup import Names, regrouped
@@ -141,6 +142,21 @@ class Checkpointed(OwnArguments):
             for handle in handles:
                 handle.remove()
 
+    def _shown_to_dcp(self, flat: Mapping[str, Any], names: Mapping[Tensor, Iterable[str]]) -> Any:
+        """Stands for the optimizer where a flattened checkpoint is asked for what its states have.
+
+        Args:
+            flat: The checkpoint.
+            names: Of every parameter, those in the checkpoint.
+        """
+        saved = {p: saved_state(of_p) for p, of_p in self.state.items()}
+        if all(of_p is self.state[p] for p, of_p in saved.items()):
+            return self
+        for p, of_p in saved.items():
+            if RESIDUAL in of_p and not any(f"state.{name}.{RESIDUAL}" in flat for name in names.get(p, ())):
+                saved[p] = {key: value for key, value in of_p.items() if key != RESIDUAL}
+        return SimpleNamespace(param_groups=self.param_groups, state=saved)
+
     def load_state_dict_by_name(
         self, state_dict: Mapping[str, Any], names: Names | None = None, *, strict: bool = True
     ) -> None:
@@ -202,5 +218,4 @@ def _decode(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Put moments in floating point in the place of codes: changes the dict of states, but none of these."""
     ids = {i for group in saved["param_groups"] for i in group["params"]}
     for i in ids.intersection(saved["state"]):
-        if has_codes(saved["state"][i]):
-            saved["state"][i] = decoded_state(saved["state"][i])
+        saved["state"][i] = saved_state(saved["state"][i])

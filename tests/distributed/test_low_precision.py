@@ -144,6 +144,198 @@ def test_as_in_one_process(name, scheme):
     keys = results[0][1]
     assert all(others == keys for _, others, _ in results)
     if "8bit" in scheme:
-        # (20, 512) is cut between blocks, into 2 or 4; (3, 1408) is, into 2 only: 5.5 blocks would be too few.
+        # Columns of (20, 512) are cut between blocks, those of (3, 1408) within them.
         expected = {"columns-(2,)": [1], "columns-(4,)": [1], "rows_and_columns-(2, 2)": [1]}
         assert [i for i, of_p in enumerate(keys) if CODES[0] in of_p] == expected.get(name, [0, 1, 2, 3])
+
+
+# ---- Checkpoints
+
+
+class Net(nn.Module):
+    """Matrices that are coded, one with rows that neither 2 nor 4 divide, and others that are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(64, 66)
+        self.norm = nn.LayerNorm(66)
+        self.down = nn.Linear(66, 65)
+        for i, p in enumerate(self.parameters()):
+            p.data = values(p.shape, i)
+        self.to(BF16)
+
+
+def sharded_net():
+    """In a process alone nothing is sharded."""
+    model = Net()
+    if dist.get_world_size() > 1:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model.up, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def whole(value):
+    """A whole tensor, whatever collectives know."""
+    if not isinstance(value, DTensor):
+        return value.detach().clone()
+    return value.detach().to(torch.int32 if value.dtype == torch.int16 else value.dtype).full_tensor()
+
+
+def everything(model, optimizer):
+    """Parameters and states, whole: what must be the same bits on any number of processes."""
+    found = {}
+    for name, p in model.named_parameters():
+        found[name] = whole(p)
+        for key, value in optimizer.state[p].items():
+            found[f"{name}.{key}"] = whole(value).to(torch.int16 if "residual" in key else value.dtype)
+    return found
+
+
+def train(model, optimizer, first):
+    for step in range(first, first + STEPS):
+        for i, p in enumerate(model.parameters()):
+            grad = values(p.shape, 1000 + 100 * step + i).to(BF16)
+            p.grad = local_grad(grad, p) if isinstance(p, DTensor) else grad
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def local_grad(grad, p):
+    return distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def stage(folder, number, scheme, options):
+    """Load checkpoint `number`, compare, train on, save the next one."""
+    model = sharded_net()
+    optimizer = FusedHygieneAdamW(model, **OPTIONS, **SCHEMES[scheme])
+    options = StateDictOptions(**options)
+    if number:
+        weights, state = get_state_dict(model, optimizer, options=options)
+        saved = {"model": weights, "optimizer": state}
+        dcp.load(saved, checkpoint_id=Path(folder) / str(number))
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=saved["model"],
+            optim_state_dict=saved["optimizer"],
+            options=options,
+        )
+    loaded = everything(model, optimizer) if number else {}
+    train(model, optimizer, STEPS * number)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=Path(folder) / str(number + 1))
+    return loaded, everything(model, optimizer)
+
+
+def differing(a, b):
+    assert a.keys() == b.keys()
+    return [key for key in a if not same_bits(a[key], b[key])]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True}],
+    ids=["nested", "flat", "full"],
+)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_resharding_keeps_every_bit(tmp_path, scheme, options):
+    before = None
+    for number, world_size in enumerate((2, 4, 1)):
+        results = run(world_size, stage, str(tmp_path), number, scheme, options)
+        for loaded, after in results:
+            assert before is None or differing(loaded, before) == []
+            assert differing(after, results[0][1]) == []
+        before = results[0][1]
+    # As without any checkpoint.
+    (unbroken,) = run(1, unbroken_run, scheme, 3)
+    assert differing(before, unbroken) == []
+
+
+def unbroken_run(scheme, stages):
+    model = Net()
+    optimizer = FusedHygieneAdamW(model, **OPTIONS, **SCHEMES[scheme])
+    for number in range(stages):
+        train(model, optimizer, STEPS * number)
+    return everything(model, optimizer)
+
+
+def loaded_by_torch(folder, options):
+    """What torch's AdamW makes of our checkpoint, and what it should."""
+    model = sharded_net()
+    optimizer = FusedHygieneAdamW(model, **OPTIONS, **SCHEMES["split-8bit"])
+    train(model, optimizer, 0)
+    options = StateDictOptions(**options)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    dcp.save({"optimizer": state}, checkpoint_id=folder)
+    groups = [
+        {"params": list(group["params"]), "weight_decay": group["weight_decay"]}
+        for group in optimizer.param_groups
+    ]
+    theirs = torch.optim.AdamW(groups, lr=0.1)
+    saved = {"optimizer": get_optimizer_state_dict(model, theirs, options=options)}
+    dcp.load(saved, checkpoint_id=folder)
+    found = saved["optimizer"]
+    expected = get_optimizer_state_dict(model, optimizer, options=StateDictOptions())["state"]
+    wrong = []
+    for name, of_p in expected.items():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = found["state"][name][key] if "state" in found else found[f"state.{name}.{key}"]
+            if not whole(value).equal(whole(of_p[key]).to(value.dtype)):
+                wrong.append((name, key))
+    return wrong
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_torch_reads_the_checkpoint(tmp_path, flat):
+    for wrong in run(2, loaded_by_torch, str(tmp_path), {"flatten_optimizer_state_dict": flat}):
+        assert wrong == []
+
+
+def fsdp_and_tp():
+    """Tensor parallel and FSDP2: rows sharded by both, and columns by one. Bits as in a process alone."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    whole_model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 96)).to(BF16)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 96)).to(BF16)
+    for each in (whole_model, model):
+        for i, p in enumerate(each.parameters()):
+            p.data = values(p.shape, i).to(BF16)
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    options = OPTIONS | {"stochastic_rounding": True, "state_dtype": BF16}
+    optimizers = [FusedHygieneAdamW(each, **options) for each in (model, whole_model)]
+    for step in range(STEPS):
+        for each, optimizer in zip((model, whole_model), optimizers, strict=True):
+            for i, p in enumerate(each.parameters()):
+                grad = values(p.shape, 1000 + 100 * step + i).to(BF16)
+                p.grad = local_grad(grad, p) if isinstance(p, DTensor) else grad
+            optimizer.step()
+    pairs = zip(model.named_parameters(), whole_model.parameters(), strict=True)
+    return [(name, whole(p).equal(q), str(p.placements)) for (name, p), q in pairs]
+
+
+def test_tensor_parallel_and_fsdp():
+    for results in run(4, fsdp_and_tp):
+        assert all(equal for _, equal, _ in results), results
+
+
+def masters():
+    """Masters from whole float32 weights, and from sharded ones, given back whole."""
+    full = {name: values(p.shape, 50 + i) / 3 for i, (name, p) in enumerate(Net().named_parameters())}
+    found = []
+    for is_sharded in (False, True):
+        model = sharded_net()
+        optimizer = FusedHygieneAdamW(model, **OPTIONS, master_weights="split")
+        weights = full
+        if is_sharded:
+            weights = {name: local_grad(full[name], p) for name, p in model.named_parameters()}
+        optimizer.load_master(weights)
+        given = optimizer.master_state_dict(model)
+        found += [same_bits(whole(given[name]), full[name]) for name in full]
+    return found
+
+
+def test_masters_of_shards():
+    for results in run(2, masters):
+        assert results
+        assert all(results)
