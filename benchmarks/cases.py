@@ -5,13 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from .training import Training, gpt, linear_layers, resnet
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How ours keeps bfloat16 parameters and their moments.
+
+    Attributes:
+        options: Of FusedHygieneAdamW, as pairs.
+        kept: Bytes per value of parameters and state.
+        moved: Bytes per value that a step moves, with and without the clip: what is kept is read and written,
+            a bfloat16 gradient is read twice or once.
+        error: The most by which three updates may differ from those of float32, relative to these: the
+            formats' own rounding.
+    """
+
+    options: tuple[tuple[str, Any], ...]
+    kept: float
+    error: float
+
+    @property
+    def moved(self) -> tuple[float, float]:
+        return 2 * self.kept + 4, 2 * self.kept + 2
 
 
 @dataclass(frozen=True)
@@ -25,6 +47,7 @@ class Case:
         group_of: The group of each tensor; empty: one group.
         training: Builds a model with these parameters from its depth and width; None: there are only tensors.
         size: Depth and width of the model.
+        precision: How ours keeps them; None: as `dtype` says, as torch does.
     """
 
     name: str
@@ -33,6 +56,7 @@ class Case:
     group_of: tuple[int, ...] = ()
     training: Callable[[int, int], Training] | None = None
     size: tuple[int, int] = (0, 0)
+    precision: Precision | None = None
 
     @property
     def numel(self) -> int:
@@ -53,6 +77,8 @@ class Case:
         """Some of the tensors with few values each, to try the machinery; of a model, two narrow layers."""
         if self.training is not None:
             return training_case(self.name, self.training, (2, 16))
+        if self.precision is not None:  # fewer values would not be kept in 8 bits
+            return replace(self, shapes=((16, 512),))
         some = slice(None, None, max(1, len(self.shapes) // 32))
         shapes = tuple(tuple(min(size, 24) for size in shape) for shape in self.shapes[some])
         return replace(self, shapes=shapes, group_of=self.group_of[some])
@@ -122,8 +148,30 @@ MEDIUM = Case("500x20k", ((20_000,),) * 500)
 SCALARS = Case("500x1", ((1,),) * 500)
 ONE_TENSOR = Case("100m-fp32", ((100_000_000,),))
 ONE_BF16 = Case("50m-bf16", ((50_000_000,),), torch.bfloat16)
+# 128 divides the rows: a scale of four bytes for so many codes.
+_SPLIT, _STOCHASTIC = ("master_weights", "split"), ("stochastic_rounding", True)
+_CODES = 2 * (1 + 4 / 128)
+PRECISIONS = {
+    "split-fp32": Precision((_SPLIT, ("state_dtype", torch.float32)), 12, 1e-5),
+    "split-bf16": Precision((_SPLIT, ("state_dtype", torch.bfloat16)), 8, 3e-3),
+    "split-8bit": Precision((_SPLIT, ("state_dtype", "8bit")), 4 + _CODES, 3e-2),
+    "stochastic-bf16": Precision((_STOCHASTIC, ("state_dtype", torch.bfloat16)), 6, 8e-2),
+    "stochastic-8bit": Precision((_STOCHASTIC, ("state_dtype", "8bit")), 2 + _CODES, 8e-2),
+}
+
+
+def low_precision_cases(name: str, shapes: tuple[Shape, ...]) -> list[Case]:
+    """bfloat16 tensors in each of the precisions."""
+    return [
+        Case(f"{name}-{key}", shapes, torch.bfloat16, precision=precision)
+        for key, precision in PRECISIONS.items()
+    ]
+
+
+LOW_PRECISION = low_precision_cases("50m", ((12_207, 4_096),))
 GPT2_XL = Case("gpt2-1.5b", tuple(_gpt2_shapes(48, 1600)))
 GPT2_XL_BF16 = replace(GPT2_XL, name="gpt2-1.5b-bf16", dtype=torch.bfloat16)
+GPT2_XL_LOW_PRECISION = low_precision_cases("gpt2-1.5b", GPT2_XL.shapes)
 MANY = Case("2000x1k", ((1000,),) * 2000)
 
 
@@ -135,7 +183,16 @@ CASES = {
     case.name: case
     for case in (
         *(GPT2, RESNET50, VIT_B, MEDIUM, SMALL, SMALL_IN_GROUPS, SCALARS, ONE_TENSOR, ONE_BF16),
-        *(GPT2_XL, GPT2_XL_BF16, MANY, TRAIN_MANY, TRAIN_RESNET, TRAIN_GPT),
+        *(
+            GPT2_XL,
+            GPT2_XL_BF16,
+            MANY,
+            TRAIN_MANY,
+            TRAIN_RESNET,
+            TRAIN_GPT,
+            *LOW_PRECISION,
+            *GPT2_XL_LOW_PRECISION,
+        ),
     )
 }
 
@@ -212,4 +269,8 @@ CPU_RACES = (
     Race(ONE_TENSOR, 2, **_STEP),
     Race(ONE_BF16, 2, target_ratios={"fused": 2.0, **_TWO}),
     Race(ONE_BF16, 2, **_STEP),
+    *(
+        Race(case, 2, target_ratios=_TWO | ({"float32+copy": 1.5} if case is LOW_PRECISION[0] else {}))
+        for case in LOW_PRECISION
+    ),
 )

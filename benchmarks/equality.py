@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from .peers import Peer, Problem
+from fused_adamw import FusedHygieneAdamW
+
+from .cases import Precision
+from .peers import Peer, Problem, float32_and_copy
 
 # Gradients of each step, in units of those that the clip halves: clipped, not clipped, clipped hard.
 GRADIENT_SCALES = (1.0, 0.25, 4.0)
@@ -63,7 +66,12 @@ def check_equal_results(problem: Problem, peers: Sequence[Peer], reference: str 
 
     Raises:
         AssertionError: A peer computes something else; names the quantity and the tensor.
+
+    In low precision nobody computes the same; there the reference is torch's AdamW in float32.
     """
+    if problem.case.precision is not None:
+        _check_close_to_float32(problem, peers, problem.case.precision)
+        return
     problem.set_gradients(1.0)
     # What torch's norm is off by, its peers' gradients are off by; exp_avg_sq is quadratic in them.
     error = norm_error(problem)
@@ -84,4 +92,31 @@ def check_equal_results(problem: Problem, peers: Sequence[Peer], reference: str 
                     f"{problem.case.name}: {peer.name} and {reference} differ after {len(GRADIENT_SCALES)} "
                     f"steps: {key} of tensor {index} by {difference:.1e}, allowed {allowed:.1e}"
                 )
+    problem.set_gradients(1.0)
+
+
+# Of peers, whose formats are not ours: their updates are to be those of AdamW with the same options.
+_PEERS_ERROR = 0.25
+
+
+def _check_close_to_float32(problem: Problem, peers: Sequence[Peer], precision: Precision) -> None:
+    """Compare the updates of all peers with those of float32, as vectors."""
+    reference = float32_and_copy(problem, clip=peers[0].clip)
+    start = torch.cat([t.float().flatten() for t in problem.start])
+
+    def moved(peer: Peer) -> Tensor:
+        _run(problem, peer)
+        weights = [p.detach() for p in problem.params] if peer.weights is None else peer.weights()
+        return torch.cat([w.float().flatten() for w in weights]) - start
+
+    expected = moved(reference)
+    for peer in peers:
+        mine = isinstance(peer.optimizer, FusedHygieneAdamW)
+        allowed = precision.error if mine else _PEERS_ERROR
+        error = float((moved(peer) - expected).norm() / expected.norm())
+        if not error <= allowed:  # not `>`: false for NaN
+            raise AssertionError(
+                f"{problem.case.name}: {peer.name} and float32 differ after {len(GRADIENT_SCALES)} steps: "
+                f"updates by {error:.1e}, allowed {allowed:.1e}"
+            )
     problem.set_gradients(1.0)

@@ -6,12 +6,14 @@ place than another, and a race needs the memory of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from fused_adamw import FusedHygieneAdamW
@@ -31,7 +33,20 @@ PASSES = {
     "foreach": (23, 20),
     "for-loop": (23, 20),
 }
+# Bytes per value of the peers where ours keeps bfloat16 in low precision. A float32 step moves 40 or 28, its
+# copy to bfloat16 reads 4 and writes 2.
+LOW_PRECISION_BYTES = {"fused": (20, 14), "float32+copy": (46, 34)}
 LR, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 0.1
+
+
+def bytes_moved(case: Case, name: str, clip: bool) -> int | None:
+    """Bytes that a step of a peer moves; None where nobody counted."""
+    if case.precision is None:
+        passes = PASSES.get(name)
+        return None if passes is None else case.bytes_moved(passes[not clip])
+    if name in ("torchao", "bitsandbytes"):
+        return None
+    return round(LOW_PRECISION_BYTES.get(name, case.precision.moved)[not clip] * case.numel)
 
 
 class Problem:
@@ -50,7 +65,7 @@ class Problem:
 
         self._training: Training | None = None
         if case.training is None:
-            self.params = [p.requires_grad_() for p in normal(0.02)]
+            self.params: list[Tensor] = [nn.Parameter(p) for p in normal(0.02)]
         else:
             with torch.device(device):
                 self._training = case.training(*case.size)
@@ -61,6 +76,7 @@ class Problem:
         self.exp_avg_sqs = [torch.zeros_like(p) for p in self.start]
         self._grads = [torch.empty_like(p) for p in self.start]
         self._spare: list[Tensor] = []
+        self._masters: list[Tensor] = []
         self.set_gradients(1.0)
         squares = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in self.gradients)
         self.norm = float(squares) ** 0.5
@@ -73,12 +89,24 @@ class Problem:
             p.copy_(start)
             m.zero_()
             v.zero_()
+        for master, start in zip(self._masters, self.start, strict=False):
+            master.copy_(start)
 
     def set_gradients(self, scale: float) -> None:
         """Fill the gradients anew; torch's clip has changed them."""
         for p, grad, source in zip(self.params, self._grads, self.gradients, strict=True):
             torch.mul(source, scale, out=grad)
             p.grad = grad
+        for master, grad in zip(self._masters, self._grads, strict=False):
+            master.grad = grad.float()
+
+    def masters(self) -> list[Tensor]:
+        """The parameters in float32, with gradients in float32: for peers that train so."""
+        if not self._masters:
+            self._masters = [start.float().requires_grad_() for start in self.start]
+            for master, grad in zip(self._masters, self._grads, strict=True):
+                master.grad = grad.float()
+        return self._masters
 
     def move_gradients(self) -> None:
         """Put every gradient at another address."""
@@ -97,11 +125,16 @@ class Problem:
         """What comes before a step whose gradients are so; None: nothing."""
         return {"kept": None, "moved": self.move_gradients, "new": self.backward}[gradients]
 
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups: layer-wise learning rates, every other group without weight decay."""
+    def param_groups(self, params: Sequence[Tensor] | None = None) -> list[dict[str, Any]]:
+        """The groups: layer-wise learning rates, every other group without weight decay.
+
+        Args:
+            params: What to step in the place of the parameters.
+        """
+        params = self.params if params is None else params
         return [
             {
-                "params": [self.params[i] for i in members],
+                "params": [params[i] for i in members],
                 "lr": LR * 0.9 ** (number // 2),
                 "weight_decay": WEIGHT_DECAY * (number % 2 == 0),
             }
@@ -123,30 +156,48 @@ class Peer:
         name: What tables call it.
         step: One step, with the clip if the race has one.
         optimizer: Whose state it mutates.
+        clip: Whether it clips.
         threads: CPU threads that it uses; None: those of the race.
+        has_own_state: Whether its state is not the problem's.
+        weights: What it has made of the parameters, in float32; None: what the parameters are.
     """
 
     name: str
     step: Callable[[], object]
     optimizer: torch.optim.Optimizer
+    clip: bool
     threads: int | None = None
+    has_own_state: bool = False
+    weights: Callable[[], list[Tensor]] | None = None
 
     def restart(self) -> None:
-        """Set the step counts to zero."""
+        """Set the step counts to zero; drop a state that is no other's."""
+        if self.has_own_state:
+            self.optimizer.state.clear()
+            return
         for state in self.optimizer.state.values():
             state["step"].zero_()
 
 
 def ours(problem: Problem, *, clip: bool, backend: str = "auto", name: str = "ours") -> Peer:
-    """FusedHygieneAdamW."""
+    """FusedHygieneAdamW, in the precision of the case."""
+    precision = problem.case.precision
     optimizer = FusedHygieneAdamW(
         problem.param_groups(),
         betas=BETAS,
         max_grad_norm=problem.max_norm if clip else None,
         backend=backend,
+        **({"stochastic_rounding": False} if precision is None else dict(precision.options)),
     )
-    problem.share_state(optimizer, step_on_device=True)
-    return Peer(name, optimizer.step, optimizer)
+    if precision is None:
+        problem.share_state(optimizer, step_on_device=True)
+        return Peer(name, optimizer.step, optimizer, clip)
+
+    def weights() -> list[Tensor]:
+        found = optimizer.master_state_dict(nn.ParameterList(problem.params))
+        return [w.float() for w in found.values()]
+
+    return Peer(name, optimizer.step, optimizer, clip, has_own_state=True, weights=weights)
 
 
 def one_thread(problem: Problem, *, clip: bool) -> Peer:
@@ -174,19 +225,19 @@ def _preceded_by_clip(problem: Problem, step: Callable[[], object], clip: bool) 
 def fused(problem: Problem, *, clip: bool) -> Peer:
     """torch.optim.AdamW(fused=True)."""
     optimizer = _torch_adamw(problem, fused=True)
-    return Peer("fused", _preceded_by_clip(problem, optimizer.step, clip), optimizer)
+    return Peer("fused", _preceded_by_clip(problem, optimizer.step, clip), optimizer, clip)
 
 
 def foreach(problem: Problem, *, clip: bool) -> Peer:
     """torch.optim.AdamW(foreach=True)."""
     optimizer = _torch_adamw(problem, foreach=True)
-    return Peer("foreach", _preceded_by_clip(problem, optimizer.step, clip), optimizer)
+    return Peer("foreach", _preceded_by_clip(problem, optimizer.step, clip), optimizer, clip)
 
 
 def for_loop(problem: Problem, *, clip: bool) -> Peer:
     """torch.optim.AdamW(foreach=False), the default on a CPU."""
     optimizer = _torch_adamw(problem, foreach=False)
-    return Peer("for-loop", _preceded_by_clip(problem, optimizer.step, clip), optimizer)
+    return Peer("for-loop", _preceded_by_clip(problem, optimizer.step, clip), optimizer, clip)
 
 
 def fused_with_grad_scale(problem: Problem, *, clip: bool) -> Peer:
@@ -198,16 +249,60 @@ def fused_with_grad_scale(problem: Problem, *, clip: bool) -> Peer:
         optimizer.grad_scale = ((norm.float() + 1e-6) / problem.max_norm).clamp(min=1.0)
         optimizer.step()
 
-    return Peer("fused+grad_scale", norm_and_step if clip else optimizer.step, optimizer)
+    return Peer("fused+grad_scale", norm_and_step if clip else optimizer.step, optimizer, clip)
 
 
 def compiled(problem: Problem, *, clip: bool) -> Peer:
     """torch.compile of clip + step; compiling takes a minute for hundreds of tensors."""
     optimizer = _torch_adamw(problem, foreach=True, capturable=problem.device.type == "cuda")
     step = torch.compile(_preceded_by_clip(problem, lambda: optimizer.step(), clip))
-    return Peer("compiled", step, optimizer)
+    return Peer("compiled", step, optimizer, clip)
 
 
+def float32_and_copy(problem: Problem, *, clip: bool) -> Peer:
+    """torch.optim.AdamW(fused=True) of float32 parameters, and a copy in bfloat16, as autocast makes it."""
+    masters = problem.masters()
+    optimizer = torch.optim.AdamW(problem.param_groups(masters), betas=BETAS, fused=True)
+
+    @torch.no_grad()
+    def step() -> None:
+        if clip:
+            clip_grad_norm_(masters, problem.max_norm, foreach=True)
+        optimizer.step()
+        torch._foreach_copy_(problem.params, masters)
+
+    return Peer(
+        "float32+copy",
+        step,
+        optimizer,
+        clip,
+        has_own_state=True,
+        weights=lambda: [p.detach() for p in masters],
+    )
+
+
+def torchao(problem: Problem, *, clip: bool) -> Peer:
+    """The 8-bit AdamW of torchao with stochastic rounding of bfloat16 parameters; it compiles itself."""
+    optimizer = import_module("torchao.optim").AdamW8bit(
+        problem.param_groups(), betas=BETAS, bf16_stochastic_round=True
+    )
+    step = _preceded_by_clip(problem, optimizer.step, clip)
+    return Peer("torchao", step, optimizer, clip, has_own_state=True)
+
+
+def bitsandbytes(problem: Problem, *, clip: bool) -> Peer:
+    """8-bit AdamW of bitsandbytes."""
+    optimizer = import_module("bitsandbytes.optim").AdamW8bit(problem.param_groups(), betas=BETAS)
+    step = _preceded_by_clip(problem, optimizer.step, clip)
+    return Peer("bitsandbytes", step, optimizer, clip, has_own_state=True)
+
+
+LOW_PRECISION_PEERS = {
+    "fused": fused,
+    "float32+copy": float32_and_copy,
+    "torchao": torchao,
+    "bitsandbytes": bitsandbytes,
+}
 PEERS = {
     "one-thread": one_thread,
     "fused": fused,
@@ -224,10 +319,17 @@ def make_peers(
     """Ours, once per backend, then the named peers.
 
     With one backend ours is called "ours", otherwise by the backend. Without a clip nothing is handed to
-    `grad_scale`, and that peer is left out.
+    `grad_scale`, and that peer is left out. A case in low precision has peers of its own, those that are
+    installed; of the named ones it has one thread of ours.
     """
+    if problem.case.precision is not None:
+        names = (*filter(_is_installed, LOW_PRECISION_PEERS), *({"one-thread"} & set(names)))
     for backend in backends:
         yield ours(problem, clip=clip, backend=backend, name="ours" if len(backends) == 1 else backend)
     for name in names:
         if clip or name != "fused+grad_scale":
-            yield PEERS[name](problem, clip=clip)
+            yield (PEERS | LOW_PRECISION_PEERS)[name](problem, clip=clip)
+
+
+def _is_installed(name: str) -> bool:
+    return name not in ("torchao", "bitsandbytes") or find_spec(name) is not None

@@ -17,13 +17,14 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import host, provenance
+from benchmarks import host, peers, provenance
 from benchmarks.cases import (
     CASES,
     CPU_RACES,
     GPT2,
     GPT2_XL,
     GPT2_XL_BF16,
+    LOW_PRECISION,
     RESNET50,
     SMALL_IN_GROUPS,
     TRAIN_GPT,
@@ -35,7 +36,16 @@ from benchmarks.cases import (
 )
 from benchmarks.equality import check_equal_results
 from benchmarks.gpu.races import GPU_RACES
-from benchmarks.peers import PASSES, PEERS, Problem, make_peers
+from benchmarks.peers import (
+    PASSES,
+    PEERS,
+    Problem,
+    bytes_moved,
+    float32_and_copy,
+    fused,
+    make_peers,
+    ours,
+)
 from benchmarks.report import sessions
 from benchmarks.timing import InterleavedTimer, Turn, block_medians, interleaved
 
@@ -99,6 +109,47 @@ def test_all_peers_compute_the_same(clip: bool, dtype: torch.dtype) -> None:
     problem = Problem(replace(FEW, dtype=dtype), CPU)
     names = tuple(name for name in PEERS if name != "compiled")
     check_equal_results(problem, list(make_peers(problem, names, clip=clip)))
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "moved"),
+    [
+        ("split-fp32", 12, 28),
+        ("split-bf16", 8, 20),
+        ("split-8bit", 6.0625, 16.125),
+        ("stochastic-bf16", 6, 16),
+        ("stochastic-8bit", 4.0625, 12.125),
+    ],
+)
+def test_bytes_in_low_precision(name: str, kept: float, moved: float) -> None:
+    """Those that are allocated, and those that a step with a clip reads and writes."""
+    case = CASES[f"50m-{name}"].tiny()
+    assert bytes_moved(case, "ours", clip=True) == moved * case.numel
+    assert bytes_moved(case, "ours", clip=False) == (moved - 2) * case.numel
+    problem = Problem(case, CPU)
+    ours = next(make_peers(problem, (), clip=True))
+    ours.step()
+    (p,) = problem.params
+    tensors = [p, *(t for key, t in ours.optimizer.state[p].items() if key != "step")]
+    assert sum(t.untyped_storage().nbytes() for t in tensors) == kept * case.numel
+
+
+@pytest.mark.parametrize("case", LOW_PRECISION, ids=lambda case: case.name)
+@pytest.mark.parametrize("clip", [True, False])
+def test_low_precision_is_close_to_float32(case: Case, clip: bool) -> None:
+    problem = Problem(case.tiny(), CPU)
+    all_peers = [ours(problem, clip=clip), fused(problem, clip=clip), float32_and_copy(problem, clip=clip)]
+    check_equal_results(problem, all_peers)
+    all_peers[0].optimizer.param_groups[0]["lr"] *= 1.1
+    with pytest.raises(AssertionError, match="ours and float32 differ after 3 steps: updates by"):
+        check_equal_results(problem, all_peers)
+
+
+def test_peers_in_low_precision_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(LOW_PRECISION[0].tiny(), CPU)
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    names = [peer.name for peer in make_peers(problem, ("foreach", "one-thread"), clip=True)]
+    assert names == ["ours", "fused", "float32+copy", "one-thread"]
 
 
 @pytest.mark.parametrize(

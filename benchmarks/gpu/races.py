@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..cases import GPT2, GPT2_XL, GPT2_XL_BF16, MANY, RESNET50, VIT_B, Race
+from ..cases import GPT2, GPT2_XL, GPT2_XL_BF16, GPT2_XL_LOW_PRECISION, MANY, RESNET50, VIT_B, Case, Race
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,16 @@ def _ratios(h100: float, h200: float) -> dict[str, Any]:
 _STEP = {**_both(fused=0.97), "why": "equal bytes: no slower, but for noise"}
 _XL = Targets({"fused": 1.25, "fused+grad_scale": 1.12}, 0.92)
 
+
+def _low_precision(case: Case) -> GpuRace:
+    """Moved bytes are to go as fast as a copy, codes less so: they take five square roots per pair."""
+    assert case.precision is not None
+    fraction = 0.75 if case.name.endswith("8bit") else 0.85
+    targets = Targets({"float32+copy": round(0.85 * 46 / case.precision.moved[0], 2)}, fraction)
+    why = "bytes, against float32 with a copy in bfloat16" + "; codes cost square roots" * (fraction < 0.8)
+    return GpuRace(Race(case), targets, targets, why)
+
+
 # Races of one case are neighbours: its tensors are made once.
 GPU_RACES = (
     GpuRace(
@@ -73,6 +83,7 @@ GPU_RACES = (
         "half the bytes for the same arithmetic, which shows where memory is faster",
     ),
     GpuRace(Race(GPT2_XL_BF16, clip=False), **_STEP),
+    *map(_low_precision, GPT2_XL_LOW_PRECISION),
     GpuRace(Race(GPT2), **_both(fused=1.2), why="4 GB per step: bytes, less what launches cost both"),
     GpuRace(Race(GPT2, clip=False), **_STEP),
     GpuRace(

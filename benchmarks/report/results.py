@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..cases import Race
-from ..peers import PASSES
+from ..peers import bytes_moved
 from ..timing import Bandwidth, Turn, block_medians
 
 
@@ -137,6 +137,8 @@ def evaluate(
     """
     results = []
     mine = block_medians(turns[ours])
+    moved = bytes_moved(race.case, "ours", race.clip)
+    assert moved is not None
     for peer, peer_turns in turns.items():
         if peer == ours:
             continue
@@ -145,7 +147,6 @@ def evaluate(
         order = sorted(range(len(ratios)), key=ratios.__getitem__)
         run = order[-1 if best else len(order) // 2]
         a, b = mine[run], theirs[run]
-        passes = PASSES.get(peer)
         results.append(
             Result(
                 race=race.name,
@@ -156,8 +157,8 @@ def evaluate(
                 clip=race.clip,
                 gradients=race.gradients,
                 rounds=len(peer_turns),
-                bytes=race.case.bytes_moved(PASSES["ours"][not race.clip]),
-                peer_bytes=None if passes is None else race.case.bytes_moved(passes[not race.clip]),
+                bytes=moved,
+                peer_bytes=bytes_moved(race.case, peer, race.clip),
                 ours_ms=a.wall * 1e3,
                 peer_ms=b.wall * 1e3,
                 device_ms=a.device * 1e3,
