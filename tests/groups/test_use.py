@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_adamw import FusedHygieneAdamW
 from fused_adamw.groups import ParamGroupWarning, Role, build_param_groups, explain_param_groups
+from fused_adamw.groups.use import observe
+from fused_adamw.groups.walk import walk
 
 from .helpers import decays
 
@@ -379,7 +381,33 @@ def test_a_module_that_converts_itself():
             self.before = self.before.to(x.dtype)
             return super().forward(x)
 
-    assert role_of(Model((T, D), lambda x, p: x + p)) is Role.POSITION
+    with torch.device("meta"):  # where no second run with values could hide a failure
+        model = Model((T, D), lambda x, p: x + p)
+    assert role_of(model) is Role.POSITION
+
+
+def test_a_layer_with_a_fast_path_is_seen_through():
+    model = nn.TransformerEncoderLayer(D, 2, 8, batch_first=True)
+    located = walk(model)
+    seen = observe(model, located, X)
+    assert torch.backends.mha.get_fastpath_enabled()
+    kinds = {item.name: {str(k.value.role) for k in seen.kinds[id(item.param)]} for item in located}
+    assert kinds["self_attn.in_proj_weight"] == kinds["linear1.weight"] == {"matrix"}
+    assert kinds["norm1.weight"] == {"gain"}
+
+
+def test_a_gain_among_parameters():
+    """`p` scales the rows of a matrix before activations meet it."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p, self.w = nn.Parameter(torch.rand(D, 1)), nn.Parameter(torch.rand(D, D))
+
+        def forward(self, x):
+            return x @ (self.w / self.w.norm(dim=1, keepdim=True) * self.p)
+
+    assert role_of(Model()) is Role.GAIN
 
 
 class Quantized(torch.Tensor):
