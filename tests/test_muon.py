@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -126,9 +127,10 @@ def test_both_skip(part, value):
     assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_grad_scaler(max_grad_norm):
-    model, optimizer = make(max_grad_norm=max_grad_norm)
+@pytest.mark.parametrize(("max_grad_norm", "skips"), [(None, False), (0.5, False), (None, True)])
+def test_grad_scaler(max_grad_norm, skips):
+    """With `skips`, the scaler leaves unscaling to the step although nothing is clipped."""
+    model, optimizer = make(max_grad_norm=max_grad_norm, skip_nonfinite=skips)
     peer = ByHand(max_grad_norm)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for overflows in (False, True, False):
@@ -219,10 +221,12 @@ class TestCheckpoints:
         optimizer.load_state_dict(optimizer.state_dict())
         assert seen == [["param_groups", "state"], len(list(model.parameters()))]
 
-    def test_deepcopy(self):
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+    def test_copies(self, copied):
         model, optimizer = make(max_grad_norm=1.0)
         self.run(model, optimizer, 1)
-        both = copy.deepcopy({"model": model, "optimizer": optimizer})
+        assert optimizer._adamw.norm_process_group is None  # it belongs to the step alone
+        both = copied({"model": model, "optimizer": optimizer})
         self.run(model, optimizer, 2)
         self.run(both["model"], both["optimizer"], 2)
         assert all(
