@@ -145,6 +145,9 @@ def test_grad_scaler(max_grad_norm, skips):
         if not overflows:
             peer.step(100.0)
     assert scaler.get_scale() == 512.0
+    peer.step(2.0)
+    backward(model, 2.0)
+    optimizer.step()  # without the scaler, whose scale is forgotten
     assert_close(model, peer.model)
 
 
@@ -211,6 +214,29 @@ class TestCheckpoints:
             for key, value in of_p.items():
                 assert torch.equal(after["state"][i][key], value)
         self.run(model, optimizer, 1)
+
+    def test_where_muons_part_does_not_load_adamws_part_is_put_back(self, monkeypatch):
+        model, optimizer = make()
+        self.run(model, optimizer, 1)
+        other = copy.deepcopy(optimizer.state_dict())
+        for group in other["param_groups"]:
+            group["lr"] = 7.0
+        before = copy.deepcopy(optimizer.state_dict())
+
+        def fails(state_dict):
+            raise RuntimeError("not mine")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizer._muon, "load_state_dict", fails)
+            with pytest.raises(RuntimeError, match="not mine"):
+                optimizer.load_state_dict(other)
+        assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        values_before = values(model)
+        self.run(model, optimizer, 1)  # both parts still follow the groups that everybody sees
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), values_before, strict=True))
+        assert {float(s["step"]) for s in optimizer.state.values() if "step" in s} == {2.0}
 
     def test_hooks(self):
         model, optimizer = make()
@@ -315,6 +341,20 @@ class TestRefusals:
             make(max_grad_norm=-1.0)
         with pytest.raises(TypeError, match="nonsense"):
             make(nonsense=1)
+
+
+def test_a_second_clip_is_noticed():
+    model, optimizer = make(max_grad_norm=0.5)
+
+    def clip_twice():
+        backward(model, 1000.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+
+    for _ in range(7):
+        clip_twice()
+    with pytest.warns(UserWarning, match="clipped before"):
+        clip_twice()
 
 
 def test_add_param_group():

@@ -74,6 +74,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3)
         self.conv, self.depthwise = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8)
+        self.channels = nn.Conv2d(8, 16, 3, groups=8)
         self.up = nn.ConvTranspose2d(8, 6, 2)
         self.blocks = nn.ModuleList([Block(), Block()])
         self.head = nn.Linear(8, 5)
@@ -100,6 +101,7 @@ class TestRules:
         for name, why in {
             "stem.weight": "first map",
             "depthwise.weight": "depthwise",
+            "channels.weight": "depthwise",
             "head.weight": "last map",
             "blocks.0.router.weight": "router",
             "blocks.0.one.weight": "no matrix",
@@ -118,6 +120,23 @@ class TestRules:
         assert hints["blocks.1.lstm.weight_hh_l0"] == MuonHint(32, 8, splits=(8,) * 4)
         assert hints["blocks.1.experts.gate_up_proj"] == MuonHint(20, 8, 3, True, (10, 10))
         assert hints["blocks.1.experts.down_proj"] == MuonHint(8, 10, 3, True)
+
+    def test_hints_by_class(self):
+        """Halves that alternate are not cut; keys and values of a cross attention are two."""
+
+        class GptOssExperts(Experts):
+            pass
+
+        class Conv1D(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.rand(8, 16))
+
+        model = nn.Sequential(nn.Linear(8, 8), GptOssExperts(), nn.Module(), nn.Linear(8, 8))
+        model[2].c_attn = Conv1D()
+        hints = split_of(model, for_="dion").hints
+        assert hints["1.gate_up_proj"] == MuonHint(20, 8, 3, True)
+        assert hints["2.c_attn.weight"] == MuonHint(16, 8, is_transposed=True, splits=(8, 8))
 
     def test_stacks_and_convolutions_depend_on_the_implementation(self):
         stack, conv = "blocks.0.experts.down_proj", "conv.weight"
