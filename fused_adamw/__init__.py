@@ -3,6 +3,7 @@
 from .backends import available_backends
 from .groups import WidthScale, build_param_groups, explain_param_groups, get_optimizer_grouped_parameters
 from .muon import MuonWithAdamW, split_for_muon
+from .observations import ParamStats
 from .optimizer import AdamW, FusedHygieneAdamW
 from .version import __version__
 
@@ -10,6 +11,7 @@ __all__ = [
     "AdamW",
     "FusedHygieneAdamW",
     "MuonWithAdamW",
+    "ParamStats",
     "WidthScale",
     "__version__",
     "available_backends",

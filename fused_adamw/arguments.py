@@ -246,28 +246,6 @@ class OwnArguments(torch.optim.AdamW):
         return self._skip_nonfinite
 
     @property
-    def grad_norm(self) -> Tensor | Any:
-        """Global gradient norm of the last step, before clipping and without any loss scale.
-
-        A new 0-dim tensor on the parameters' device, float32 (float64 where a parameter is float64); None
-        before the first step and without a norm pass. Only reading its value waits for the device. Typed so
-        that `optimizer.grad_norm.item()` needs no check for None where a norm is known to be there.
-        """
-        if not self._has_norm:
-            return None
-        dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
-        dtype = torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
-        assert self._status is not None
-        return self._status[0].to(dtype, copy=True)
-
-    @property
-    def skipped_steps(self) -> Tensor:
-        """Steps skipped so far, by `skip_nonfinite` or a GradScaler: a new 0-dim int64 tensor."""
-        if self._status is None:
-            return torch.zeros((), dtype=torch.int64, device="cpu")
-        return self._status[1].to(torch.int64)
-
-    @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling and the decision to skip to step().
 

@@ -19,6 +19,7 @@ from .dtensors import has_peers, is_flattened, local_grads
 from .fields import Rounding, State
 from .groups import Options, Overrides, Role, decide, decided_groups, is_model, summarize_param_groups
 from .names import ParamNames, show_names_to_dcp
+from .observations import Observed
 from .state.checks import check_fused, check_hypers, check_no_transform, check_not_differentiable, check_step
 from .state.contents import is_counted, missing_state
 from .state.masters import Mastered
@@ -46,7 +47,7 @@ _COPIED = (
 )
 
 
-class FusedHygieneAdamW(Mastered):
+class FusedHygieneAdamW(Mastered, Observed):
     """AdamW that decays the right parameters and clips inside the update.
 
     With `FusedHygieneAdamW(model, lr=3e-4, weight_decay=0.1, max_grad_norm=1.0)`, `step()` is equivalent to

@@ -31,10 +31,11 @@ ALLOWED = {
     "names": {"groups"},
     "state": {"arguments", "dtensors", "fields", "formats", "groups", "layout", "names", "tables"},
     "optimizer": {"announce", "arguments", "backends", "device", "dtensors", "fields", "groups", "names"}
-    | {"state", "step", "tables", "variants"},
+    | {"observations", "state", "step", "tables", "variants"},
+    "observations": {"state", "step"},
     "muon": {"announce", "arguments", "backends", "dtensors", "groups", "optimizer", "step", "tables"},
     "version": set(),
-    "__init__": {"groups", "backends", "muon", "optimizer", "version"},
+    "__init__": {"groups", "backends", "muon", "observations", "optimizer", "version"},
     "cli": {"arguments", "backends", "device", "groups", "optimizer", "state", "version"},
     "__main__": {"cli"},
 }
@@ -47,7 +48,8 @@ ALLOWED_WITHIN = {
         "snapshot": set(),
         "guard": {"snapshot"},
         "launch": {"snapshot"},
-        "plan": {"guard", "launch", "norm", "snapshot"},
+        "statistics": {"launch", "norm"},
+        "plan": {"guard", "launch", "norm", "snapshot", "statistics"},
     },
     "state": {
         "__init__": set(),

@@ -98,13 +98,19 @@ def adamw_update(
     return p, m, v, v_max
 
 
-def sum_of_squares(grads: Sequence[Tensor], out: Tensor) -> None:
-    """Write the sum of squares of all elements of `grads`, any dtypes and layouts, to `out` (one element)."""
-    total = torch.zeros((), dtype=out.dtype, device=out.device)
+def sum_of_squares(grads: Sequence[Tensor], out: Tensor) -> list[Tensor]:
+    """Write the sum of squares of all elements of `grads`, any dtypes and layouts, to `out` (one element).
+
+    Returns:
+        The sum of each gradient, 0-dim.
+    """
+    total, squares = torch.zeros((), dtype=out.dtype, device=out.device), []
     for grad in grads:
         dtype = torch.promote_types(grad.dtype, out.dtype) if grad.is_complex() else out.dtype
-        total = total + torch.linalg.vector_norm(grad, dtype=dtype).square()
+        squares.append(torch.linalg.vector_norm(grad, dtype=dtype).square())
+        total = total + squares[-1]
     out.copy_(total.reshape(out.shape))
+    return squares
 
 
 def update(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,8 +50,8 @@ class KernelBackend(Protocol):
 class ReferenceBackend(Protocol):
     """Plain PyTorch on lists of tensors."""
 
-    def sum_of_squares(self, grads: Sequence[Tensor], out: Tensor) -> None:
-        """Write the sum of squares of all gradients to `out`."""
+    def sum_of_squares(self, grads: Sequence[Tensor], out: Tensor) -> list[Tensor]:
+        """Write the sum of squares of all gradients to `out`; returns that of each."""
 
     def update(
         self, entries: Sequence[Entry], grads: Sequence[Tensor], hypers: Sequence[Hyper], inputs: StepInputs
@@ -281,11 +281,18 @@ class TableBucket:
             workspace=torch.zeros(1 + len(chunks), dtype=torch.float64, device=device),
         )
         self.sum_groups = _sum_groups(members)
-        self._chunks_of = [self._tables.chunks]  # of each sum group
+        # Of each sum group its chunks, and where their sums of squares are left.
+        self._parts = [(self._tables.chunks, self._tables.workspace)]
         if len(self.sum_groups) > 1:
             sum_group_of = torch.tensor([member.sum_group for member in members], device="cpu")[chunks[:, 0]]
             parts = [chunks[sum_group_of == sum_group] for sum_group in self.sum_groups]
-            self._chunks_of = [DeviceTable(device).upload(part) for part in parts]
+            self._parts = [
+                (
+                    DeviceTable(device).upload(part),
+                    torch.zeros(1 + len(part), dtype=torch.float64, device=device),
+                )
+                for part in parts
+            ]
         self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
         self._captured: list[object] = []  # what graphs read at each replay
         self.place(addresses)
@@ -328,8 +335,24 @@ class TableBucket:
 
     def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
         """Write the sum of squares of each sum group's gradients to its tensor of one float64."""
-        for chunks, out in zip(self._chunks_of, sums, strict=True):
-            self._backend.sum_of_squares(self._tables, chunks, out)
+        tables = self._tables
+        for (chunks, workspace), out in zip(self._parts, sums, strict=True):
+            if workspace is not tables.workspace:
+                tables = replace(tables, workspace=workspace)
+            self._backend.sum_of_squares(tables, chunks, out)
+
+    def squares(self) -> Tensor:
+        """The sum of squares of the gradient in each of `slots`, as the last norm pass found it.
+
+        The host waits for the device.
+
+        Returns:
+            float64 (len(slots),), on the host; 0 where there was no gradient.
+        """
+        total = torch.zeros(len(self.slots), dtype=torch.float64, device="cpu")
+        for chunks, workspace in self._parts:
+            total.index_add_(0, chunks[:, 0].cpu().long(), workspace[1:].cpu())
+        return total
 
     def rehearse(self, tensors: Tensors, inputs: StepInputs) -> None:
         """Nothing to try: kernels are launched or not."""
@@ -355,6 +378,7 @@ class TensorBucket:
         self._slots_of = [[m.slot for m in once if m.sum_group == sum_group] for sum_group in self.sum_groups]
         self._hypers: Sequence[Hyper] = ()
         self._backend = backend
+        self._squares: dict[int, Tensor] = {}  # of the last norm pass, by slot
 
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
         """Note the hyper-parameters of every group."""
@@ -366,7 +390,16 @@ class TensorBucket:
     def sum_of_squares(self, grads: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
         """Write the sum of squares of each sum group's gradients to its tensor of one element."""
         for mine, out in zip(self._slots_of, sums, strict=True):
-            self._backend.sum_of_squares([g for slot in mine if (g := grads[slot]) is not None], out)
+            present = [slot for slot in mine if grads[slot] is not None]
+            squares = self._backend.sum_of_squares(
+                [g for slot in present if (g := grads[slot]) is not None], out
+            )
+            self._squares |= dict(zip(present, squares, strict=True))
+
+    def squares(self) -> Tensor:
+        """As `TableBucket.squares`."""
+        found = [self._squares[slot].double().cpu() if slot in self._squares else 0.0 for slot in self.slots]
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
 
     def rehearse(self, tensors: Tensors, inputs: StepInputs) -> None:
         """Raise what `update` would raise: a tensor subclass may lack an operator, memory may be short."""

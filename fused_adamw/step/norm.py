@@ -88,9 +88,9 @@ class _MeshSum:
         # Parameters may be offloaded to the CPU, which the mesh's groups need not serve.
         is_theirs = params_device.type == mesh.device_type
         self.device = params_device if is_theirs else torch.device(mesh.device_type)
-        self.sum_groups: list[
-            tuple[int, int]
-        ] = []  # sum group, number of processes that have each of its values
+        # Sum groups, and the positions of parameters, each with how many processes have each of its values.
+        self.sum_groups: list[tuple[int, int]] = []
+        self.params: list[tuple[int, int]] = []
 
     @functools.cached_property
     def groups(self) -> list[Any]:
@@ -203,6 +203,8 @@ class Reduction:
             if (mesh, copies) not in sum_groups:
                 sum_group = sum_groups[mesh, copies] = len(sum_groups)
                 meshes.setdefault(mesh, _MeshSum(mesh, p.device)).sum_groups.append((sum_group, copies))
+            if spec is not None:
+                meshes[mesh].params.append((len(self.sum_group_of), copies))
             self.sum_group_of.append(sum_groups[mesh, copies])
         self._meshes = list(meshes.values())  # in the order in which the parameters name them
         self.n_sum_groups = len(sum_groups)
@@ -237,6 +239,25 @@ class Reduction:
         if norm_group is not None:
             total, found_inf = norm_group(torch.stack([total, found_inf]), self._device)
         return total, found_inf
+
+    def of_each(self, squares: Tensor) -> Tensor:
+        """Sum over processes what is known of each parameter; a collective for each mesh.
+
+        Args:
+            squares: float64 (number of parameters,), on the host: the sum of squares in this process.
+
+        Returns:
+            The same of the whole parameters.
+        """
+        total = squares.clone()
+        for mesh in self._meshes:
+            positions = torch.tensor([position for position, _ in mesh.params], device="cpu")
+            copies = torch.tensor([float(copies) for _, copies in mesh.params], device="cpu")
+            wire = (squares[positions] / copies).to(mesh.device)
+            for group in mesh.groups:
+                dist.all_reduce(wire, group=group)
+            total[positions] = wire.cpu()
+        return total
 
 
 def _copies(spec: Any) -> int:

@@ -38,6 +38,7 @@ from .launch import (
 )
 from .norm import NormGroup, Reduction, Sums
 from .snapshot import Form, Snapshot
+from .statistics import GradNorm, grad_norms
 
 
 class Launch(NamedTuple):
@@ -129,6 +130,7 @@ class Plan:
         self._tables_are_of_graph = False
         self.was_captured = False
         self._has_run = False
+        self._last: tuple[StepInputs, bytes] | None = None  # of the last step, if it had a norm pass
         self._steady: tuple[Request, list[tuple[Bucket, StepInputs]]] | None = None  # of the last step
         self.fallbacks: dict[int, str] = {}
         self._snapshot = snapshot
@@ -337,6 +339,7 @@ class Plan:
             self.sum_of_squares(found.grads)
         sums, found_inf = self._sums.totals(request.needs_norm, request.found_inf, request.norm_group)
         runs = self._runs(request, sums, found_inf)
+        self._last = (runs[0][1], found.addresses) if request.needs_norm else None
         if not self._has_run:
             for bucket, inputs in runs:
                 bucket.rehearse(tensors, inputs)
@@ -345,6 +348,19 @@ class Plan:
         for bucket, inputs in runs:
             bucket.update(tensors, inputs)
         torch.autograd.graph.increment_version(found.stepped)
+
+    def grad_norms(self) -> dict[int, GradNorm] | None:
+        """What the norm pass of the last step found, by the id of each parameter that had a gradient.
+
+        The host waits for the devices; with DTensors it is a collective of each mesh.
+
+        Returns:
+            None: the last step had no norm pass.
+        """
+        if self._last is None:
+            return None
+        buckets = [bucket for bucket, _, _ in self.launches]
+        return grad_norms(self._snapshot.ids, buckets, self._reduction, *self._last)
 
     def _runs(
         self, request: Request, sums: dict[torch.device, Tensor], found_inf: Tensor | None
