@@ -15,11 +15,14 @@ ADAMW_FN uint64_t splitmix64(uint64_t x) {
   return z ^ z >> 31;
 }
 
-ADAMW_FN uint32_t lowbias32(uint32_t x) {
-  x = (x ^ x >> 16) * 0x7feb352du;
+// What lowbias32 does after its first step.
+ADAMW_FN uint32_t lowbias32_rest(uint32_t x) {
+  x *= 0x7feb352du;
   x = (x ^ x >> 15) * 0x846ca68bu;
   return x ^ x >> 16;
 }
+
+ADAMW_FN uint32_t lowbias32(uint32_t x) { return lowbias32_rest(x ^ x >> 16); }
 
 // What one step's noise for one parameter begins with.
 struct NoiseKey {
@@ -37,15 +40,26 @@ ADAMW_FN NoiseKey noise_key(uint64_t word, uint64_t step) {
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 
-// 32 bits for the element at this place, in memory order, of the whole tensor: here its halves, for 32-bit
-// arithmetic. The low 16 are for the parameter and exp_avg, in which the update is linear, the high 16 for
-// exp_avg_sq.
-ADAMW_FN uint32_t noise_bits(NoiseKey key, uint32_t low, uint32_t high) {
+// 32 bits for the element at this place, in memory order, of the whole tensor. The low 16 are for the
+// parameter and exp_avg, in which the update is linear, the high 16 for exp_avg_sq.
+ADAMW_FN uint32_t noise_bits(NoiseKey key, uint64_t index) {
+  const uint32_t low = static_cast<uint32_t>(index), high = static_cast<uint32_t>(index >> 32);
   return lowbias32(lowbias32(low ^ key.low) + key.high + high * 0x9e3779b9u);
 }
 
-ADAMW_FN uint32_t noise_bits(NoiseKey key, uint64_t index) {
-  return noise_bits(key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32));
-}
+// The same for places from `index` on that differ in their low 16 bits only: in 32-bit arithmetic, without
+// what they share.
+struct NoiseRun {
+  uint32_t low, key, inner;
+
+  ADAMW_FN NoiseRun from(NoiseKey key, uint64_t index) {
+    const uint32_t low = static_cast<uint32_t>(index), high = static_cast<uint32_t>(index >> 32);
+    return {low, key.low ^ (low ^ key.low) >> 16, key.high + high * 0x9e3779b9u};
+  }
+  ADAMW_FN int64_t length(uint64_t index) { return 0x10000 - static_cast<int64_t>(index & 0xffff); }
+  ADAMW_FN uint32_t bits(const NoiseRun& run, uint32_t i) {
+    return lowbias32(lowbias32_rest((run.low + i) ^ run.key) + run.inner);
+  }
+};
 
 }  // namespace fused_adamw

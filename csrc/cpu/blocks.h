@@ -9,6 +9,7 @@
 
 #include "../formats.h"
 #include "../noise.h"
+#include "halves.h"
 
 namespace fused_adamw {
 namespace {
@@ -38,28 +39,42 @@ struct Operand {
 struct RowNoise {
   NoiseKey key;
   int64_t offset, local_columns, columns;
+};
 
-  // 32 bits for each of n elements from `begin` on. Neighbours that stay neighbours in the whole tensor, and
-  // share the upper half of their places, are hashed together.
-  void draw(int64_t begin, int64_t n, uint32_t* hash) const {
-    while (n > 0) {
-      uint64_t place = offset + begin;
-      int64_t run = n;
-      if (local_columns != columns) {
-        const int64_t row = begin / local_columns, column = begin % local_columns;
-        place = offset + row * columns + column;
-        run = run < local_columns - column ? run : local_columns - column;
-      }
-      const uint32_t low = static_cast<uint32_t>(place), high = static_cast<uint32_t>(place >> 32);
-      const int64_t left = (int64_t(1) << 32) - low;
-      run = run < left ? run : left;
-      for (int64_t i = 0; i < run; ++i) hash[i] = noise_bits(key, low + static_cast<uint32_t>(i), high);
-      begin += run;
-      hash += run;
-      n -= run;
+// Elements that are neighbours in the whole tensor too, and are hashed together.
+struct Neighbours {
+  NoiseRun run;
+  int64_t n;
+
+  ADAMW_FN Neighbours from(const RowNoise& row, int64_t begin) {
+    uint64_t place = row.offset + begin;
+    int64_t n = NoiseRun::length(place);
+    if (row.local_columns != row.columns) {
+      const int64_t column = begin % row.local_columns, left = row.local_columns - column;
+      place = row.offset + begin / row.local_columns * row.columns + column;
+      n = NoiseRun::length(place);
+      n = left < n ? left : n;
     }
+    return {NoiseRun::from(row.key, place), n};
+  }
+  ADAMW_FN void draw(const NoiseRun& run, uint32_t n, uint32_t* hash) {
+    for (uint32_t i = 0; i < n; ++i) hash[i] = NoiseRun::bits(run, i);
   }
 };
+
+// 32 bits for each of n elements from `begin` on.
+ADAMW_FN void draw(const RowNoise& row, int64_t begin, int64_t n, uint32_t* hash) {
+  Neighbours some = Neighbours::from(row, begin);
+  if (some.n >= n) return Neighbours::draw(some.run, n, hash);  // mostly, and n is a constant
+  while (n > 0) {
+    const int64_t k = some.n < n ? some.n : n;
+    Neighbours::draw(some.run, k, hash);
+    begin += k;
+    hash += k;
+    n -= k;
+    some = Neighbours::from(row, begin);
+  }
+}
 
 // What is stepped at once: neighbouring elements of a row.
 struct Block {
@@ -114,18 +129,6 @@ struct Codec<Float32> : InPlace<Float32> {};
 template <>
 struct Codec<Float64> : InPlace<Float64> {};
 
-// The low halves of words. A loop that packs whole registers is none that computes what is in them.
-ADAMW_FN void pack(uint16_t* values, const uint32_t* words, int64_t n) {
-  int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16) {
-    const __m256i packed = _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_loadu_si512(words + i));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + i), packed);
-  }
-#endif
-  for (; i < n; ++i) values[i] = static_cast<uint16_t>(words[i]);
-}
-
 template <>
 struct Codec<BFloat16> {
   static constexpr int64_t kWidth = kRegisterBytes / sizeof(uint32_t);
@@ -135,6 +138,9 @@ struct Codec<BFloat16> {
     const uint16_t* const values = x.values;
     const int64_t n = x.n;
     int64_t i = 0;
+#if defined(__AVX512BW__)
+    for (; i + kHalves <= n; i += kHalves) load_upper(values + i, buffer + i);
+#endif
     for (; i + kWidth <= n; i += kWidth) {
       Words bits;
 #pragma GCC unroll 16
@@ -147,9 +153,13 @@ struct Codec<BFloat16> {
   }
 
   ADAMW_FN void store(Stretch<BFloat16> x, const float* buffer) {
-    uint32_t rounded[kLargestBlock];
-    for (int64_t i = 0; i < x.n; ++i) rounded[i] = BFloat16::round(buffer[i]) >> 16;
-    pack(x.values, rounded, x.n);
+    int64_t i = 0;
+#if defined(__AVX512BW__)
+    for (; i + kHalves <= x.n; i += kHalves) store_nearest(x.values + i, buffer + i);
+#endif
+    uint32_t rounded[kLargestBlock];  // two loops: the second packs whole registers
+    for (int64_t k = i; k < x.n; ++k) rounded[k] = BFloat16::round(buffer[k]) >> 16;
+    for (; i < x.n; ++i) x.values[i] = static_cast<uint16_t>(rounded[i]);
   }
 };
 
@@ -196,24 +206,35 @@ struct Codec<Float16> {
 template <>
 struct Codec<StochasticBFloat16> {
   ADAMW_FN float* load(Stretch<StochasticBFloat16> x, float* buffer) {
-    Stretch<BFloat16> plain{x.values, nullptr, x.n, nullptr, 0};
-    return Codec<BFloat16>::load(plain, buffer);
+    return Codec<BFloat16>::load({x.values, nullptr, x.n, nullptr, 0}, buffer);
   }
   ADAMW_FN void store(Stretch<StochasticBFloat16> x, const float* buffer) {
-    uint32_t rounded[kLargestBlock];
-    for (int64_t i = 0; i < x.n; ++i) rounded[i] = StochasticBFloat16::store(buffer[i], x.noise_of(i));
-    pack(x.values, rounded, x.n);
+    int64_t i = 0;
+#if defined(__AVX512BW__)
+    for (; i + kHalves <= x.n; i += kHalves) {
+      store_stochastic(x.values + i, buffer + i, halves_of(x.noise + i, x.noise_shift / 16));
+    }
+#endif
+    for (; i < x.n; ++i) x.values[i] = StochasticBFloat16::store(buffer[i], x.noise_of(i));
   }
 };
 
 template <>
 struct Codec<SplitBFloat16> {
   ADAMW_FN float* load(Stretch<SplitBFloat16> x, float* buffer) {
-    for (int64_t i = 0; i < x.n; ++i) buffer[i] = SplitBFloat16::load(x.values[i], x.side[i]);
+    int64_t i = 0;
+#if defined(__AVX512BW__)
+    for (; i + kHalves <= x.n; i += kHalves) load_split(x.values + i, x.side + i, buffer + i);
+#endif
+    for (; i < x.n; ++i) buffer[i] = SplitBFloat16::load(x.values[i], x.side[i]);
     return buffer;
   }
   ADAMW_FN void store(Stretch<SplitBFloat16> x, const float* buffer) {
-    for (int64_t i = 0; i < x.n; ++i) x.values[i] = SplitBFloat16::store(buffer[i], x.side[i]);
+    int64_t i = 0;
+#if defined(__AVX512BW__)
+    for (; i + kHalves <= x.n; i += kHalves) store_split(x.values + i, x.side + i, buffer + i);
+#endif
+    for (; i < x.n; ++i) x.values[i] = SplitBFloat16::store(buffer[i], x.side[i]);
   }
 };
 

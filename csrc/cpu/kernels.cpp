@@ -99,10 +99,10 @@ void update_span(const UpdateArgs& args, const Row& row, const Span& span, const
   int64_t i = span.begin;
   const int64_t end = span.end;
   for (; i + kBlock <= end; i += kBlock) {
-    if (kNoise) x.noise.draw(i, kBlock, noise);
+    if (kNoise) draw(x.noise, i, kBlock, noise);
     update_block<W, kAmsgrad>(x.at, {i, kBlock, 0, noise}, x.c);
   }
-  if (kNoise) x.noise.draw(i, end - i, noise);
+  if (kNoise) draw(x.noise, i, end - i, noise);
   update_block<W, kAmsgrad>(x.at, {i, end - i, 0, noise}, x.c);
 }
 
@@ -119,10 +119,11 @@ void update_codes(const UpdateArgs& args, const Row& row, const Span& span, cons
     const int64_t begin = line * columns + block * kCodeBlock, left = columns - block * kCodeBlock;
     if (begin >= span.end) return;
     const int64_t n = left < kCodeBlock ? left : kCodeBlock, side = line * per_row + block;
-    x.noise.draw(begin, n, noise);
     if (n == kCodeBlock) {
+      draw(x.noise, begin, kCodeBlock, noise);
       update_block<W, false>(x.at, {begin, kCodeBlock, side, noise}, x.c);
     } else {
+      draw(x.noise, begin, n, noise);
       update_block<W, false>(x.at, {begin, n, side, noise}, x.c);
     }
   }

@@ -37,7 +37,7 @@ GROUPS = (
     Group(lr=2e-3, eps=1e-5, lr_tensor=True),
     Group(betas=(0.0, 0.999), maximize=True),
     Group(weight_decay_mode="constant", weight_decay=1e-3, cautious_weight_decay=True),
-    Group(weight_decay_mode="corrected", weight_decay=10.0, nesterov=True),
+    Group(weight_decay_mode="corrected", weight_decay=10.0, lr_ref=1.0, nesterov=True),
     Group(betas=(0.4, 0.99), cautious_weight_decay=True, nesterov=True, lr_tensor=True),
 )
 

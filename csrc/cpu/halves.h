@@ -1,0 +1,117 @@
+// By hand, for AVX-512: 32 floats as the upper and the lower halves of their bits, in twice as many lanes as
+// the floats take. The same as formats.h, which says what is done and why.
+#pragma once
+
+#if defined(__AVX512BW__)
+
+#include <immintrin.h>
+
+#include "../inline.h"
+
+namespace fused_adamw {
+namespace {
+
+constexpr int64_t kHalves = 32;
+
+typedef uint16_t Lanes __attribute__((vector_size(64)));
+constexpr Lanes kEven = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                         32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+constexpr Lanes kFirst = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+constexpr Lanes kTwice = {0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
+                          8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+
+struct Halves {
+  __m512i upper, lower;
+};
+
+ADAMW_FN __m512i lanes(int x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
+ADAMW_FN __m512i load_lanes(const void* from) { return _mm512_loadu_si512(from); }
+ADAMW_FN void store_lanes(void* to, __m512i x) { _mm512_storeu_si512(to, x); }
+
+// Of 32 words the lower halves, or with `which` 1 the upper ones.
+ADAMW_FN __m512i halves_of(const uint32_t* words, int which) {
+  const __m512i index = _mm512_add_epi16((__m512i)kEven, lanes(which));
+  return _mm512_permutex2var_epi16(load_lanes(words), index, load_lanes(words + 16));
+}
+
+ADAMW_FN Halves halves_of(const float* x) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(x);
+  return {halves_of(words, 1), halves_of(words, 0)};
+}
+
+ADAMW_FN void join(float* x, const Halves& halves) {
+  const __m512i second = _mm512_add_epi16((__m512i)kFirst, lanes(16));
+  store_lanes(x, _mm512_permutex2var_epi16(halves.lower, (__m512i)kFirst, halves.upper));
+  store_lanes(x + 16, _mm512_permutex2var_epi16(halves.lower, second, halves.upper));
+}
+
+ADAMW_FN __mmask32 nan_lanes(const float* x) {
+  const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
+  return _mm512_kunpackw(_mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q));
+}
+
+ADAMW_FN __m512i increment(__m512i x, __mmask32 where) {
+  return _mm512_mask_sub_epi16(x, where, x, lanes(-1));
+}
+
+ADAMW_FN __m512i quiet_nan(__m512i upper) {
+  return _mm512_or_si512(_mm512_and_si512(upper, lanes(0x8000)), lanes(0x7fc0));
+}
+
+// BFloat16::load.
+ADAMW_FN void load_upper(const uint16_t* values, float* x) {
+  const __m512i upper = load_lanes(values), second = _mm512_add_epi16((__m512i)kTwice, lanes(16));
+  store_lanes(x, _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)kTwice, upper));
+  store_lanes(x + 16, _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, second, upper));
+}
+
+// BFloat16::store.
+ADAMW_FN void store_nearest(uint16_t* values, const float* x) {
+  const Halves half = halves_of(x);
+  const __m512i odd = _mm512_and_si512(half.upper, lanes(1));
+  const __mmask32 up = _mm512_cmpgt_epu16_mask(half.lower, _mm512_sub_epi16(lanes(0x8000), odd));
+  store_lanes(values, _mm512_mask_mov_epi16(increment(half.upper, up), nan_lanes(x), lanes(0x7fc0)));
+}
+
+// StochasticBFloat16::store; `noise`: the 16 bits of each.
+ADAMW_FN void store_stochastic(uint16_t* values, const float* x, __m512i noise) {
+  const Halves half = halves_of(x);
+  const __mmask32 carry = _mm512_cmplt_epu16_mask(_mm512_add_epi16(half.lower, noise), half.lower);
+  const __m512i magnitude = _mm512_and_si512(half.upper, lanes(0x7fff));
+  const __mmask32 up = _mm512_mask_cmplt_epu16_mask(carry, magnitude, lanes(0x7f7f));
+  const __m512i rounded = increment(half.upper, up);
+  store_lanes(values, _mm512_mask_mov_epi16(rounded, nan_lanes(x), quiet_nan(half.upper)));
+}
+
+// SplitBFloat16::store.
+ADAMW_FN void store_split(uint16_t* values, int16_t* residuals, const float* x) {
+  Halves half = halves_of(x);
+  const __mmask32 nan = nan_lanes(x);
+  half.upper = _mm512_mask_mov_epi16(half.upper, nan, quiet_nan(half.upper));
+  half.lower = _mm512_maskz_mov_epi16(~nan, half.lower);
+  store_lanes(values, increment(half.upper, _mm512_movepi16_mask(half.lower)));
+  store_lanes(residuals, half.lower);
+}
+
+// SplitBFloat16::load.
+ADAMW_FN void load_split(const uint16_t* values, const int16_t* residuals, float* x) {
+  const __m512i upper = load_lanes(values);
+  __m512i lower = load_lanes(residuals);
+  const __m512i magnitude = _mm512_and_si512(upper, lanes(0x7fff));
+  // Neither zero nor infinity nor NaN: no residual is stale.
+  if (_mm512_cmpge_epu16_mask(_mm512_sub_epi16(magnitude, lanes(1)), lanes(0x7f7f))) {
+    const __mmask32 negative = _mm512_movepi16_mask(lower);
+    const __mmask32 stale = _mm512_cmpgt_epu16_mask(magnitude, lanes(0x7f80)) |
+                            _mm512_mask_cmpeq_epu16_mask(negative, magnitude, lanes(0)) |
+                            _mm512_mask_cmpeq_epu16_mask(~negative, magnitude, lanes(0x7f80));
+    lower = _mm512_maskz_mov_epi16(~stale, lower);
+  }
+  const __mmask32 borrow = _mm512_movepi16_mask(lower);
+  join(x, {_mm512_mask_add_epi16(upper, borrow, upper, lanes(-1)), lower});
+}
+
+}  // namespace
+}  // namespace fused_adamw
+
+#endif
