@@ -30,8 +30,10 @@ ALLOWED = {
     "arguments": {"dtensors", "state", "step", "tables", "variants"},
     "names": {"groups"},
     "state": {"arguments", "dtensors", "fields", "formats", "groups", "layout", "names", "tables"},
-    "optimizer": {"announce", "arguments", "backends", "device", "dtensors", "fields", "groups", "names"}
-    | {"observations", "state", "step", "tables", "variants"},
+    "optimizer": {"announce", "arguments", "backends", "groups", "names", "state", "step", "stepping"}
+    | {"variants"},
+    "stepping": {"announce", "backends", "device", "dtensors", "fields", "names", "observations", "state"}
+    | {"step", "tables"},
     "observations": {"state", "step"},
     "muon": {"announce", "arguments", "backends", "dtensors", "groups", "optimizer", "step", "tables"},
     "version": set(),

@@ -14,8 +14,7 @@ import torch
 from common import NATIVE, assert_same_path, give_grads, parameters, twins
 from torch.optim.lr_scheduler import LambdaLR
 
-from fused_adamw import optimizer as optimizer_module
-from fused_adamw import tables
+from fused_adamw import stepping, tables
 from fused_adamw.extension import load_extension
 from fused_adamw.formats import FORMATS
 from fused_adamw.step import guard, plan, snapshot
@@ -33,7 +32,7 @@ def built(monkeypatch):
             plans.append(self)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(optimizer_module, "Plan", Counted)
+    monkeypatch.setattr(stepping, "Plan", Counted)
     return plans
 
 

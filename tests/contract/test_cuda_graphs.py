@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import NATIVE, TARGETS, Target, give_grads, parameters, snapshot, twins, unchanged_since
 
-from fused_adamw import optimizer as optimizer_module
+from fused_adamw import FusedHygieneAdamW, stepping
 from fused_adamw.step import launch, plan
 
 SHAPES = [(70,), (5, 5)]
@@ -50,7 +50,7 @@ def test_capture_needs_a_step_before_it(monkeypatch):
     for step, is_captured in enumerate((True, False, True)):
         give_grads(params, step)
         before = snapshot(optimizer)
-        monkeypatch.setattr(optimizer_module, "is_capturing", lambda device, now=is_captured: now)
+        monkeypatch.setattr(stepping, "is_capturing", lambda device, now=is_captured: now)
         if optimizer.state or not is_captured:
             optimizer.step()
         else:
@@ -273,7 +273,7 @@ def test_a_captured_step_leaves_its_tables_to_the_graph(monkeypatch):
     spy("set_hypers")
     found = []
     for is_captured in (False, False, True, False, False, True, True, False):
-        for module in (optimizer_module, plan):
+        for module in (stepping, plan):
             monkeypatch.setattr(module, "is_capturing", lambda device, now=is_captured: now)
         optimizer.step()
         found.append(len(written))
@@ -309,7 +309,7 @@ def test_a_capture_does_not_compile(monkeypatch):
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_capture_that_is_refused_leaves_the_optimizer_usable(capturable):
     params = parameters(SHAPES, device="cuda")
-    optimizer = optimizer_module.FusedHygieneAdamW(params, capturable=capturable)
+    optimizer = FusedHygieneAdamW(params, capturable=capturable)
     give_grads(params, 0)
     with pytest.raises(RuntimeError, match="capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
