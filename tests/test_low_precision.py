@@ -1,60 +1,16 @@
-"""Masters, codes and stochastic rounding in an optimizer: what its state holds, and what steps make of it."""
+"""Masters, codes and stochastic rounding in an optimizer's state, and in its checkpoints."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from common import give_grads, parameters, randn, twins, unchanged_since
+from common import give_grads, parameters, twins, unchanged_since
 from common import snapshot as copies_of
+from low_precision import BF16, CODES, F32, SHAPES, assert_same_state, model, run, same_bits, schemes
 
 from fused_adamw import FusedHygieneAdamW
 from fused_adamw.formats import FORMATS, Field
-
-BF16, F32 = torch.bfloat16, torch.float32
-SHAPES = ((40, 130), (7,), (32, 3, 7, 7), (5, 5), ())
-SPLIT = FORMATS["bfloat16_split"]
-SCHEMES = {
-    "split": {"master_weights": "split", "state_dtype": F32},
-    "split-bfloat16": {"master_weights": "split", "state_dtype": BF16},
-    "split-8bit": {"master_weights": "split", "state_dtype": "8bit"},
-    "stochastic": {"stochastic_rounding": True},
-    "stochastic-8bit": {"stochastic_rounding": True, "state_dtype": "8bit"},
-}
-schemes = pytest.mark.parametrize("options", SCHEMES.values(), ids=SCHEMES)
-CODES = ("exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale")
-
-
-def model(target, dtype=BF16, seed=0, **options):
-    """Parameters, and an optimizer of them."""
-    params = parameters(SHAPES, seed=seed, dtype=dtype, device=target.device)
-    return params, target.adamw(params, lr=1e-2, max_grad_norm=1.0, **options)
-
-
-def run(params, optimizer, steps, first=0):
-    for step in range(first, first + steps):
-        give_rounded_grads(params, step)
-        optimizer.step()
-
-
-def give_rounded_grads(params, step):
-    """Gradients whose values are the same in float32 as in bfloat16."""
-    for i, p in enumerate(params):
-        p.grad = randn(*p.shape, seed=7919 * step + i + 1, dtype=BF16).to(p.device, p.dtype)
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and a.equal(b)
-
-
-def assert_same_state(a, b):
-    """Whether two optimizers hold the same, bit for bit."""
-    for p, q in zip(*([p for g in o.param_groups for p in g["params"]] for o in (a, b)), strict=True):
-        assert same_bits(p.detach(), q.detach())
-        assert a.state[p].keys() == b.state[q].keys()
-        for key, value in a.state[p].items():
-            assert same_bits(value, b.state[q][key]), key
-
 
 # ---- What a state holds
 
@@ -250,49 +206,9 @@ def test_moments_of_torch_in_any_dtype_are_taken(target, dtype, kind):
     assert set(optimizer.state[params[0]]) == {"step", *CODES}
 
 
-def test_residuals_without_a_master_are_dropped_with_a_warning(target):
-    params, optimizer = model(target, master_weights="split")
-    run(params, optimizer, 2)
-    plain = target.adamw(twins(params))
-    with pytest.warns(UserWarning, match="has masters of 5 parameters, .* 0 .* among them"):
-        plain.load_state_dict(optimizer.state_dict())
-    assert all("master_residual" not in state for state in plain.state.values())
-    run(plain.param_groups[0]["params"], plain, 1)
-
-
-def test_a_checkpoint_without_residuals_starts_from_the_parameters(target):
-    params, optimizer = model(target, master_weights="split", state_dtype=F32)
-    run(params, optimizer, 2)
-    saved = optimizer.state_dict()
-    for state in saved["state"].values():
-        state.pop("master_residual")
-    optimizer.load_state_dict(saved)
-    masters = [torch.nn.Parameter(p.detach().float()) for p in params]
-    peer = target.adamw(masters, lr=1e-2, max_grad_norm=1.0, state_dtype=F32)
-    peer.load_state_dict(saved)
-    run(params, optimizer, 3, first=2)
-    run(masters, peer, 3, first=2)
-    skip_without_kernels(optimizer)
-    assert_masters(params, optimizer, masters)
-
-
-def skip_without_kernels(optimizer):
-    """The reference rounds otherwise than kernels do."""
-    if optimizer._plan.fallbacks:
-        pytest.skip(str(optimizer._plan.fallbacks))
-
-
-def assert_masters(params, optimizer, expected):
-    """Parameters and residuals are the two halves of float32 parameters."""
-    for p, q in zip(params, expected, strict=True):
-        master = Field(SPLIT, p.detach(), optimizer.state[p]["master_residual"])
-        assert same_bits(master.load(), q.detach())
-        assert same_bits(p.detach(), SPLIT.store(q.detach(), None, p)[0])
-
-
 @schemes
 def test_copies_and_pickles_go_on_with_the_same_bits(target, options):
-    params, optimizer = model(target, seed=3, **options)
+    params, optimizer = model(target, params_seed=3, seed=5, **options)
     run(params, optimizer, 2)
     others = [copy.deepcopy((params, optimizer)), pickle.loads(pickle.dumps((params, optimizer)))]
     run(params, optimizer, 2, first=2)
@@ -301,120 +217,3 @@ def test_copies_and_pickles_go_on_with_the_same_bits(target, options):
         assert_same_state(optimizer, other)
         assert other.seed == optimizer.seed
         assert repr(other) == repr(optimizer)
-
-
-# ---- Masters
-
-
-def test_split_is_float32_with_a_rounded_copy(target):
-    """Bit for bit, whatever the moments are kept in."""
-    for name, steps in (("split", 200), ("split-bfloat16", 20), ("split-8bit", 20)):
-        steps, options = min(steps, 20) if target.slow else steps, SCHEMES[name]
-        params, optimizer = model(target, **options)
-        masters = [torch.nn.Parameter(p.detach().float()) for p in params]
-        peer = target.adamw(masters, lr=1e-2, max_grad_norm=1.0, **{**options, "master_weights": None})
-        run(params, optimizer, steps)
-        run(masters, peer, steps)
-        skip_without_kernels(optimizer)
-        assert_masters(params, optimizer, masters)
-
-
-def test_a_weight_that_is_zeroed_by_hand_stays_zero(target):
-    """Its residual would else make it a tiny number again."""
-    p = parameters([(40, 130)], dtype=BF16, device=target.device)[0]
-    optimizer = target.adamw([p], master_weights="split", state_dtype=F32)
-    run([p], optimizer, 3)
-    mask = optimizer.state[p]["master_residual"] < 0
-    assert mask.any()
-    with torch.no_grad():
-        p[mask] = 0
-        p[0, 0] = -0.0
-        p.grad.zero_()
-        for key in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[p][key][mask] = 0
-    optimizer.step()
-    assert (p[mask] == 0).all()
-
-
-def test_weights_that_are_loaded_later_survive(target):
-    """What is left of the old master is half a unit in the last place; `resync_master` drops it."""
-    params, optimizer = model(target, master_weights="split", state_dtype=F32)
-    run(params, optimizer, 3)
-    new = [torch.nn.Parameter(p.detach().clone()) for p in parameters(SHAPES, seed=5, dtype=BF16)]
-    with torch.no_grad():
-        for p, q in zip(params, new, strict=True):
-            p.copy_(q)
-    loaded = optimizer.master_state_dict(torch.nn.ParameterList(params))
-    for i, p in enumerate(params):
-        assert (loaded[str(i)] - p.float()).abs().le(2.0**-8 * p.detach().float().abs()).all()
-    optimizer.resync_master()
-    loaded = optimizer.master_state_dict(torch.nn.ParameterList(params))
-    assert all(same_bits(loaded[str(i)], p.detach().float()) for i, p in enumerate(params))
-    assert all(p.equal(q.to(p.device)) for p, q in zip(params, new, strict=True))
-
-
-class Net(torch.nn.Module):
-    """With a tied weight, a buffer, and a weight in float32."""
-
-    def __init__(self, dtype=BF16):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(50, 90)
-        self.body = torch.nn.Linear(90, 90)
-        self.norm = torch.nn.BatchNorm1d(90)
-        self.head = torch.nn.Linear(90, 50, bias=False)
-        self.head.weight = self.embedding.weight
-        self.to(dtype)
-        self.norm.float()
-
-
-def test_masters_are_taken_from_a_float32_model_and_given_back(target):
-    torch.manual_seed(0)
-    full = Net(F32).to(target.device)
-    net = Net().to(target.device)
-    optimizer = target.adamw(net, master_weights="split", state_dtype=F32, max_grad_norm=1.0)
-    expected = {key: value.clone() for key, value in full.state_dict().items()}
-    net.load_state_dict(expected)
-    optimizer.load_master(expected)
-    for name, p in net.named_parameters():
-        if p.dtype == BF16:
-            assert same_bits(p.detach(), SPLIT.store(expected[name], None, p)[0])
-    found = optimizer.master_state_dict(net)
-    assert found.keys() == expected.keys()
-    for key, value in found.items():
-        assert same_bits(value, expected[key]), key
-    assert found["head.weight"] is found["embedding.weight"]
-    peer = target.adamw(full, state_dtype=F32, max_grad_norm=1.0)
-    for step in range(3):
-        for model_, each in ((net, optimizer), (full, peer)):
-            run(list(model_.parameters()), each, 1, first=step)
-    skip_without_kernels(optimizer)
-    found = optimizer.master_state_dict(net)
-    assert all(same_bits(found[name], p.detach()) for name, p in full.named_parameters())
-
-
-def test_masters_are_found_under_any_name_of_a_tied_weight(target):
-    net = Net().to(target.device)
-    optimizer = target.adamw(net, master_weights="split")
-    weights = {key: value.float() for key, value in net.state_dict().items()}
-    del weights["embedding.weight"]
-    weights["head.weight"] += 1e-4
-    optimizer.load_master(weights)
-    assert same_bits(optimizer.master_state_dict(net)["head.weight"], weights["head.weight"])
-
-
-def test_masters_that_do_not_fit_are_refused_before_anything_changes(target):
-    net = Net().to(target.device)
-    optimizer = target.adamw(net, master_weights="split")
-    weights = {key: value.float() + 1 for key, value in net.state_dict().items()}
-    before = copies_of(optimizer)
-    missing = {key: value for key, value in weights.items() if key != "body.bias"}
-    with pytest.raises(ValueError, match=r"'body.bias' is not in the state_dict: .* under body.bias"):
-        optimizer.load_master(missing)
-    with pytest.raises(RuntimeError, match=r"'body.bias' is \(3,\), expected \(90,\)"):
-        optimizer.load_master({**weights, "body.bias": torch.zeros(3)})
-    assert unchanged_since(optimizer, before)
-    with pytest.raises(ValueError, match="no masters"):
-        target.adamw(net).load_master(weights)
-    run(list(net.parameters()), optimizer, 1)
-    with pytest.raises(ValueError, match=r"'embedding.weight' is not in the model's state_dict"):
-        optimizer.master_state_dict(net.body)
