@@ -202,9 +202,9 @@ def report_hygiene(results: Results, options: Options, task: Task, console: Cons
 def report_precisions(results: Results, options: Options, score: str, console: Console) -> None:
     """Print score and bytes of each precision, and what the first one's spread from seed to seed is."""
     table = Table(title=f"Validation {score} at the lowest validation loss", title_justify="left")
-    table.add_column("precision")
-    headings = ["bytes per parameter", *(f"seed {seed}" for seed in options.seeds), "mean"]
-    for heading in (*headings, "spread between seeds", f"mean gain over {options.precisions[0]}"):
+    table.add_column("precision", no_wrap=True)
+    headings = ["bytes", *(f"seed {seed}" for seed in options.seeds), "mean", "spread"]
+    for heading in (*headings, f"gain over {options.precisions[0]}"):
         table.add_column(heading, justify="right")
     scores = {
         run: [best_validation(results[run, seed])[score] for seed in options.seeds]
@@ -228,8 +228,8 @@ def report_precisions(results: Results, options: Options, score: str, console: C
     for run in options.precisions:
         console.print(f"{run}: {PRECISIONS[run].title}")
     console.print(
-        "Bytes: parameters and optimizer state, without gradients. In brackets: 95 % interval of the mean "
-        "gain; one that includes 0 says that seeds explain the difference."
+        "Bytes: of a parameter and its state, without its gradient. Spread: between seeds. Gain: mean, and "
+        "in brackets its 95 % interval; one that includes 0 says that seeds explain the difference."
     )
 
 
