@@ -75,6 +75,12 @@ class TestByRole:
         assert "betas" not in by_name["blocks.0.1.weight"]
         FusedHygieneAdamW(groups, lr=1e-3)
 
+    def test_overrides_beat_a_preset(self):
+        overrides = {"tokens.*": {"betas": (0.9, 0.99), "lr": 1.0}}
+        groups = build_param_groups(Net(192), lr=1e-3, lr_by_role="nanochat", overrides=overrides)
+        (tokens,) = [g for g in groups if "tokens.weight" in g["param_names"]]
+        assert (tokens["betas"], tokens["lr"], tokens["eps"]) == ((0.9, 0.99), 1.0, 1e-10)
+
     @pytest.mark.parametrize(
         ("asked", "error", "message"),
         [
@@ -112,6 +118,18 @@ class TestByWidth:
             assert found[name] == pytest.approx((0.5, 0.2))
         for name in ("stem.weight", "depthwise.weight", "conv.bias"):
             assert found[name][0] == 1.0
+
+    def test_fan_ins_of_convolutions(self):
+        """Over all places of a kernel; a transposed one has its inputs first; the first map is not scaled."""
+        model = Convolutional(16)
+        fan_in = {"conv.weight": 16 * 9, "up.weight": 32 * 4, "depthwise.weight": 9, "last.weight": 16}
+        assert explain_param_groups(model, lr=1.0, width=WidthScale(fan_in)).multipliers == {}
+        groups = build_param_groups(model, lr=1.0, width=WidthScale(fan_in))
+        assert all("lr" not in group for group in groups)
+        half = {"stem.weight": 1, **{name: n / 2 for name, n in fan_in.items()}}
+        found = options(build_param_groups(model, lr=1.0, width=WidthScale(half)))
+        assert {name for name, (lr, _) in found.items() if lr == 0.5} == set(fan_in)
+        assert found["stem.weight"][0] == 1.0
 
     def test_a_base_of_numbers_is_that_of_a_model(self):
         numbers = {name: p.shape[-1] for name, p in Net(8).named_parameters() if p.dim() > 1}
@@ -165,6 +183,8 @@ class TestByWidth:
         plain, same = (build_param_groups(Net(8), lr=1.0, **o) for o in ({}, {"width": WidthScale(Net(8))}))
         assert [g["param_names"] for g in plain] == [g["param_names"] for g in same]
         assert all("lr" not in g for g in same)
+        report = explain_param_groups(Net(8), lr=1.0, width=WidthScale(Net(8)))
+        assert "as wide" not in report["blocks.0.1.weight"]
 
     @pytest.mark.parametrize(
         ("make", "error", "message"),
