@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from instruction_sets import ISAS, has_isa
 
 from . import oracle
 from .codecs import Blocks, Cpp, Torch
@@ -31,25 +32,15 @@ def cpp(tmp_path_factory):
     return compiled(Cpp, tmp_path_factory)
 
 
-# For each instruction set that has loops of its own: the compiler's flags, and what /proc/cpuinfo calls it.
-ISAS = {
-    "baseline": ([], ""),
-    "avx2": (["-mavx2", "-mf16c"], "avx2"),
-    "avx512": (["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"], "avx512vl"),
-}
-CPUINFO = Path("/proc/cpuinfo")
-
-
 @pytest.fixture(scope="session")
 def blocks(tmp_path_factory):
     """Makes the blocks of the walk on the CPU for an instruction set."""
 
     @functools.cache
     def make(isa):
-        flags, feature = ISAS[isa]
-        if feature and not (CPUINFO.exists() and f" {feature} " in CPUINFO.read_text()):
-            pytest.skip(f"this processor has no {feature}")
-        return compiled(Blocks, tmp_path_factory, flags)
+        if not has_isa(isa):
+            pytest.skip(f"this processor has no {isa}")
+        return compiled(Blocks, tmp_path_factory, ISAS[isa][0])
 
     return make
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from format_codes import BF16, CPU_LAYOUTS, CUDA_LAYOUTS, F64
+from instruction_sets import ISAS
 
 from fused_adamw.backends import native
 from fused_adamw.tables import StepInputs, StepInputsStruct, Tables
@@ -118,7 +119,7 @@ class Triton(Kernels):
         self.backend.update(t, inputs)
 
 
-# ---- The CUDA source, compiled by g++
+# ---- Sources, compiled by g++
 
 
 def struct(name: str, **fields: type) -> type[ctypes.Structure]:
@@ -134,6 +135,17 @@ UpdateArgs = struct(
 )  # fmt: skip
 NormArgs = struct("NormArgs", table=Table, grad=I64, partials=P, sum=P, ticket=P)
 Device = struct("Device", seed=ctypes.c_uint, launches=ctypes.c_int, last_grid=ctypes.c_int)
+
+
+def table_of(t: Tables) -> ctypes.Structure:
+    chunks = (t.chunks.data_ptr(), len(t.chunks), t.chunk_size)
+    return Table(t.rows.data_ptr(), len(t.rows), t.grads.data_ptr(), *chunks)
+
+
+def update_args(t: Tables, inputs: StepInputs) -> ctypes.Structure:
+    record = StepInputsStruct.from_buffer_copy(inputs.record.numpy())
+    hypers = (t.hypers.data_ptr(), len(t.hypers))
+    return UpdateArgs(table_of(t), *hypers, (I64 * 4)(*t.formats), record, t.workspace.data_ptr())
 
 
 def build_cuda(folder: Path, *flags: str) -> ctypes.CDLL:
@@ -174,23 +186,32 @@ class Cuda(Kernels):
         self.library, self.hypers_on_host = library, hypers_on_host
         self.device = library.emulated_device().contents
 
-    def table(self, t: Tables) -> ctypes.Structure:
-        chunks = (t.chunks.data_ptr(), len(t.chunks), t.chunk_size)
-        return Table(t.rows.data_ptr(), len(t.rows), t.grads.data_ptr(), *chunks)
-
     def sum_of_squares(self, t: Tables, out: torch.Tensor, device: int) -> None:
         ticket = t.workspace.data_ptr()
-        args = NormArgs(self.table(t), t.formats[1], ticket + 8, out.data_ptr(), ticket)
+        args = NormArgs(table_of(t), t.formats[1], ticket + 8, out.data_ptr(), ticket)
         self.run(self.library.norm, args, device)
 
     def update(self, t: Tables, inputs: StepInputs, device: int) -> None:
-        record = StepInputsStruct.from_buffer_copy(inputs.record.numpy())
-        hypers = (t.hypers.data_ptr(), len(t.hypers))
-        args = UpdateArgs(self.table(t), *hypers, (I64 * 4)(*t.formats), record, t.workspace.data_ptr())
         before = self.device.launches
-        self.run(self.library.update, args, self.hypers_on_host, device)
+        self.run(self.library.update, update_args(t, inputs), self.hypers_on_host, device)
         assert self.device.launches == before + 1
 
     def run(self, launcher, args: ctypes.Structure, *options: int) -> None:
         if error := launcher(ctypes.byref(args), *options):
             raise RuntimeError(error.decode())
+
+
+class InstructionSet(Native):
+    """The C++ kernels for one instruction set, on one thread."""
+
+    grids = (1, 1)
+
+    def __init__(self, folder: Path, name: str) -> None:
+        flags = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=off", "-Wall")
+        library = folder / f"{name}.so"
+        source = Path(__file__).with_name("instruction_set.cpp")
+        subprocess.run([CXX, *flags, *ISAS[name][0], "-o", library, source], check=True)
+        self.library = ctypes.CDLL(str(library))
+
+    def update(self, t: Tables, inputs: StepInputs, threads: int) -> None:
+        self.library.update(ctypes.byref(update_args(t, inputs)))
