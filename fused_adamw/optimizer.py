@@ -46,9 +46,10 @@ class FusedHygieneAdamW(Stepping):
         optimizer.step()
 
     except that gradients are read, never rewritten, and that one launch serves all tensors and groups of a
-    device and dtype. State, `state_dict` and `param_groups` have torch's keys and no others: checkpoints of
-    `torch.optim.AdamW` load here, and ours there. Of DTensors (FSDP2, tensor parallelism) the local shards
-    are stepped, and the norm is that of the whole model.
+    device and dtype. State, `state_dict` and `param_groups` have torch's keys, and no others but those of
+    masters and 8-bit moments that were asked for: checkpoints of `torch.optim.AdamW` load here, and ours
+    there. Of DTensors (FSDP2, tensor parallelism) the local shards are stepped, and the norm is that of the
+    whole model.
 
     Args:
         params: A module, whose groups are built by `build_param_groups(params, weight_decay)`: several, so a

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +24,10 @@ from low_precision import (
     schemes,
 )
 
+from fused_adamw.fields import Rounding
 from fused_adamw.formats import FORMATS, Field, element_index, noise_bits, noise_hash, noise_word
+from fused_adamw.step.launch import Kind
+from fused_adamw.step.snapshot import Forms
 
 REFERENCE = Target("reference", "cpu")
 
@@ -232,6 +236,22 @@ def test_what_lies_otherwise_is_left_to_the_reference(key, change, reason, caplo
     if key != "exp_avg_code":  # blocks follow the layout of codes
         for name in CODES:
             assert optimizer.state[p][name].equal(other.state[q][name]), name
+
+
+def test_rows_too_long_for_a_table_are_left_to_the_reference():
+    """32 bits of a row of the table tell how long they are."""
+    backend = Mock(supports=lambda device, formats: True)
+    for columns, expected in ((2**32 - 1, None), (2**32, "its rows have 4,294,967,296 values")):
+        p = torch.empty(2, columns, dtype=BF16, device="meta")
+        tensors = {"parameter": p, "gradient": p, "step": torch.empty((), device="meta")}
+        for name in CODES[::2]:
+            format = FORMATS["root_unsigned" if "sq" in name else "root_signed"]
+            tensors[name] = torch.empty_like(p, dtype=format.dtype)
+            scales = torch.empty(format.side_shape(p.shape), device="meta")
+            tensors[name.replace("code", "scale")] = scales
+        kind = Kind.of({name: Forms()(t) for name, t in tensors.items()}, Rounding(), backend)
+        assert kind.window == (0, columns, columns)
+        assert (kind.fallback, kind.has_kernel) == (expected, expected is None)
 
 
 # ---- NaN, infinity, loss scales

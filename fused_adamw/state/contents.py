@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dtensors import is_dtensor, local_tensors, wrapped
-from ..fields import CODED, MAXIMUM, RESIDUAL, State, moments_of, named
+from ..fields import CODED, MAXIMUM, RESIDUAL, State, keys_of, moments_of, named
 from ..formats import Field, Format, RootCode, memory_order
 from .precision import Kept
 
@@ -31,10 +31,11 @@ def new_field(p: Tensor, format: Format) -> Field:
 
 def new_side(values: Tensor, format: Format) -> Tensor | None:
     """What a format keeps beside these values if they are zero, or if nothing is known of it."""
-    (local,) = local_tensors([values])
-    side, shape = format.new_side(local), values.shape
-    if side is None:
+    if format.side_dtype is None:
         return None
+    (local,) = local_tensors([values.detach()])
+    side, shape = format.new_side(local), values.shape
+    assert side is not None
     of_side = torch.Size(format.side_shape(shape))
     return wrapped(side, values, None if of_side == shape else of_side)
 
@@ -68,11 +69,11 @@ def missing_state(state: Mapping[str, Any], p: Tensor, amsgrad: bool, kept: Kept
     step = state.get("step")
     if not isinstance(step, Tensor) or step.device != p.device:
         missing["step"] = new_step(p, step)
-    present = moments_of(state)
+    present = keys_of(state)
     for name, format in _formats(kept):
         if name not in present and (amsgrad or name != MAXIMUM):
             missing |= named(name, new_field(p, format))
-    if RESIDUAL not in state and (residual := new_side(p.detach(), kept.param)) is not None:
+    if RESIDUAL not in state and (residual := new_side(p, kept.param)) is not None:
         missing[RESIDUAL] = residual
     return missing
 
@@ -101,7 +102,7 @@ def copied_state(saved: Mapping[str, Any], p: Tensor, name: str, kept: Kept) -> 
             with torch._C.DisableTorchFunctionSubclass():
                 _copy(present[moment], field, f"the saved {moment} of parameter {name}")
             state |= named(moment, field)
-    residual = new_side(p.detach(), kept.param) if RESIDUAL in saved else None
+    residual = new_side(p, kept.param) if RESIDUAL in saved else None
     if residual is not None:
         state[RESIDUAL] = residual.copy_(saved[RESIDUAL])
     return state

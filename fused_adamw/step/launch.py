@@ -157,6 +157,8 @@ class Kind(NamedTuple):
         reason = None if backend is None else fallback_reason(forms, formats, backend)
         if window is None:
             return None
+        if backend is not None and window.whole_columns >= 2**32:  # a row of the table has 32 bits for it
+            reason = f"its rows have {window.whole_columns:,} values"
         return cls(keys_of(forms), formats, window, backend is not None and reason is None, reason)
 
 

@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,7 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from fused_adamw import FusedHygieneAdamW
+from fused_adamw import FusedHygieneAdamW, build_param_groups
+from fused_adamw.formats import FORMATS
 
 from .layouts import values
 from .ranks import run
@@ -147,6 +150,28 @@ def test_as_in_one_process(name, scheme):
         # Columns of (20, 512) are cut between blocks, those of (3, 1408) within them.
         expected = {"columns-(2,)": [1], "columns-(4,)": [1], "rows_and_columns-(2, 2)": [1]}
         assert [i for i, of_p in enumerate(keys) if CODES[0] in of_p] == expected.get(name, [0, 1, 2, 3])
+
+
+def cut_twice():
+    """A shard that is no series of equal pieces: the message, and whether anything has changed."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    p = place(values((3, 4, 6), 0).to(BF16), mesh, [Shard(1), Shard(2)])
+    plain, rounded = (FusedHygieneAdamW([p], stochastic_rounding=on) for on in (None, True))
+    before = p.to_local().clone()
+    try:
+        step_once([p], rounded, 0)
+    except RuntimeError as error:
+        is_unchanged = p.to_local().equal(before) and not rounded.state
+        step_once([p], plain, 0)  # which draws no noise
+        return str(error), is_unchanged, not p.to_local().equal(before)
+    return "no error", False, False
+
+
+def test_elements_that_cannot_be_numbered_are_refused():
+    for message, is_unchanged, is_stepped in run(4, cut_twice):
+        assert message.startswith("parameter number 0 of group 0 is placed as (Shard(dim=1), Shard(dim=2)):")
+        assert is_unchanged
+        assert is_stepped
 
 
 # ---- Checkpoints
@@ -289,6 +314,38 @@ def loaded_by_torch(folder, options):
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 def test_torch_reads_the_checkpoint(tmp_path, flat):
     for wrong in run(2, loaded_by_torch, str(tmp_path), {"flatten_optimizer_state_dict": flat}):
+        assert wrong == []
+
+
+def loaded_from_torch(folder, options):
+    """Whether an optimizer with masters and codes takes a file of torch's AdamW, which has neither."""
+    model = sharded_net()
+    options = StateDictOptions(**options)
+    theirs = torch.optim.AdamW(build_param_groups(model, 0.1), lr=0.1)
+    train(model, theirs, 0)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, theirs, options=options)}, checkpoint_id=folder)
+    optimizer = FusedHygieneAdamW(model, **OPTIONS, **SCHEMES["split-8bit"])
+    saved = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+    dcp.load(saved, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+    wrong = []
+    for name, p in model.named_parameters():
+        mine, moments = optimizer.state[p], theirs.state[p]
+        assert mine["step"] == STEPS
+        assert not mine["master_residual"].to_local().any()
+        for key, format in (("exp_avg", "root_signed"), ("exp_avg_sq", "root_unsigned")):
+            found, expected = mine.get(key), moments[key].to_local()
+            if found is None:
+                coded = FORMATS[format].encode(expected, p.to_local().detach())
+                found, expected = mine[f"{key}_code"], coded.values
+            if not found.to_local().equal(expected):
+                wrong.append((name, key))
+    return wrong
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_checkpoints_of_torch_are_read(tmp_path, flat):
+    for wrong in run(2, loaded_from_torch, str(tmp_path), {"flatten_optimizer_state_dict": flat}):
         assert wrong == []
 
 
