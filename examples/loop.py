@@ -136,9 +136,9 @@ class Trainer:
 
     def bytes_per_parameter(self) -> float:
         """Return what parameters and optimizer state take, without step counts and gradients; locally."""
-        params = list(self.model.parameters())
-        state = self.recipe.optimizer.state
-        kept = [t for p in params for key, t in state[p].items() if key != "step"]
+        optimizer = self.recipe.optimizer  # FSDP2 may show other parameters of the model, whole ones
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        kept = [t for p in params for key, t in optimizer.state.get(p, {}).items() if key != "step"]
         local = [getattr(t, "_local_tensor", t) for t in (*params, *kept)]
         values = sum(t.numel() for t in local[: len(params)])
         return sum(t.numel() * t.element_size() for t in local) / values

@@ -142,6 +142,20 @@ def test_two_processes_train_as_one(strategy, alone, in_one, in_two):
     assert_same_curves(rows(continued[0]), rows(continued[1]))
 
 
+def test_low_precision_is_shared_saved_and_continued(in_one, in_two):
+    """With parameters and gradients in bfloat16, whose sums over two processes are rounded otherwise."""
+    argv = ["--precision", "bf16-split", "8bit", "--width=64"]
+    out, said, _ = in_two("fsdp2", *argv, f"--max-steps={STEPS}")
+    ends = [row for row in rows(out) if row["step"] == STEPS]
+    alone = [row for row in rows(in_one(*argv, f"--max-steps={STEPS}")) if row["step"] == STEPS]
+    for a, b in zip(ends, alone, strict=True):
+        assert a["bytes_per_parameter"] == pytest.approx(b["bytes_per_parameter"], rel=0.05)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=0.02)
+    assert "spread" in said
+    continued = in_one(*argv, f"--max-steps={LONGER}", "--resume", start=out)
+    assert [row["run"] for row in rows(continued) if row["step"] == LONGER] == ["bf16-split", "8bit"]
+
+
 def test_two_processes_continue_what_one_began(alone, in_one, in_two):
     argv = [f"--max-steps={LONGER}", "--resume", "--accumulate=1"]
     out, _, _ = in_two("fsdp2", *argv, start=alone)
