@@ -1,5 +1,7 @@
 """Masters of bfloat16 parameters: float32 in two halves, and the weights that come and go."""
 
+import copy
+
 import pytest
 import torch
 from common import parameters, twins, unchanged_since
@@ -12,6 +14,7 @@ from low_precision import (
     SPLIT,
     assert_in_kernels,
     assert_masters,
+    assert_same_state,
     model,
     run,
     same_bits,
@@ -159,3 +162,33 @@ def test_a_checkpoint_without_residuals_starts_from_the_parameters(target):
     run(masters, peer, 3, first=2)
     assert_in_kernels(target, optimizer)
     assert_masters(params, optimizer, masters)
+
+
+@pytest.mark.parametrize("weights_by", ["torch", "safetensors"])
+@pytest.mark.parametrize("compact", [False, True])
+def test_files_restore_every_bit(target, tmp_path, weights_by, compact):
+    """The model's file beside the optimizer's, of which neither runs code when it is loaded."""
+    options = SCHEMES["split-8bit"]
+    net = torch.nn.Sequential(torch.nn.Linear(70, 64), torch.nn.LayerNorm(64)).to(target.device, BF16)
+    optimizer = target.adamw(net, max_grad_norm=1.0, **options)
+    run(list(net.parameters()), optimizer, 3)
+    state = optimizer.state_dict_compact() if compact else optimizer.state_dict()
+    torch.save(state, tmp_path / "optimizer.pt")
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    if weights_by == "torch":
+        torch.save(net.state_dict(), tmp_path / "model.pt")
+        weights = torch.load(tmp_path / "model.pt", weights_only=True)
+    else:
+        files = pytest.importorskip("safetensors.torch")
+        files.save_file(net.state_dict(), tmp_path / "model.safetensors")
+        weights = files.load_file(tmp_path / "model.safetensors")
+    resumed = target.adamw(other, max_grad_norm=1.0, **options)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert_same_state(optimizer, resumed)
+    run(list(net.parameters()), optimizer, 2, first=3)
+    run(list(other.parameters()), resumed, 2, first=3)
+    assert_same_state(optimizer, resumed)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..dtensors import is_flattened, is_partial
-from ..formats import BLOCK, FORMATS, PLAIN, Format, has_dense_rows, memory_order
+from ..formats import BLOCK, FORMATS, Format, has_dense_rows, memory_order, plain_format
 from ..groups import Role
 from ..layout import is_plain
 
@@ -119,14 +119,14 @@ class Precision:
         """
         if (refusal := self.refusal(p)) is not None:
             raise ValueError(f"a parameter of shape {tuple(p.shape)} {refusal}")
-        asked, param = self.state_dtype_of(role, names), _plain(p.dtype)
+        asked, param = self.state_dtype_of(role, names), plain_format(p.dtype)
         if p.dtype == torch.bfloat16 and self.master_weights is not None:
             param = FORMATS["bfloat16_split"]
         elif p.dtype == torch.bfloat16 and self.rounds_params:
             param = FORMATS["bfloat16_stochastic"]
         if asked == "8bit" and self.why_uncoded(p, role, names) is None:
             return Kept(param, FORMATS["root_signed"], FORMATS["root_unsigned"])
-        exp_avg = exp_avg_sq = _plain(_moment_dtype(p, asked))
+        exp_avg = exp_avg_sq = plain_format(_moment_dtype(p, asked))
         if exp_avg_sq.dtype == torch.bfloat16 and self.rounds_moments:
             exp_avg_sq = FORMATS["bfloat16_stochastic"]
         return Kept(param, exp_avg, exp_avg_sq)
@@ -165,11 +165,6 @@ class Precision:
 def is_role(key: str) -> bool:
     """Whether a key of `state_roles` is a role, and no glob over names."""
     return key in Role._value2member_map_
-
-
-def _plain(dtype: torch.dtype) -> Format:
-    """The format of a tensor as torch has it; that of a dtype which no kernel knows has no other use."""
-    return PLAIN.get(dtype) or Format(str(dtype).removeprefix("torch."), dtype)
 
 
 def _moment_dtype(p: Tensor, asked: StateDtype | None) -> torch.dtype:
