@@ -35,7 +35,8 @@ def run(params, optimizer, steps, first=0):
 def give_rounded_grads(params, step):
     """Gradients whose values are the same in float32 as in bfloat16."""
     for i, p in enumerate(params):
-        p.grad = randn(*p.shape, seed=7919 * step + i + 1, dtype=BF16).to(p.device, p.dtype)
+        dtype = getattr(p, "grad_dtype", None) or p.dtype  # torch knows it since 2.10
+        p.grad = randn(*p.shape, seed=7919 * step + i + 1, dtype=BF16).to(p.device, dtype)
 
 
 def same_bits(a, b):

@@ -53,16 +53,22 @@ def layouts(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(layouts(), min_size=1, max_size=3), st.sampled_from(sorted(SCHEMES)), st.integers(0, 2**64 - 1)
+    st.lists(layouts(), min_size=1, max_size=3),
+    st.sampled_from(sorted(SCHEMES)),
+    st.integers(0, 2**64 - 1),
+    st.booleans(),
+    st.sampled_from([BF16, F32]),
 )
-def test_kernels_keep_what_the_reference_keeps(tensors, scheme, seed):
+def test_kernels_keep_what_the_reference_keeps(tensors, scheme, seed, amsgrad, grad_dtype):
     """Moments and counts bit for bit; parameters, which the reference rounds otherwise on the way, nearly."""
-    held = []
+    held, options = [], SCHEMES[scheme] | {"amsgrad": amsgrad and "8bit" not in scheme}
     for target in (NATIVE, REFERENCE):
         params = [torch.nn.Parameter(t.detach().clone(memory_format=torch.preserve_format)) for t in tensors]
         for p, t in zip(params, tensors, strict=True):
             p.data = torch.empty_strided(t.shape, t.stride(), dtype=BF16).copy_(t)
-        optimizer = target.adamw(params, lr=1e-3, seed=seed, **SCHEMES[scheme])
+            if grad_dtype != BF16 and hasattr(p, "grad_dtype"):
+                p.grad_dtype = grad_dtype
+        optimizer = target.adamw(params, lr=1e-3, seed=seed, **options)
         run(params, optimizer, 2)
         held.append((params, optimizer))
     for p, q in zip(held[0][0], held[1][0], strict=True):
