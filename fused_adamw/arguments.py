@@ -30,6 +30,7 @@ OWN: dict[str, Any] = {
     "backend": "auto",
 }
 _STATE_DTYPES = (torch.float32, torch.bfloat16, "8bit")
+_ROLES_AS_CALLED = {"head": "output"}  # what most people call it
 
 
 def number_of(value: Any) -> float | None:
@@ -118,7 +119,7 @@ def _checked_state_roles(value: Any) -> dict[str, StateDtype]:
             raise ValueError(
                 f"state_roles[{str(key)!r}] must be torch.float32, torch.bfloat16 or '8bit', got {asked!r}"
             )
-    return {str(key): asked for key, asked in value.items()}
+    return {_ROLES_AS_CALLED.get(str(key), str(key)): asked for key, asked in value.items()}
 
 
 def _checked_seed(value: Any) -> int:

@@ -314,3 +314,11 @@ def test_by_default_keys_and_bits_are_torch_s(dtype):
         assert ours.state[p].keys() == theirs.state[q].keys()
         assert all(ours.state[p][key].dtype == value.dtype for key, value in theirs.state[q].items())
     assert ours.param_groups[0].keys() == theirs.param_groups[0].keys()
+
+
+def test_a_head_is_the_output():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Flatten(), nn.Linear(64, 64))
+    optimizer = FusedHygieneAdamW(model, state_dtype="8bit", state_roles={"head": F32})
+    assert optimizer.state_roles == {"output": F32}
+    twin = FusedHygieneAdamW(model, state_dtype="8bit", state_roles={"output": F32})
+    assert twin.state_roles == optimizer.state_roles
