@@ -53,6 +53,9 @@ CUDA_LAYOUTS = [
     (F16, F32, F16, F16),
     (F16, F32, F32, F32),
     (F64, F64, F64, F64),
+    *LOW_PRECISION,
+    (F16, F32, BF16, STOCHASTIC),
+    (F16, F32, SIGNED, UNSIGNED),
 ]
 
 

@@ -90,10 +90,11 @@ ALLOWED_INCLUDES = {
     "cuda/layouts.h": {"formats.h"},
     "cuda/walk.cuh": {"formats.h"},
     "cuda/norm.cu": {"cuda/kernels.h", "cuda/walk.cuh"},
+    "cuda/elements.cuh": {"cuda/layouts.h", "cuda/walk.cuh", "noise.h"},
     "cuda/switches.h": set(),
     "cuda/fast_math.h": {"formats.h"},
-    "cuda/update.cu": {"adamw.h", "cuda/walk.cuh"}
-    | {f"cuda/{part}.h" for part in ("fast_math", "kernels", "layouts", "switches")},
+    "cuda/update.cu": {"adamw.h", "cuda/elements.cuh"}
+    | {f"cuda/{part}.h" for part in ("fast_math", "kernels", "switches")},
     "cuda/dispatch.cu": {"cuda/kernels.h", "cuda/layouts.h", "cuda/switches.h"},
     "python/dispatch_keys.h": set(),
     "python/guard.h": set(),

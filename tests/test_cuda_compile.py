@@ -18,12 +18,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 CUDA = ROOT / "csrc" / "cuda"
-FORMATS = {"Float32": 4, "BFloat16": 2, "Float16": 2, "Float64": 8}  # bytes
+# Bytes of a value, and of what is kept beside each.
+BYTES = {
+    "Float32": [4],
+    "Float64": [8],
+    "BFloat16": [2],
+    "Float16": [2],
+    "StochasticBFloat16": [2],
+    "SplitBFloat16": [2, 2],
+    "RootCode<signed": [1],
+    "RootCode<unsigned": [1],
+}
+PARAMS = [format for format in BYTES if "Code" not in format]
 # As setup.py compiles them: one object for each parameter format.
 SOURCES = {"norm": [CUDA / "norm.cu"]} | {
-    f"update {param}": [f"-DFUSED_ADAMW_PARAM={param}", CUDA / "update.cu"] for param in FORMATS
+    f"update {param}": [f"-DFUSED_ADAMW_PARAM={param}", CUDA / "update.cu"] for param in PARAMS
 }
-UPDATE_KERNELS, NORM_KERNELS = len(CUDA_LAYOUTS), len(FORMATS)
+UPDATE_KERNELS, NORM_KERNELS = len(CUDA_LAYOUTS), 4
 
 
 def nvcc(*arguments: object) -> str:
@@ -43,8 +54,8 @@ def known(arch: int) -> bool:
 def kernel_of(mangled: str) -> tuple[str, list[str]]:
     """What a symbol is: "norm" or "update", and the formats that it is for."""
     symbol = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-    kind, formats = re.search(r"::(norm|update)_kernel<(.*?)>+\(", symbol).groups()
-    return kind, re.findall("|".join(FORMATS), formats)
+    kind, formats = re.search(r"::(norm|update)_kernel<(.*)>\(", symbol).groups()
+    return kind, re.findall(rf"\b(?:{'|'.join(BYTES)})", formats)
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +103,11 @@ def accesses(kind: str, formats: list[str]) -> list[str]:
     vector = {16: "v4.u32", 8: "v2.u32", 4: "u32", 2: "u16"}
     if kind == "norm":
         return 4 * [f"ld.global.ca.{vector[16]}"]
-    p, g, m, v = (FORMATS[name] for name in formats)
-    n = 16 // max(p, g, m, v)
-    # The plain loop and the amsgrad one; p, g, m, v and v_max, which is kept as m is.
-    loads = [*2 * [p, g, m, v], m]
-    stores = [*2 * [p, m, v], m]
+    p, g, m, v = (BYTES[name] for name in formats)
+    n = 16 // max(p + g + m + v)
+    loads, stores = [*p, *g, *m, *v], [*p, *m, *v]
+    if m != BYTES["RootCode<signed"]:  # a loop for amsgrad too, with v_max, which is kept as m is
+        loads, stores = 2 * loads + m, 2 * stores + m
     return [f"ld.global.ca.{vector[b * n]}" for b in loads] + [
         f"st.global.wb.{vector[b * n]}" for b in stores
     ]

@@ -19,6 +19,10 @@ struct Layout {
   // Bytes of the widest element.
   static constexpr int kWidest = std::max({sizeof(typename P::Stored), sizeof(typename G::Stored),
                                            sizeof(typename M::Stored), sizeof(typename V::Stored)});
+  static constexpr bool kTakesNoise = P::kTakesNoise || M::kTakesNoise || V::kTakesNoise;
+  static constexpr bool kIsPlain = !kTakesNoise && P::kSide == kNoSide;
+  static constexpr bool kHasCodes = M::kSide == kSidePerBlock;
+  static_assert(kHasCodes == (V::kSide == kSidePerBlock), "both moments are codes, or neither");
 };
 
 template <typename... Layouts>
@@ -34,20 +38,48 @@ struct LayoutList {
 };
 
 using CudaLayouts = LayoutList<
-    // parameter, gradient, moments
-    Layout<Float32, Float32, Float32>,     //
-    Layout<Float32, Float32, BFloat16>,    //
-    Layout<Float32, BFloat16, Float32>,    //
-    Layout<Float32, BFloat16, BFloat16>,   //
-    Layout<BFloat16, BFloat16, BFloat16>,  //
-    Layout<BFloat16, BFloat16, Float32>,   //
-    Layout<BFloat16, Float32, BFloat16>,   //
-    Layout<BFloat16, Float32, Float32>,    //
-    Layout<Float16, Float16, Float16>,     //
-    Layout<Float16, Float16, Float32>,     //
-    Layout<Float16, Float16, BFloat16>,    //
-    Layout<Float16, Float32, Float16>,     //
-    Layout<Float16, Float32, Float32>,     //
+    // parameter, gradient, exp_avg, and exp_avg_sq where it is kept in another way
+    Layout<Float32, Float32, Float32>,                                   //
+    Layout<Float32, Float32, BFloat16>,                                  //
+    Layout<Float32, Float32, BFloat16, StochasticBFloat16>,              //
+    Layout<Float32, Float32, SignedRoot, UnsignedRoot>,                  //
+    Layout<Float32, BFloat16, Float32>,                                  //
+    Layout<Float32, BFloat16, BFloat16>,                                 //
+    Layout<Float32, BFloat16, BFloat16, StochasticBFloat16>,             //
+    Layout<Float32, BFloat16, SignedRoot, UnsignedRoot>,                 //
+    Layout<BFloat16, BFloat16, BFloat16>,                                //
+    Layout<BFloat16, BFloat16, Float32>,                                 //
+    Layout<BFloat16, BFloat16, BFloat16, StochasticBFloat16>,            //
+    Layout<BFloat16, BFloat16, SignedRoot, UnsignedRoot>,                //
+    Layout<BFloat16, Float32, BFloat16>,                                 //
+    Layout<BFloat16, Float32, Float32>,                                  //
+    Layout<BFloat16, Float32, BFloat16, StochasticBFloat16>,             //
+    Layout<BFloat16, Float32, SignedRoot, UnsignedRoot>,                 //
+    Layout<StochasticBFloat16, BFloat16, BFloat16>,                      //
+    Layout<StochasticBFloat16, BFloat16, Float32>,                       //
+    Layout<StochasticBFloat16, BFloat16, BFloat16, StochasticBFloat16>,  //
+    Layout<StochasticBFloat16, BFloat16, SignedRoot, UnsignedRoot>,      //
+    Layout<StochasticBFloat16, Float32, BFloat16>,                       //
+    Layout<StochasticBFloat16, Float32, Float32>,                        //
+    Layout<StochasticBFloat16, Float32, BFloat16, StochasticBFloat16>,   //
+    Layout<StochasticBFloat16, Float32, SignedRoot, UnsignedRoot>,       //
+    Layout<SplitBFloat16, BFloat16, BFloat16>,                           //
+    Layout<SplitBFloat16, BFloat16, Float32>,                            //
+    Layout<SplitBFloat16, BFloat16, BFloat16, StochasticBFloat16>,       //
+    Layout<SplitBFloat16, BFloat16, SignedRoot, UnsignedRoot>,           //
+    Layout<SplitBFloat16, Float32, BFloat16>,                            //
+    Layout<SplitBFloat16, Float32, Float32>,                             //
+    Layout<SplitBFloat16, Float32, BFloat16, StochasticBFloat16>,        //
+    Layout<SplitBFloat16, Float32, SignedRoot, UnsignedRoot>,            //
+    Layout<Float16, Float16, Float16>,                                   //
+    Layout<Float16, Float16, Float32>,                                   //
+    Layout<Float16, Float16, BFloat16>,                                  //
+    Layout<Float16, Float16, BFloat16, StochasticBFloat16>,              //
+    Layout<Float16, Float16, SignedRoot, UnsignedRoot>,                  //
+    Layout<Float16, Float32, Float16>,                                   //
+    Layout<Float16, Float32, Float32>,                                   //
+    Layout<Float16, Float32, BFloat16, StochasticBFloat16>,              //
+    Layout<Float16, Float32, SignedRoot, UnsignedRoot>,                  //
     Layout<Float64, Float64, Float64>>;
 
 }  // namespace fused_adamw

@@ -12,8 +12,9 @@
 #define FUSED_ADAMW_REVERSE_UPDATE 0
 #endif
 
-// Blocks of the update that a multiprocessor holds at once. Three have 48 KB of loads in flight, and a thread
-// of theirs 80 registers, which hold its vectors without spilling; of four, 64 KB and 64 registers.
+// Blocks of the update that a multiprocessor holds at once, for plain layouts; for others, one fewer. Three
+// have 48 KB of loads in flight, and a thread of theirs 80 registers, which hold its vectors without
+// spilling; of four, 64 KB and 64 registers.
 #ifndef FUSED_ADAMW_BLOCKS_PER_PROCESSOR
 #define FUSED_ADAMW_BLOCKS_PER_PROCESSOR 3
 #endif

@@ -1,86 +1,66 @@
 // CUDA: the update of parameters of one format, FUSED_ADAMW_PARAM. No torch: plain nvcc compiles this file.
 #include "../adamw.h"
+#include "elements.cuh"
 #include "fast_math.h"
 #include "kernels.h"
-#include "layouts.h"
 #include "switches.h"
-#include "walk.cuh"
 
 namespace fused_adamw {
 namespace {
 
-// N neighbours of every tensor of a row, as they are in memory.
-template <typename L, int N>
-struct Elements {
-  Vector<typename L::Param::Stored, N> p;
-  Vector<typename L::Grad::Stored, N> g;
-  Vector<typename L::ExpAvg::Stored, N> m;
-  Vector<typename L::ExpAvgSq::Stored, N> v;
-  Vector<typename L::ExpAvg::Stored, N> v_max;
-};
-
-template <bool kAmsgrad, typename L, int N, typename T, typename Math>
-__device__ __forceinline__ void update_elements(Elements<L, N>& x, const Coefficients<T>& c, Math& math) {
-  using Param = typename L::Param;
-  using ExpAvg = typename L::ExpAvg;
-  using ExpAvgSq = typename L::ExpAvgSq;
+// The first element is at `place` in the whole tensor, each other kStride after the one before.
+template <bool kAmsgrad, int kStride, typename L, int N, typename T, typename Math>
+__device__ __forceinline__ void update_elements(Elements<L, N>& x, const Coefficients<T>& c, Math& math,
+                                                const Noise<L::kTakesNoise>& noise, uint64_t place) {
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    T p = Param::load(x.p.at[k]), m = ExpAvg::load(x.m.at[k]), v = ExpAvgSq::load(x.v.at[k]);
-    T v_max = kAmsgrad ? ExpAvg::load(x.v_max.at[k]) : T(0);
-    adamw_update<T>(p, L::Grad::load(x.g.at[k]), m, v, v_max, c, math);
-    x.p.at[k] = Param::store(p);
-    x.m.at[k] = ExpAvg::store(m);
-    x.v.at[k] = ExpAvgSq::store(v);
-    if (kAmsgrad) x.v_max.at[k] = ExpAvg::store(v_max);
+    T p = x.p.get(k), m = x.m.get(k), v = x.v.get(k);
+    T v_max = kAmsgrad ? x.v_max.get(k) : T(0);
+    adamw_update<T>(p, x.g.get(k), m, v, v_max, c, math);
+    const uint32_t bits = noise.at(place + k * kStride);
+    x.p.put(k, p, bits & 0xffff);
+    x.m.put(k, m, bits & 0xffff);
+    x.v.put(k, v, bits >> 16);
+    if (kAmsgrad) x.v_max.put(k, v_max, 0);
   }
 }
 
-// Where the tensors of a row are, from some element on.
-template <typename L>
-struct Pointers {
-  typename L::Param::Stored* p;
-  const typename L::Grad::Stored* g;
-  typename L::ExpAvg::Stored* m;
-  typename L::ExpAvgSq::Stored* v;
-  typename L::ExpAvg::Stored* v_max;
-};
-
-template <bool kAmsgrad, typename L, int N>
-__device__ __forceinline__ void load_elements(Elements<L, N>* x, const Pointers<L>& at, int i) {
-  load(&x->p, at.p + i);
-  load(&x->g, at.g + i);
-  load(&x->m, at.m + i);
-  load(&x->v, at.v + i);
-  if (kAmsgrad) load(&x->v_max, at.v_max + i);
-}
-
-template <bool kAmsgrad, typename L, int N>
-__device__ __forceinline__ void store_elements(const Pointers<L>& at, int i, const Elements<L, N>& x) {
-  store(at.p + i, x.p);
-  store(at.m + i, x.m);
-  store(at.v + i, x.v);
-  if (kAmsgrad) store(at.v_max + i, x.v_max);
-}
-
-// Applies the rule to the n elements at `start`, N at a time.
-template <int N, bool kAmsgrad, typename L, typename T>
-__device__ __forceinline__ void update_vectors(const Pointers<L>& at, int start, int n,
-                                               const Coefficients<T>& c) {
+// Fills x by `load` and applies the rule to it.
+template <bool kAmsgrad, int kStride, typename L, int N, typename T, typename Load>
+__device__ __forceinline__ void load_and_update(Elements<L, N>& x, const Load& load, const Coefficients<T>& c,
+                                                const Noise<L::kTakesNoise>& noise, uint64_t place) {
   constexpr bool kFast = FUSED_ADAMW_FAST_MATH && sizeof(T) == sizeof(float);
+  load();
+  std::conditional_t<kFast, FastMath, IeeeMath> math;
+  update_elements<kAmsgrad, kStride>(x, c, math, noise, place);
+  if constexpr (kFast) {
+    if (!math.exact) {  // from memory again: registers that kept the elements would be spilled
+      load();
+      IeeeMath ieee;
+      update_elements<kAmsgrad, kStride>(x, c, ieee, noise, place);
+    }
+  }
+}
+
+// Steps the n elements from `start` of a span on, N at a time. The span begins with element `first` of its
+// row.
+template <int N, bool kAmsgrad, typename L, typename T>
+__device__ __forceinline__ void update_vectors(const Places<L>& at, int64_t first, int start, int n,
+                                               const Coefficients<T>& c, const Noise<L::kTakesNoise>& noise) {
   for (int i = start + threadIdx.x * N; i < start + n; i += kThreads * N) {
     Elements<L, N> x;
-    load_elements<kAmsgrad>(&x, at, i);
-    std::conditional_t<kFast, FastMath, IeeeMath> math;
-    update_elements<kAmsgrad>(x, c, math);
-    if constexpr (kFast) {
-      if (!math.exact) {  // from memory again: registers that kept the elements would be spilled
-        load_elements<kAmsgrad>(&x, at, i);
-        IeeeMath ieee;
-        update_elements<kAmsgrad>(x, c, ieee);
-      }
-    }
-    store_elements<kAmsgrad>(at, i, x);
+    const auto load_all = [&] {
+      load(&x.p, at.p, i);
+      load(&x.g, at.g, i);
+      load(&x.m, at.m, i);
+      load(&x.v, at.v, i);
+      if (kAmsgrad) load(&x.v_max, at.v_max, i);
+    };
+    load_and_update<kAmsgrad, 1>(x, load_all, c, noise, noise.place(first + i));
+    store(at.p, i, x.p);
+    store(at.m, i, x.m);
+    store(at.v, i, x.v);
+    if (kAmsgrad) store(at.v_max, i, x.v_max);
   }
 }
 
@@ -89,23 +69,60 @@ __device__ __forceinline__ void update_vectors(const Pointers<L>& at, int start,
 // Rows that are not aligned for that, and what a chunk leaves over, go element by element.
 template <bool kAmsgrad, typename L, typename T>
 __device__ __forceinline__ void update_span(const Row& row, uint64_t grad, const Span& span,
-                                            const Coefficients<T>& c) {
-  using P = typename L::Param::Stored;
-  using G = typename L::Grad::Stored;
-  using M = typename L::ExpAvg::Stored;
-  using V = typename L::ExpAvgSq::Stored;
+                                            const Coefficients<T>& c, const Noise<L::kTakesNoise>& noise) {
   constexpr int N = kVectorBytes / L::kWidest;
-  Pointers<L> at;
-  at.p = reinterpret_cast<P*>(row.param.values) + span.start;
-  at.g = reinterpret_cast<const G*>(grad) + span.start;
-  at.m = reinterpret_cast<M*>(row.exp_avg.values) + span.start;
-  at.v = reinterpret_cast<V*>(row.exp_avg_sq.values) + span.start;
-  at.v_max = kAmsgrad ? reinterpret_cast<M*>(row.max_exp_avg_sq.values) + span.start : at.m;
-  const bool vectors =
-      aligned<N>(at.p) && aligned<N>(at.g) && aligned<N>(at.m) && aligned<N>(at.v) && aligned<N>(at.v_max);
+  const Places<L> at(row, grad, kAmsgrad, span.start);
+  const bool vectors = at.p.template is_aligned<N>() && at.g.template is_aligned<N>() &&
+                       at.m.template is_aligned<N>() && at.v.template is_aligned<N>() &&
+                       at.v_max.template is_aligned<N>() && noise.template keeps_neighbours<N>(span.start);
   const int n = vectors ? span.n / N * N : 0;
-  update_vectors<N, kAmsgrad>(at, 0, n, c);
-  update_vectors<1, kAmsgrad>(at, n, span.n - n, c);
+  update_vectors<N, kAmsgrad>(at, span.start, 0, n, c, noise);
+  update_vectors<1, kAmsgrad>(at, span.start, n, span.n - n, c, noise);
+}
+
+// Steps the blocks of codes that start in a span. A warp, or a part of it, has a block, each thread N values:
+// neighbours where kVectors, else such that threads touch neighbours.
+template <bool kVectors, int N, typename L, typename T>
+__device__ __forceinline__ void update_blocks(const Places<L>& at, const CodeBlocks& blocks,
+                                              const Coefficients<T>& c, const Noise<true>& noise) {
+  constexpr int kLanes = kCodeBlock / N, kStride = kVectors ? 1 : kLanes;
+  const int lane = threadIdx.x % kLanes, first = kVectors ? lane * N : lane;
+  // Whole warps go on until their last block is done: threads exchange values.
+  for (int i = threadIdx.x / 32 * (32 / kLanes); i < blocks.n; i += kThreads / kLanes) {
+    const CodeBlock block = blocks.at(i + threadIdx.x % 32 / kLanes);
+    const int valid = block.n > first ? (block.n - first + kStride - 1) / kStride : 0;  // or more than N
+    const int64_t start = block.start + first;
+    Elements<L, N> x;
+    const auto load_all = [&] {
+      load_some<kStride>(&x.p, at.p, start, block, valid);
+      load_some<kStride>(&x.g, at.g, start, block, valid);
+      load_some<kStride>(&x.m, at.m, start, block, valid);
+      load_some<kStride>(&x.v, at.v, start, block, valid);
+    };
+    const uint64_t place = noise.place(block.row, block.column + first);
+    load_and_update<false, kStride>(x, load_all, c, noise, place);
+    store_some<kStride>(at.p, start, block, valid, x.p);
+    x.m.template encode<kLanes>(valid, [&](int k) { return noise.at(place + k * kStride) & 0xffff; });
+    store_some<kStride>(at.m, start, block, valid, x.m);
+    x.v.template encode<kLanes>(valid, [&](int k) { return noise.at(place + k * kStride) >> 16; });
+    store_some<kStride>(at.v, start, block, valid, x.v);
+  }
+}
+
+template <typename L, typename T>
+__device__ __forceinline__ void update_coded_span(const Row& row, uint64_t grad, const Span& span,
+                                                  const Coefficients<T>& c, const Noise<true>& noise) {
+  constexpr int N = kVectorBytes / L::kWidest;
+  const Places<L> at(row, grad, false, 0);
+  const CodeBlocks blocks(row, span);
+  const bool vectors = blocks.columns % N == 0 && at.p.template is_aligned<N>() &&
+                       at.g.template is_aligned<N>() && at.m.template is_aligned<N>() &&
+                       at.v.template is_aligned<N>();
+  if (vectors) {
+    update_blocks<true, N>(at, blocks, c, noise);
+  } else {
+    update_blocks<false, kCodeBlock / 32>(at, blocks, c, noise);
+  }
 }
 
 struct UpdateParams {
@@ -114,22 +131,27 @@ struct UpdateParams {
 };
 static_assert(sizeof(UpdateParams) <= 4096, "kernel parameters are limited to 4 KiB");
 
-// Doubles take twice the registers: two blocks, 32 KB of loads in flight, 128 registers.
+// Doubles take twice the registers, and what layouts that are not plain have besides needs more of them: one
+// block fewer, up to 128 registers.
 template <typename L>
-constexpr int kBlocksPerProcessor =
-    sizeof(typename L::Param::Register) == sizeof(double) ? 2 : FUSED_ADAMW_BLOCKS_PER_PROCESSOR;
+constexpr int kBlocksPerProcessor = L::kIsPlain && sizeof(typename L::Param::Register) < sizeof(double)
+                                        ? FUSED_ADAMW_BLOCKS_PER_PROCESSOR
+                                        : FUSED_ADAMW_BLOCKS_PER_PROCESSOR - 1;
 
 template <typename L>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<L>)
     update_kernel(const __grid_constant__ UpdateParams params) {
   using T = typename L::Param::Register;
   __shared__ StepScalars scalars;
+  // Neighbouring rows mostly share a group and a step count: what was worked out last, and for which.
   __shared__ Coefficients<T> shared_coefficients;
+  __shared__ int32_t hyper;
+  __shared__ float step;
   const UpdateArgs& args = params.args;
-  const Hyper* hypers = args.hypers ? args.hypers : params.hypers;
 
   // Double precision is slow on many GPUs: one thread works the scalars out for its block.
   if (threadIdx.x == 0) {
+    hyper = -1;  // none
     scalars = step_scalars(args.inputs);
     if (blockIdx.x == 0) {
       args.inputs.status[0] = scalars.grad_norm;
@@ -139,10 +161,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<L>)
   __syncthreads();
   if (scalars.skip) return;
 
-  // Neighbouring rows mostly share a group and a step count: keep what was worked out.
   Coefficients<T> c{};
-  int64_t hyper = -1;
-  float step = -1.0f;
   for (int64_t i = blockIdx.x; i < args.table.n_chunks; i += gridDim.x) {
     const Chunk chunk = args.table.chunks[FUSED_ADAMW_REVERSE_UPDATE ? args.table.n_chunks - 1 - i : i];
     const Row& row = args.table.rows[chunk.row];
@@ -150,18 +169,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<L>)
     if (!grad) continue;
     const float row_step = *reinterpret_cast<const float*>(row.step) + 1.0f;
     if (row.hyper != hyper || row_step != step) {
-      hyper = row.hyper;
-      step = row_step;
-      __syncthreads();  // the last coefficients have been read
-      if (threadIdx.x == 0) shared_coefficients = coefficients<T>(hypers[hyper], step, scalars.grad_scale);
+      __syncthreads();  // the last ones have been read
+      if (threadIdx.x == 0) {
+        hyper = row.hyper;
+        step = row_step;
+        const Hyper h = args.hypers ? args.hypers[hyper] : params.hypers[hyper];
+        shared_coefficients = coefficients<T>(h, step, scalars.grad_scale);
+      }
       __syncthreads();
       c = shared_coefficients;
     }
     const Span span = span_of(args.table, row, chunk);
-    if (row.max_exp_avg_sq.values) {
-      update_span<true, L>(row, grad, span, c);
+    const Noise<L::kTakesNoise> noise(row, args.inputs.seed, row_step);
+    if constexpr (L::kHasCodes) {
+      update_coded_span<L>(row, grad, span, c, noise);
+    } else if (row.max_exp_avg_sq.values) {
+      update_span<true, L>(row, grad, span, c, noise);
     } else {
-      update_span<false, L>(row, grad, span, c);
+      update_span<false, L>(row, grad, span, c, noise);
     }
   }
 

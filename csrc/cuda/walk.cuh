@@ -28,9 +28,11 @@ struct Vector {
   T at[N];
 };
 template <int kBytes>
-using Bits = std::conditional_t<
-    kBytes == 2, unsigned short,
-    std::conditional_t<kBytes == 4, unsigned int, std::conditional_t<kBytes == 8, uint2, uint4>>>;
+using Bits =
+    std::conditional_t<kBytes == 1, unsigned char,
+                       std::conditional_t<kBytes == 2, unsigned short,
+                                          std::conditional_t<kBytes == 4, unsigned int,
+                                                             std::conditional_t<kBytes == 8, uint2, uint4>>>>;
 
 template <int N, typename T>
 __device__ __forceinline__ bool aligned(const T* p) {
@@ -64,7 +66,58 @@ __device__ __forceinline__ Span span_of(const Table& table, const Row& row, cons
   return {start, static_cast<int>(left < table.chunk_size ? left : table.chunk_size)};
 }
 
+// A block of codes: the row of the matrix it is cut from, the column and the element that it starts at, its
+// number among all, which is that of its side, and its values.
+struct CodeBlock {
+  int64_t row, column, start, number;
+  int n;
+};
+
+// The blocks of codes that start in a span: those of a chunk. The last one may end after it.
+struct CodeBlocks {
+  int64_t columns;   // of the matrix
+  int64_t row;       // of the first block
+  uint32_t per_row;  // blocks of a row of the matrix
+  uint32_t skipped;  // blocks of the first row that start before the span
+  int n;
+
+  __device__ __forceinline__ CodeBlocks(const Row& row, const Span& span)
+      : columns(row.local_columns),
+        row(span.start / columns),
+        per_row(static_cast<uint32_t>((columns + kCodeBlock - 1) / kCodeBlock)) {
+    const int64_t column = span.start - this->row * columns;
+    skipped = starting_before(column);
+    n = starting_before(column + span.n) - skipped;
+  }
+
+  // The i-th block of the span; one without values where i is too large.
+  __device__ __forceinline__ CodeBlock at(int i) const {
+    const uint32_t number = skipped + i, rows = number / per_row;
+    const int64_t column = (number - rows * per_row) * kCodeBlock, left = columns - column;
+    const int width = static_cast<int>(left < kCodeBlock ? left : kCodeBlock);
+    const int64_t r = row + rows;
+    return {r, column, r * columns + column, row * per_row + number, i < n ? width : 0};
+  }
+
+ private:
+  // How many blocks, from the first row's first on, start before some element of it, or of a later row.
+  __device__ __forceinline__ uint32_t starting_before(int64_t element) const {
+    const int64_t rows = element / columns, column = element - rows * columns;
+    return static_cast<uint32_t>(rows * per_row + (column + kCodeBlock - 1) / kCodeBlock);
+  }
+};
+
 // ---- Across threads and blocks
+
+// The maximum over each kLanes neighbouring threads of a warp, in each of them. To be called by whole warps.
+template <int kLanes>
+__device__ __forceinline__ uint32_t lanes_maximum(uint32_t x) {
+  for (int offset = kLanes / 2; offset; offset /= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffff, x, offset);
+    x = other > x ? other : x;
+  }
+  return x;
+}
 
 // The sum over the threads of the block, the same bits in each of them.
 __device__ __forceinline__ double block_sum(double x) {

@@ -63,7 +63,7 @@ struct Block {
   Fiber* running = nullptr;
   Barrier all;
   std::vector<Barrier> warps;
-  std::vector<double> shuffled[2];  // by parity, so that one shuffle's values outlive the next one's start
+  std::vector<uint64_t> shuffled[2];  // by parity, so that one shuffle's values outlive the next one's start
 };
 inline thread_local Block* block = nullptr;
 
@@ -158,14 +158,17 @@ void run_grid(const Kernel& kernel, dim3 grid, dim3 threads) {
 inline void __syncthreads() { emulation::meet(&emulation::block->all); }
 inline void __threadfence() {}
 
-inline double __shfl_xor_sync(unsigned mask, double x, int lanes) {
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T x, int lanes) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a word of a thread");
   if (mask != 0xffffffff) std::abort();
   emulation::Block& block = *emulation::block;
   const unsigned self = threadIdx.x;
   auto& values = block.shuffled[block.running->shuffles++ % 2];
-  values[self] = x;
+  std::memcpy(&values[self], &x, sizeof x);
   emulation::meet(&block.warps[self / 32]);
-  return values[self ^ lanes];
+  std::memcpy(&x, &values[self ^ lanes], sizeof x);
+  return x;
 }
 
 inline unsigned atomicInc(unsigned* at, unsigned limit) {

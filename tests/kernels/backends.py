@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from format_codes import BF16, CPU_LAYOUTS, CUDA_LAYOUTS, F64
+from format_codes import BF16, CPU_LAYOUTS, CUDA_LAYOUTS, F64, PLAIN
 from instruction_sets import ISAS
 
 from fused_adamw.backends import native
@@ -67,6 +67,7 @@ class Native(Kernels):
 class Triton(Kernels):
     """The Triton kernels in the interpreter. A grid is a number of programs."""
 
+    layouts = tuple(layout for layout in CUDA_LAYOUTS if set(layout) <= set(PLAIN))
     block, chunk, norm_chunk = 512, 2 * 512 + 16, 2 * 1024 + 16  # aligned, no whole number of blocks
     grids = (3, 1, 2, 4, 5, 18)
     is_slow = True
@@ -154,7 +155,7 @@ def build_cuda(folder: Path, *flags: str) -> ctypes.CDLL:
     flags = ("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", *flags)
     command = [CXX, *flags, "-pthread", f"-I{source}", f"-I{ROOT / 'csrc'}"]
     parts = {"library": [source / "library.cpp"]}
-    for param in ("Float32", "BFloat16", "Float16", "Float64"):
+    for param in ("Float32", "BFloat16", "Float16", "Float64", "StochasticBFloat16", "SplitBFloat16"):
         define = f"-DFUSED_ADAMW_PARAM={param}"
         parts[param] = [define, "-x", "c++", ROOT / "csrc" / "cuda" / "update.cu"]
     objects = [folder / f"{name}.o" for name in parts]
