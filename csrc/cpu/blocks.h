@@ -24,8 +24,10 @@ constexpr int64_t kRegisterBytes = 16;
 
 // Elements per block: a few vectors, and whole cache lines of every format. The stores of a block wait for
 // its divisions; with more of them waiting, the processor does not get far enough ahead to start the next
-// block's. Where values share a side, their blocks are those of the walk.
+// block's. Where there is noise to draw meanwhile, twice as many are better. Where values share a side, their
+// blocks are those of the walk.
 constexpr int64_t kBlock = 32;
+constexpr int64_t kNoiseBlock = 64;
 constexpr int64_t kLargestBlock = kCodeBlock;
 
 // One tensor of a row: how it is kept, in one of these formats, and where.

@@ -93,14 +93,15 @@ ADAMW_FN RowUpdate<T> update_of(const UpdateArgs& args, const Row& row, const Co
 template <typename T, bool kAmsgrad, bool kNoise>
 void update_span(const UpdateArgs& args, const Row& row, const Span& span, const Coefficients<T>& c,
                  float step) {
-  using W = Walk<T, kBlock, kNoise>;
+  constexpr int64_t kSize = kNoise ? kNoiseBlock : kBlock;
+  using W = Walk<T, kSize, kNoise>;
   const RowUpdate<T> x = update_of<kNoise>(args, row, c, step);  // copies that no store can alias
-  alignas(64) uint32_t noise[kBlock];
+  alignas(64) uint32_t noise[kSize];
   int64_t i = span.begin;
   const int64_t end = span.end;
-  for (; i + kBlock <= end; i += kBlock) {
-    if (kNoise) draw(x.noise, i, kBlock, noise);
-    update_block<W, kAmsgrad>(x.at, {i, kBlock, 0, noise}, x.c);
+  for (; i + kSize <= end; i += kSize) {
+    if (kNoise) draw(x.noise, i, kSize, noise);
+    update_block<W, kAmsgrad>(x.at, {i, kSize, 0, noise}, x.c);
   }
   if (kNoise) draw(x.noise, i, end - i, noise);
   update_block<W, kAmsgrad>(x.at, {i, end - i, 0, noise}, x.c);

@@ -24,7 +24,7 @@ def isa(request, tmp_path_factory):
 
 @layouts
 def test_update_of_every_size(isa, formats):
-    lengths = [*sizes(isa.block, 256), *range(31, 39)]
+    lengths = [*sizes(isa.block, 256), *range(31, 39), *range(63, 67)]
     params = [
         Param(n, step=2.0 * (n % 2), amsgrad=i % 3 == 0, group=i % len(GROUPS)) for i, n in enumerate(lengths)
     ]
