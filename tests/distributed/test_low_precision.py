@@ -189,6 +189,9 @@ class Net(nn.Module):
             p.data = values(p.shape, i)
         self.to(BF16)
 
+    def forward(self, x):
+        return self.down(self.norm(self.up(x)))
+
 
 def sharded_net():
     """In a process alone nothing is sharded."""
@@ -396,3 +399,19 @@ def test_masters_of_shards():
     for results in run(2, masters):
         assert results
         assert all(results)
+
+
+def replicas():
+    """What each replica of DistributedDataParallel comes to, on data of its own."""
+    model = nn.parallel.DistributedDataParallel(Net())
+    optimizer = FusedHygieneAdamW(model, **OPTIONS, **SCHEMES["stochastic-8bit"])
+    for step in range(20):
+        model(values((8, 64), 10 * step + dist.get_rank()).to(BF16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return everything(model.module, optimizer)
+
+
+def test_replicas_stay_equal():
+    first, *others = run(2, replicas)
+    assert all(differing(other, first) == [] for other in others)
