@@ -69,7 +69,8 @@ ALLOWED_WITHIN = {
     "backends/triton": {
         "rule": set(),
         "formats": set(),
-        "kernels": {"formats", "rule"},
+        "noise": set(),
+        "kernels": {"formats", "noise", "rule"},
         "__init__": {"formats", "kernels"},
     },
 }

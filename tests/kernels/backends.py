@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from format_codes import BF16, CPU_LAYOUTS, CUDA_LAYOUTS, F64, PLAIN
+from format_codes import BF16, CPU_LAYOUTS, CUDA_LAYOUTS, F64
 from instruction_sets import ISAS
 
 from fused_adamw.backends import native
@@ -67,7 +67,6 @@ class Native(Kernels):
 class Triton(Kernels):
     """The Triton kernels in the interpreter. A grid is a number of programs."""
 
-    layouts = tuple(layout for layout in CUDA_LAYOUTS if set(layout) <= set(PLAIN))
     block, chunk, norm_chunk = 512, 2 * 512 + 16, 2 * 1024 + 16  # aligned, no whole number of blocks
     grids = (3, 1, 2, 4, 5, 18)
     is_slow = True

@@ -3,7 +3,8 @@
 import math
 
 import numpy as np
-from format_codes import F16, F32, PLAIN, SIGNED, SPLIT, UNSIGNED, has_codes, takes_noise
+import pytest
+from format_codes import BF16, F16, F32, PLAIN, SIGNED, SPLIT, UNSIGNED, has_codes, takes_noise
 
 from .model import GROUPS, Group, Model, Param
 from .test_kernels import layouts_where
@@ -101,6 +102,11 @@ def test_skipped_steps_touch_nothing(kernels, formats):
 # ---- Values
 
 
+def skip_subnormal_bfloat16(kernels, formats) -> None:
+    if BF16 in formats and not kernels.subnormal_bfloat16:
+        pytest.skip("takes wrong bits of subnormal bfloat16 numbers")
+
+
 def bit_patterns(n: int, seed: int = 0) -> np.ndarray:
     """float32: NaN of both signs, zeros, subnormals, the largest numbers, infinities, and random bits."""
     special = [0x7FFFFFFF, 0x7FC00000, 0x7F800001, 0x7F800000, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0x7F7F0000]
@@ -135,6 +141,7 @@ def set_bits(model: Model) -> None:
 @low_precision
 def test_every_kind_of_bits(kernels, formats):
     """Of parameters, moments and gradients, at the first step and later, with decay and without."""
+    skip_subnormal_bfloat16(kernels, formats)
     params = [Param(300, step=step, group=group) for step in (0.0, 5.0) for group in (0, 1)]
     model = Model(kernels, params, formats, GROUPS)
     set_bits(model)
@@ -195,6 +202,7 @@ def test_blocks_that_are_not_finite_are_not_lost(kernels, formats):
 @codes
 def test_blocks_of_any_size_of_number(kernels, formats):
     """Zeros, the least and the largest numbers, outliers, blocks that fade away."""
+    skip_subnormal_bfloat16(kernels, formats)
     scales = (0.0, 1e-45, 1e-38, 1e-30, 1e-12, 1.0, 1e12, 1e18)
     params = [Param(128 * len(scales), columns=128 * k, step=s) for k in (1, 2) for s in (0.0, 7.0)]
     model = Model(kernels, params, formats)

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from fused_adamw.backends import triton as backend  # noqa: E402
 from fused_adamw.tables import HyperStruct, RowStruct, StepInputs, Tables, words  # noqa: E402
 
-F32, BF16, F16, F64 = range(4)  # enum FormatCode
+F32, BF16, F16, F64, STOCHASTIC, SPLIT, SIGNED, UNSIGNED = range(8)  # enum FormatCode
 
 
 class Launches:
@@ -150,6 +150,26 @@ def test_update_fits_its_registers(gpu, formats, tmp_path):
     is_known = gpu.arch == 80 and BF16 in formats and version >= (3, 9)
     assert accesses_of(amsgrad, "LDL", "STL") <= (8 if is_known else 0), "spilled"
     assert "convert_layout" not in kernel.asm["ttgir"], "values pass between threads"
+
+
+SPECIAL = [
+    (SPLIT, BF16, BF16, STOCHASTIC),
+    (STOCHASTIC, BF16, F32, F32),
+    (F32, F32, SIGNED, UNSIGNED),
+    (SPLIT, BF16, SIGNED, UNSIGNED),
+]
+
+
+@pytest.mark.parametrize("formats", SPECIAL, ids=str)
+def test_special_formats_fit_their_registers(gpu, formats, tmp_path):
+    """As above; no fast divisions and roots."""
+    kernel = update(gpu, formats)
+    used = resources(kernel, tmp_path)
+    assert used["REG"] <= backend._SPECIAL_REGISTERS
+    assert used["LOCAL"] == 0
+    assert used["STACK"] <= 32
+    names = set(re.findall(r"\b(?:fma|div|rcp|sqrt|rsqrt)\.[\w.]*f32", kernel.asm["ptx"]))
+    assert names == {"div.rn.f32", "sqrt.rn.f32"}
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

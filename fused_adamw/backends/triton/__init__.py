@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from ...device import NO_GPU, has_gpu, is_capturing, is_gpu, multiprocessors_of, on_gpu
 from ...formats import Formats
@@ -27,23 +26,31 @@ _LARGE_CHUNK_SIZE = 1 << 16
 
 _NUM_WARPS = 4
 _THREADS = 32 * _NUM_WARPS
-# A persistent grid, all of which an SM of 65,536 registers holds at once.
-_REGISTERS = 64
+# A persistent grid, all of which an SM of 65,536 registers holds at once. Noise, and codes that wait for the
+# maximum of their block, take more registers.
+_REGISTERS, _SPECIAL_REGISTERS = 64, 160
 _PROGRAMS_PER_SM = 65536 // (_REGISTERS * _THREADS)
 _INTERPRETED_PROGRAMS = 3  # enough to walk with a stride and to have a last one
 
 _INTERPRETED = not isinstance(update_kernel, triton.JITFunction)
 # No contraction, as the C++ and CUDA kernels are built, for the same numbers.
-_OPTIONS = {"num_warps": _NUM_WARPS, "maxnreg": _REGISTERS, "enable_fp_fusion": False}
+_OPTIONS = {"num_warps": _NUM_WARPS, "enable_fp_fusion": False}
 
 
-def _block(*formats: tl.dtype) -> int:
+def _block(*formats: Any) -> int:
     """Elements that a program's threads access at once, 16 bytes of the widest type each.
 
     With more, the compiler passes values between threads before it stores that type.
     """
-    bits: int = max(format.primitive_bitwidth for format in formats)
+    bits: int = max(kept.values_of(format).primitive_bitwidth for format in formats)
+    if not all(map(kept.is_plain, formats)):
+        bits = max(bits, 32)  # four elements: noise and codes take the registers of the others
     return 16 * 8 * _THREADS // bits
+
+
+def _registers(formats: tuple[int, ...]) -> int:
+    """Of a thread."""
+    return _REGISTERS if all(map(kept.is_plain, kept.Formats.of(formats))) else _SPECIAL_REGISTERS
 
 
 @functools.cache
@@ -86,9 +93,10 @@ def _launch(kernel: Any, t: Tables, chunks: torch.Tensor, **arguments: object) -
         kernel[(max(1, min(n_chunks, _INTERPRETED_PROGRAMS)),)](**given)
         return
     device = t.rows.get_device()
-    grid = (max(1, min(n_chunks, _PROGRAMS_PER_SM * _multiprocessors(device))),)
+    registers = _registers(t.formats)
+    grid = (max(1, min(n_chunks, 65536 // (registers * _THREADS) * _multiprocessors(device))),)
     with on_gpu(device):  # Triton launches on the current device, on its current stream
-        kernel[grid](**given, **_OPTIONS)
+        kernel[grid](**given, **_OPTIONS, maxnreg=registers)
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -108,7 +116,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 def supports(device: torch.device, formats: Formats) -> bool:
     """Whether a kernel can be compiled for a parameter that is kept so, with its gradient and moments."""
-    return {FORMAT_CODE[format.name] for format in formats} <= kept.FORMATS.keys()
+    return kept.Formats.of([FORMAT_CODE[format.name] for format in formats]).fit_together()
 
 
 def chunk_size(device: torch.device, numel: int = 0) -> int:
@@ -147,6 +155,7 @@ def update(t: Tables, inputs: StepInputs) -> None:
         max_grad_norm=inputs.max_grad_norm,
         grad_scale=inputs.grad_scale,
         found_inf=inputs.found_inf,
+        seed=inputs.seed,
         status=inputs.status,
         SKIP_NONFINITE=inputs.skip_nonfinite,
         F=formats,

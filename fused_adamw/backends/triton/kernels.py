@@ -7,15 +7,32 @@ import triton
 import triton.language as tl
 
 from ...tables import ChunkStruct, HyperStruct, RowStruct, word_of, words
-from .formats import elements, load, register_of, store
+from .formats import (
+    CODE_BLOCK,
+    advance,
+    any_noise,
+    elements,
+    has_residual,
+    is_code,
+    kept_as,
+    load,
+    load_codes,
+    register_of,
+    store,
+    store_codes,
+)
+from .noise import noise_bits, noise_of, places
 from .rule import Hyper, StepInputs, adamw_update, coefficients, step_scalars
 
 # Where the fields of the tables are, in their words.
-_PARAM, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _STEP, _NUMEL = (
+_PARAM, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _STEP, _NUMEL, _ORDINAL, _OFFSET = (
     tl.constexpr(word_of(RowStruct, name))
-    for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "numel")
+    for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "numel", "ordinal", "offset")
 )
-_HYPER, _SLOT = (tl.constexpr(getattr(RowStruct, name).offset // 4) for name in ("hyper", "slot"))  # int32
+_HYPER, _SLOT, _LOCAL_COLUMNS, _COLUMNS = (
+    tl.constexpr(getattr(RowStruct, name).offset // 4)  # 32 bits
+    for name in ("hyper", "slot", "local_columns", "columns")
+)
 _LR, _BETA1, _BETA2, _EPS, _WEIGHT_DECAY, _LR_ADDRESS = (
     tl.constexpr(word_of(HyperStruct, name))
     for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "lr_address")
@@ -101,47 +118,133 @@ def last_program(workspace):
 
 
 @triton.jit
-def update_blocks(span, c, F: tl.constexpr, AMSGRAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+def noise_of_row(row, seed, step):
+    """What a row's noise is drawn by."""
+    columns = row.to(tl.pointer_type(tl.uint32), bitcast=True)
+    return noise_of(
+        seed,
+        tl.load(row + _ORDINAL),
+        step,
+        tl.load(row + _OFFSET),
+        tl.load(columns + _LOCAL_COLUMNS).to(tl.int64),
+        tl.load(columns + _COLUMNS).to(tl.int64),
+    )
+
+
+@triton.jit
+def update_vectors(
+    span, c, noise, F: tl.constexpr, AMSGRAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+):
     """Step a span. VECTOR: it is whole blocks at aligned addresses, so that no access is masked."""
-    p_ptr = elements(span.row + _PARAM, span.start, F.param, VECTOR)
-    g_ptr = elements(span.grad, span.start, F.grad, VECTOR)
-    m_ptr = elements(span.row + _EXP_AVG, span.start, F.exp_avg, VECTOR)
-    v_ptr = elements(span.row + _EXP_AVG_SQ, span.start, F.exp_avg_sq, VECTOR)
-    v_max_ptr = elements(span.row + _MAX_EXP_AVG_SQ, span.start, F.exp_avg, VECTOR)
+    p_at = elements(span.row + _PARAM, span.start, kept_as(F, 0), VECTOR)
+    g_at = elements(span.grad, span.start, kept_as(F, 1), VECTOR)
+    m_at = elements(span.row + _EXP_AVG, span.start, kept_as(F, 2), VECTOR)
+    v_at = elements(span.row + _EXP_AVG_SQ, span.start, kept_as(F, 3), VECTOR)
+    v_max_at = elements(span.row + _MAX_EXP_AVG_SQ, span.start, kept_as(F, 2), VECTOR)
     T: tl.constexpr = c.eps.dtype
     i = tl.arange(0, BLOCK)
+    first = span.start
     n = span.n
     while n > 0:
         mask = None if VECTOR else i < n
-        p = load(p_ptr, i, mask, T)
-        g = load(g_ptr, i, mask, T)
-        m = load(m_ptr, i, mask, T)
-        v = load(v_ptr, i, mask, T)
-        v_max = load(v_max_ptr, i, mask, T) if AMSGRAD else tl.zeros([BLOCK], T)
+        p = load(p_at, i, mask, kept_as(F, 0), T)
+        g = load(g_at, i, mask, kept_as(F, 1), T)
+        m = load(m_at, i, mask, kept_as(F, 2), T)
+        v = load(v_at, i, mask, kept_as(F, 3), T)
+        v_max = load(v_max_at, i, mask, kept_as(F, 2), T) if AMSGRAD else tl.zeros([BLOCK], T)
         p, m, v, v_max = adamw_update(p, g, m, v, v_max, c)
-        store(m_ptr, i, mask, m)
-        store(v_ptr, i, mask, v)
+        bits = noise_bits(noise, places(noise, first + i)) if any_noise(F) else tl.zeros([BLOCK], tl.uint32)
+        store(m_at, i, mask, m, bits & 0xFFFF, kept_as(F, 2))
+        store(v_at, i, mask, v, bits >> 16, kept_as(F, 3))
         if AMSGRAD:
-            store(v_max_ptr, i, mask, v_max)
-        store(p_ptr, i, mask, p)
-        p_ptr += BLOCK
-        g_ptr += BLOCK
-        m_ptr += BLOCK
-        v_ptr += BLOCK
-        v_max_ptr += BLOCK
+            store(v_max_at, i, mask, v_max, bits, kept_as(F, 2))
+        store(p_at, i, mask, p, bits & 0xFFFF, kept_as(F, 0))
+        p_at = advance(p_at, BLOCK, kept_as(F, 0))
+        g_at = advance(g_at, BLOCK, kept_as(F, 1))
+        m_at = advance(m_at, BLOCK, kept_as(F, 2))
+        v_at = advance(v_at, BLOCK, kept_as(F, 3))
+        v_max_at = advance(v_max_at, BLOCK, kept_as(F, 2))
+        first += BLOCK
         n -= BLOCK
 
 
 @triton.jit
-def update_span(span, c, F: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr):
+def addresses_of(span, F: tl.constexpr):
+    """The bits of all addresses of a row's values, and of what is beside each of them, together."""
+    row = span.row
+    addresses = tl.load(row + _PARAM) | tl.load(span.grad) | tl.load(row + _EXP_AVG)
+    addresses |= tl.load(row + _EXP_AVG_SQ) | tl.load(row + _MAX_EXP_AVG_SQ)
+    if has_residual(kept_as(F, 0)):
+        addresses |= tl.load(row + _PARAM + 1)
+    return addresses
+
+
+@triton.jit
+def update_span(span, c, noise, F: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr):
     """Step a span, as far as possible in whole blocks."""
     row, grad, start, n = span
-    addresses = tl.load(row + _PARAM) | tl.load(grad) | tl.load(row + _EXP_AVG)
-    addresses |= tl.load(row + _EXP_AVG_SQ) | tl.load(row + _MAX_EXP_AVG_SQ)
-    whole = whole_blocks(addresses, span, BLOCK)
-    update_blocks(Span(row, grad, start, whole), c, F, AMSGRAD, True, BLOCK)
+    whole = whole_blocks(addresses_of(span, F), span, BLOCK)
+    update_vectors(Span(row, grad, start, whole), c, noise, F, AMSGRAD, True, BLOCK)
     # In blocks of another size, lest the compiler share one layout, and shuffle values through it.
-    update_blocks(Span(row, grad, start + whole, n - whole), c, F, AMSGRAD, False, BLOCK // 2)
+    update_vectors(Span(row, grad, start + whole, n - whole), c, noise, F, AMSGRAD, False, BLOCK // 2)
+
+
+@triton.jit
+def starting_before(column, columns, per_row):
+    """How many blocks of codes, from the first of a row of the matrix on, start before a column of it."""
+    rows = column // columns
+    return (rows * per_row + tl.cdiv(column - rows * columns, CODE_BLOCK)).to(tl.int32)
+
+
+@triton.jit
+def update_code_blocks(span, c, noise, F: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Step the blocks of codes that start in a span. VECTOR: they are whole, and addresses aligned."""
+    p_at = elements(span.row + _PARAM, 0, kept_as(F, 0), VECTOR)
+    g_at = elements(span.grad, 0, kept_as(F, 1), VECTOR)
+    m_at = elements(span.row + _EXP_AVG, 0, kept_as(F, 2), VECTOR)
+    v_at = elements(span.row + _EXP_AVG_SQ, 0, kept_as(F, 3), VECTOR)
+    T: tl.constexpr = c.eps.dtype
+    columns = noise.local_columns
+    per_row = tl.cdiv(columns, CODE_BLOCK).to(tl.int32)
+    first_row = span.start // columns
+    column = span.start - first_row * columns
+    block = starting_before(column, columns, per_row)  # numbers count from the first row's first block
+    end = starting_before(column + span.n, columns, per_row)
+    j = tl.arange(0, CODE_BLOCK)[None, :]
+    while block < end:
+        number = block + tl.arange(0, BLOCK // CODE_BLOCK)
+        is_block = number < end
+        row = number // per_row
+        from_column = ((number - row * per_row) * CODE_BLOCK).to(tl.int64)
+        row = first_row + row
+        blocks = first_row * per_row + number
+        start = row * columns + from_column
+        i = start[:, None] + j
+        mask = tl.broadcast_to(is_block[:, None], [BLOCK // CODE_BLOCK, CODE_BLOCK])
+        if VECTOR:
+            i = tl.multiple_of(start, CODE_BLOCK)[:, None] + j
+        else:
+            mask &= from_column[:, None] + j < columns
+        p = load(p_at, i, mask, kept_as(F, 0), T)
+        g = load(g_at, i, mask, kept_as(F, 1), T)
+        m = load_codes(m_at, i, mask, blocks, is_block, kept_as(F, 2))
+        v = load_codes(v_at, i, mask, blocks, is_block, kept_as(F, 3))
+        p, m, v, _ = adamw_update(p, g, m, v, tl.zeros_like(v), c)
+        place = (noise.offset + row * noise.columns + from_column)[:, None] + j
+        bits = noise_bits(noise, place)
+        store(p_at, i, mask, p, bits & 0xFFFF, kept_as(F, 0))
+        store_codes(m_at, i, mask, blocks, is_block, m, bits & 0xFFFF, kept_as(F, 2))
+        store_codes(v_at, i, mask, blocks, is_block, v, bits >> 16, kept_as(F, 3))
+        block += BLOCK // CODE_BLOCK
+
+
+@triton.jit
+def update_coded_span(span, c, noise, F: tl.constexpr, BLOCK: tl.constexpr):
+    """Step the blocks of codes that start in a span."""
+    if (addresses_of(span, F) % 16 == 0) & (noise.local_columns % CODE_BLOCK == 0):
+        update_code_blocks(span, c, noise, F, True, BLOCK)
+    else:
+        update_code_blocks(span, c, noise, F, False, BLOCK)
 
 
 @triton.jit
@@ -161,7 +264,7 @@ def advance_steps(rows, grads, n_rows, BLOCK: tl.constexpr):
 # One binary for any counts, and for any alignment of the small tensors. Triton applies neither to members of
 # a tuple, nor a type: so arguments come one by one, and are put in named tuples here.
 _kernel = triton.jit(
-    do_not_specialize=["n_rows", "n_chunks", "chunk_size", "n_sums"],
+    do_not_specialize=["n_rows", "n_chunks", "chunk_size", "n_sums", "seed"],
     do_not_specialize_on_alignment=(
         ["rows", "grads", "chunks", "hypers", "sums", "sum", "grad_scale", "found_inf", "status", "workspace"]
     ),
@@ -182,6 +285,7 @@ def update_kernel(
     max_grad_norm: tl.float64,
     grad_scale,
     found_inf,
+    seed: tl.uint64,
     status,
     workspace,
     SKIP_NONFINITE: tl.constexpr,
@@ -189,7 +293,7 @@ def update_kernel(
     BLOCK: tl.constexpr,
 ):
     """Step all chunks, unless the step is skipped; the last program then counts it."""
-    T: tl.constexpr = register_of(F.param)
+    T: tl.constexpr = register_of(kept_as(F, 0))
     table = Table(rows, grads, chunks, chunk_size)
     inputs = StepInputs(sums, n_sums, max_grad_norm, grad_scale, found_inf)
     norm, scale, skip = step_scalars(inputs, SKIP_NONFINITE)
@@ -203,10 +307,14 @@ def update_kernel(
         if tl.load(span.grad) != 0:
             step = tl.load(tl.load(span.row + _STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
             c = coefficients(hyper_of(span.row, hypers), step, scale, T)
-            if tl.load(span.row + _MAX_EXP_AVG_SQ) == 0:
-                update_span(span, c, F, False, BLOCK)
+            noise = noise_of_row(span.row, seed, step) if any_noise(F) else None
+            if is_code(kept_as(F, 2)):
+                update_coded_span(span, c, noise, F, BLOCK)
             else:
-                update_span(span, c, F, True, BLOCK)
+                if tl.load(span.row + _MAX_EXP_AVG_SQ) == 0:
+                    update_span(span, c, noise, F, False, BLOCK)
+                else:
+                    update_span(span, c, noise, F, True, BLOCK)
         chunk += tl.num_programs(0)
     if last_program(workspace):
         advance_steps(rows, grads, tl.where(skip, 0, n_rows), BLOCK // 2)
@@ -215,11 +323,11 @@ def update_kernel(
 @triton.jit
 def sum_blocks(total, span, F: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     """`total` plus the squares of a span's gradients, lane by lane. VECTOR: as in update_blocks."""
-    g_ptr = elements(span.grad, span.start, F, VECTOR)
+    g_at = elements(span.grad, span.start, F, VECTOR)
     block = 0
     while block < tl.cdiv(span.n, BLOCK):
         i = block * BLOCK + tl.arange(0, BLOCK)
-        g = load(g_ptr, i, None if VECTOR else i < span.n, tl.float64)
+        g = load(g_at, i, None if VECTOR else i < span.n, F, tl.float64)
         total += g * g
         block += 1
     return total
