@@ -108,3 +108,38 @@ def test_devices_are_apart():
         optimizer.step()
         assert params[0].device.index == index
         assert optimizer.grad_norm.device.index == index
+
+
+LOW_PRECISION = [
+    {"master_weights": "split"},
+    {"master_weights": "split", "state_dtype": torch.bfloat16},
+    {"stochastic_rounding": True, "state_dtype": torch.bfloat16},
+    {"master_weights": "split", "state_dtype": "8bit"},
+    {"stochastic_rounding": True, "state_dtype": "8bit"},
+]
+
+
+def steps(target, **options):
+    """All tensors after a few steps, one of them skipped."""
+    shapes = [(40, 144), (16, 256), (130, 33), (70,)]
+    params = [p.to(torch.bfloat16) for p in parameters(shapes)]
+    params = [p.detach().to(target.device).requires_grad_() for p in params]
+    optimizer = target.adamw(params, max_grad_norm=0.5, skip_nonfinite=True, **options)
+    for step in range(4):
+        random = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=random).to(p)
+        if step == 2:
+            params[0].grad[0] = float("inf")
+        optimizer.step()
+    state = [optimizer.state[p] for p in params]
+    return [p.detach().cpu() for p in params] + [s[key].cpu() for s in state for key in sorted(s)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", LOW_PRECISION, ids=str)
+def test_low_precision_has_the_bits_of_a_cpu(options):
+    on_gpu, on_cpu = steps(NATIVE, **options), steps(Target("native", "cpu"), **options)
+    assert [t.dtype for t in on_gpu] == [t.dtype for t in on_cpu]
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        assert torch.equal(ours, theirs)
