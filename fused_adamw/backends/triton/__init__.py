@@ -28,7 +28,7 @@ _NUM_WARPS = 4
 _THREADS = 32 * _NUM_WARPS
 # A persistent grid, all of which an SM of 65,536 registers holds at once. Noise, and codes that wait for the
 # maximum of their block, take more registers.
-_REGISTERS, _SPECIAL_REGISTERS = 64, 160
+_REGISTERS, _SPECIAL_REGISTERS = 72, 160
 _PROGRAMS_PER_SM = 65536 // (_REGISTERS * _THREADS)
 _INTERPRETED_PROGRAMS = 3  # enough to walk with a stride and to have a last one
 
