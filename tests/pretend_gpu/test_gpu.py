@@ -90,7 +90,7 @@ def test_a_kernel_that_reads_a_freed_table_is_an_error(name):
     give_grads(params, 0)
     optimizer.step()
     bucket = optimizer._plan.launches[0].bucket
-    bucket._chunks_of = []
+    bucket._parts = []
     before = params[0].detach().clone()
     setattr(bucket._tables, name, device.without_owner(getattr(bucket._tables, name)))
     optimizer.step()
