@@ -225,7 +225,7 @@ def load_codes(kept, i, mask, blocks, is_block, F: tl.constexpr):
     x = tl.where(magnitude == LEVELS, side[:, None], magnitude * per_code)
     for _ in tl.static_range(ROOTS):
         x = x * x
-    return tl.where(code < 0, -x, x)
+    return tl.where(code < 0, x * -1.0, x)  # Triton negates by a subtraction from 0, which keeps no -0
 
 
 @triton.jit
