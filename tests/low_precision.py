@@ -26,6 +26,19 @@ def model(target, params_seed=0, **options):
     return params, target.adamw(params, lr=1e-2, max_grad_norm=1.0, **options)
 
 
+def masters_of(params):
+    """float32 parameters of the same values.
+
+    On a GPU with the same bfloat16 gradients: the order in which its norm adds, and so the last bits of what
+    clips, follows their dtype.
+    """
+    masters = [torch.nn.Parameter(p.detach().float()) for p in params]
+    for master in masters:
+        if master.is_cuda:
+            master.grad_dtype = BF16
+    return masters
+
+
 def run(params, optimizer, steps, first=0):
     for step in range(first, first + steps):
         give_rounded_grads(params, step)

@@ -15,6 +15,7 @@ from low_precision import (
     assert_in_kernels,
     assert_masters,
     assert_same_state,
+    masters_of,
     model,
     run,
     same_bits,
@@ -26,7 +27,7 @@ def test_split_is_float32_with_a_rounded_copy(target):
     for name, steps in (("split", 200), ("split-bfloat16", 20), ("split-8bit", 20)):
         steps, options = min(steps, 20) if target.slow else steps, SCHEMES[name]
         params, optimizer = model(target, **options)
-        masters = [torch.nn.Parameter(p.detach().float()) for p in params]
+        masters = masters_of(params)
         peer = target.adamw(masters, lr=1e-2, max_grad_norm=1.0, **{**options, "master_weights": None})
         run(params, optimizer, steps)
         run(masters, peer, steps)
@@ -155,7 +156,7 @@ def test_a_checkpoint_without_residuals_starts_from_the_parameters(target):
     for state in saved["state"].values():
         state.pop("master_residual")
     optimizer.load_state_dict(saved)
-    masters = [torch.nn.Parameter(p.detach().float()) for p in params]
+    masters = masters_of(params)
     peer = target.adamw(masters, lr=1e-2, max_grad_norm=1.0, state_dtype=F32)
     peer.load_state_dict(saved)
     run(params, optimizer, 3, first=2)

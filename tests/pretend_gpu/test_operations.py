@@ -75,7 +75,7 @@ def test_moved_gradients_take_one_copy(options, launches):
 @with_and_without_clip
 def test_a_new_lr_takes_nothing(options, launches):
     """It travels in the kernel's arguments; with more groups than these hold, in one copy."""
-    for n_groups, copies in ((1, []), (64, []), (65, [UPLOAD])):
+    for n_groups, copies in ((1, []), (60, []), (61, [UPLOAD])):
         optimizer = stepped(n_groups, **options)
         for group in optimizer.param_groups:
             group["lr"] *= 0.9
