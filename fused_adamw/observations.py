@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ class ParamStats(NamedTuple):
 
     grad_norm: float | None
     nonfinite: bool
+
+
+# For each group, the name of each parameter and what was found of it; None: it had no gradient.
+_Found: TypeAlias = "list[list[tuple[str, ParamStats | None]]]"
 
 
 class Observed(Checkpointed):
@@ -65,9 +69,7 @@ class Observed(Checkpointed):
         Raises:
             RuntimeError: There was no step yet, or the last one had no norm pass.
         """
-        return {
-            name: stats for names in self._found_in_groups() for name, stats in names if stats is not None
-        }
+        return _of_params(self._found_in_groups())
 
     def nonfinite_params(self) -> list[str]:
         """The names of the parameters whose gradient held an infinity or a NaN in the last step.
@@ -83,7 +85,9 @@ class Observed(Checkpointed):
         Raises:
             RuntimeError: As `param_stats`.
         """
-        found = self._found_in_groups()
+        return self._of_groups(self._found_in_groups())
+
+    def _of_groups(self, found: _Found) -> dict[str, ParamStats]:
         together = {f"group {i}": [stats for _, stats in names] for i, names in enumerate(found)}
         of_all = [stats for names in found for _, stats in names]
         for purpose, stats in zip(self._all_purposes(), of_all, strict=True):
@@ -116,7 +120,8 @@ class Observed(Checkpointed):
         self._n_logged += 1
         if (self._n_logged - 1) % every:
             return {}
-        of_params, of_groups = self.param_stats(), self.group_stats()
+        found = self._found_in_groups()
+        of_params, of_groups = _of_params(found), self._of_groups(found)
         finite = [n for n, s in of_params.items() if s.grad_norm is not None and not s.nonfinite]
         largest = sorted(finite, key=lambda name: -(of_params[name].grad_norm or 0.0))[:top_k]
         named = of_groups | {name: of_params[name] for name in largest}
@@ -126,8 +131,8 @@ class Observed(Checkpointed):
         values |= {f"nonfinite/{name}": 1.0 for name in bad[:top_k]}
         return {f"{prefix}{name}": value for name, value in values.items()}
 
-    def _found_in_groups(self) -> list[list[tuple[str, ParamStats | None]]]:
-        """For each group, the name of each parameter and what was found of it; None: no gradient."""
+    def _found_in_groups(self) -> _Found:
+        """Ask the plan, once."""
         found = None if self._plan is None else self._plan.grad_norms()
         if found is None:
             raise RuntimeError(
@@ -141,6 +146,10 @@ class Observed(Checkpointed):
             ]
             for index, group in enumerate(self.param_groups)
         ]
+
+
+def _of_params(found: _Found) -> dict[str, ParamStats]:
+    return {name: stats for names in found for name, stats in names if stats is not None}
 
 
 def _together(stats: Sequence[ParamStats]) -> ParamStats:

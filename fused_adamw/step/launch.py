@@ -283,8 +283,9 @@ class TableBucket:
             workspace=torch.zeros(1 + len(chunks), dtype=torch.float64, device=device),
         )
         self.sum_groups = _sum_groups(members)
-        # Of each sum group its chunks, and where their sums of squares are left.
+        # Of each sum group its chunks, and where their sums of squares are left; which rows these are of.
         self._parts = [(self._tables.chunks, self._tables.workspace)]
+        self._rows_of = [chunks[:, 0].long()]
         if len(self.sum_groups) > 1:
             sum_group_of = torch.tensor([member.sum_group for member in members], device="cpu")[chunks[:, 0]]
             parts = [chunks[sum_group_of == sum_group] for sum_group in self.sum_groups]
@@ -295,6 +296,7 @@ class TableBucket:
                 )
                 for part in parts
             ]
+            self._rows_of = [part[:, 0].long() for part in parts]
         self._lrs: list[Tensor] = []  # tensors that the table of hypers points to
         self._captured: list[object] = []  # what graphs read at each replay
         self.place(addresses)
@@ -352,8 +354,8 @@ class TableBucket:
             float64 (len(slots),), on the host; 0 where there was no gradient.
         """
         total = torch.zeros(len(self.slots), dtype=torch.float64, device="cpu")
-        for chunks, workspace in self._parts:
-            total.index_add_(0, chunks[:, 0].cpu().long(), workspace[1:].cpu())
+        for (_, workspace), rows in zip(self._parts, self._rows_of, strict=True):
+            total.index_add_(0, rows, workspace[1:].cpu())
         return total
 
     def rehearse(self, tensors: Tensors, inputs: StepInputs) -> None:

@@ -72,6 +72,14 @@ def test_moved_gradients_take_one_copy(options, launches):
         del kept
 
 
+def test_the_norm_of_each_parameter_takes_one_copy():
+    """However often a dictionary for a logger needs it."""
+    optimizer = stepped(n_groups=3, max_grad_norm=0.5)
+    copy = "copy device to pageable"
+    assert [kind for kind in asked(optimizer, optimizer.param_stats) if "synchronize" not in kind] == [copy]
+    assert asked(optimizer, optimizer.log_dict).count(copy) == 1
+
+
 @with_and_without_clip
 def test_a_new_lr_takes_nothing(options, launches):
     """It travels in the kernel's arguments; with more groups than these hold, in one copy."""
