@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from .announce import announce
 from .arguments import hint_for_string, number_of
 from .backends import reference
 from .dtensors import local_grads, local_tensors
+from .eager import EagerHooks, eager
 from .groups import MuonSplit, compare_param_names
 from .groups.muon import Convolutions, Implementation, split_parameters
 from .groups.overrides import Overrides
@@ -77,7 +77,7 @@ def split_for_muon(
     return split
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
+class MuonWithAdamW(EagerHooks):
     """Muon for one part of a model and `FusedHygieneAdamW` for the other: one optimizer.
 
     A step is that of both, after one clip of all gradients by their common norm. Schedulers see the groups of
@@ -186,8 +186,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Whether a GradScaler leaves unscaling and the decision to skip to `step`."""
         return self._adamw._step_supports_amp_scaling
 
-    @_disable_dynamo
-    @torch.no_grad()
+    @eager
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters of both parts that have a gradient.
 

@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from .announce import logger
 from .backends import kernels_for, reference
 from .device import is_capturing
 from .dtensors import has_peers, is_flattened, local_grads
+from .eager import EagerHooks, eager
 from .fields import Rounding, State
 from .names import show_names_to_dcp
 from .observations import Observed
@@ -27,14 +27,13 @@ from .step.snapshot import Snapshot
 from .tables import Hyper, StepInputs
 
 
-class Stepping(Mastered, Observed):
+class Stepping(EagerHooks, Mastered, Observed):
     """The part of the optimizer that steps."""
 
     _captured_plans: list[Plan]  # replaced since, but graphs still read their tables
     _double_clip: DoubleClipDetector
 
-    @_disable_dynamo  # kernels take addresses; traced tensors have none
-    @torch.no_grad()
+    @eager
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient: mutates them, their moments and step counts.
 

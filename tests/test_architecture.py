@@ -18,6 +18,7 @@ ALLOWED = {
     "groups": set(),
     "device": set(),
     "dtensors": set(),
+    "eager": set(),
     "extension": set(),
     "fields": {"formats"},
     "formats": set(),
@@ -32,10 +33,11 @@ ALLOWED = {
     "state": {"arguments", "dtensors", "fields", "formats", "groups", "layout", "names", "tables"},
     "optimizer": {"announce", "arguments", "backends", "groups", "names", "state", "step", "stepping"}
     | {"variants"},
-    "stepping": {"announce", "backends", "device", "dtensors", "fields", "names", "observations", "state"}
-    | {"step", "tables"},
+    "stepping": {"announce", "backends", "device", "dtensors", "eager", "fields", "names", "observations"}
+    | {"state", "step", "tables"},
     "observations": {"state", "step"},
-    "muon": {"announce", "arguments", "backends", "dtensors", "groups", "optimizer", "step", "tables"},
+    "muon": {"announce", "arguments", "backends", "dtensors", "eager", "groups", "optimizer", "step"}
+    | {"tables"},
     "version": set(),
     "__init__": {"groups", "backends", "muon", "observations", "optimizer", "version"},
     "cli": {"arguments", "backends", "device", "groups", "optimizer", "state", "version"},
