@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 CUDA_VENV := .venv-cuda
+DOCS_VENV := .venv-docs
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-pretend-gpu dry-run-acceptance bench lint format clean
+.PHONY: help train test test-all test-pretend-gpu dry-run-acceptance bench docs lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +50,14 @@ dry-run-acceptance: $(CUDA_VENV)/.ready ## the acceptance run of a GPU, with few
 bench: $(BUILT) ## time clip + step against torch (ARGS="--quick" ...)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
+$(DOCS_VENV)/.ready: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+docs: $(DOCS_VENV)/.ready ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict $(ARGS)
+
 lint: $(BUILT) ## ruff, mypy and clang-format, through pre-commit
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
 
@@ -57,4 +66,4 @@ format: $(READY) ## let ruff and clang-format rewrite the files
 	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*) $$(git ls-files 'tests/*.h' 'tests/*.cpp')
 
 clean: ## remove what was built and installed
-	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info fused_adamw/*.so
+	rm -rf $(VENV) $(CUDA_VENV) $(DOCS_VENV) build dist site *.egg-info fused_adamw/*.so

@@ -78,7 +78,7 @@ class FusedHygieneAdamW(Stepping):
             summed once per step: a `torch.distributed.ProcessGroup`, or a callable that is given
             `[sum of squares, found_inf]`, a float64 tensor, and returns the sum of these tensors over all
             such processes. Needed for FSDP1, `ZeroRedundancyOptimizer` and pipeline stages, but not for
-            DTensors (FSDP2, tensor parallel) and DDP: see docs/integrations.md.
+            DTensors (FSDP2, tensor parallel) and DDP: see docs/distributed.md.
         master_weights: "split": bfloat16 parameters keep the low half of a float32 in the state, and are
             updated as float32 parameters would be, bit for bit. Others must be float32 or wider.
         stochastic_rounding: True: bfloat16 parameters without a master and second moments in bfloat16 are
@@ -168,7 +168,7 @@ class FusedHygieneAdamW(Stepping):
         self._purposes = Purposes()
         if from_model:
             self._model = weakref.ref(params)
-            group_options = Options(weight_decay, overrides=overrides, example_inputs=example_inputs)
+            group_options = Options(weight_decay, overrides=overrides, lr=lr, example_inputs=example_inputs)
             decisions = decide(params, group_options)
             groups = decided_groups(decisions, group_options)
             self._purposes.learn(decisions)

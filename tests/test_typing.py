@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from snippets import scenes
 
 ROOT = Path(__file__).parent.parent
 # What snippets take for granted, as a user's code would have it typed.
@@ -48,26 +49,29 @@ reveal_type(optimizer.skipped_steps)
 """
 
 
+# What needs no other library, by page: all of it, or the sections that are named.
+PAGES = {
+    "README.md": None,
+    "docs/integrations.md": ("Plain PyTorch",),
+    "docs/migration.md": ("From torch AdamW and `clip_grad_norm_`", "Checkpoints with other groups"),
+}
+
+
 def snippets():
-    """Python code in the documents that needs no other library; indented, as some are in lists."""
-    codes = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    yield "README", [code for code in codes if " *,\n" not in code]  # the signature is not a call
-    text = (ROOT / "docs" / "integrations.md").read_text()
-    (section,) = re.findall(r"^## Plain PyTorch\n(.*?)(?=^## )", text, re.M | re.S)
-    yield "plain PyTorch", re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
-    text = (ROOT / "docs" / "migration.md").read_text()
-    sections = re.findall(r"^## (?:From torch|Checkpoints)(.*?)(?=^## )", text, re.M | re.S)
-    yield "migration", [c for s in sections for c in re.findall(r"^```python\n(.*?)^```", s, re.M | re.S)]
+    """Code by the name of its file."""
+    for page, sections in PAGES.items():
+        blocks = [block for scene in scenes(page) for block in scene.blocks if block.language == "python"]
+        for block in blocks:
+            if sections is None or set(sections) & set(block.headings):
+                yield f"{Path(page).stem}_{block.line}", block.code
 
 
 @pytest.mark.slow
 def test_users_pass_mypy_strict(tmp_path):
     """In one run: mypy reads all of torch for each."""
-    found = {**dict(snippets()), "more": [MORE]}
-    assert all(found.values())
-    for name, codes in found.items():
-        for i, code in enumerate(codes):
-            (tmp_path / f"{re.sub(' ', '_', name)}_{i}.py").write_text(f"{PRELUDE}\n{code}")
+    found = {**dict(snippets()), "more": MORE}
+    for name, code in found.items():
+        (tmp_path / f"{name}.py").write_text(f"{PRELUDE}\n{code}")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--no-incremental", *map(str, tmp_path.iterdir())],
         capture_output=True,
@@ -78,5 +82,5 @@ def test_users_pass_mypy_strict(tmp_path):
     theirs = 'Call to untyped function "backward"'  # torch's own
     errors = [line for line in done.stdout.splitlines() if ": error:" in line and theirs not in line]
     assert not errors
-    assert f"checked {sum(map(len, found.values()))} source files" in done.stdout
+    assert f"checked {len(found)} source files" in done.stdout
     assert re.search(r'Revealed type is "torch\.\S*Tensor"', done.stdout)

@@ -208,6 +208,13 @@ def test_by_overrides_of_a_model():
         FusedHygieneAdamW(model.parameters(), overrides=overrides)
 
 
+def test_overrides_may_scale_the_learning_rate():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = FusedHygieneAdamW(model, lr=0.5, overrides={"1.*": {"lr_scale": 0.5}})
+    lrs = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert lrs == {"0.weight": 0.5, "0.bias": 0.5, "1.weight": 0.25, "1.bias": 0.25}
+
+
 def test_they_are_shown():
     optimizer = NATIVE.adamw([one()], weight_decay_mode="constant", nesterov=True)
     assert "weight_decay_mode: constant\nnesterov: True\n" in repr(optimizer)

@@ -69,7 +69,7 @@ def build_param_groups(
         ValueError: If nothing is trainable, a parameter is an FSDP `FlatParameter`, an override matches
             nothing, or an argument is out of range.
 
-    Example:
+    Examples:
         >>> groups = build_param_groups(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), 0.1)
         >>> [(group["weight_decay"], group["param_names"]) for group in groups]
         [(0.1, ['0.weight']), (0.0, ['0.bias', '1.weight', '1.bias'])]

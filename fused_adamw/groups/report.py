@@ -218,7 +218,7 @@ def explain_param_groups(
         TypeError: As `build_param_groups`.
         ValueError: As `build_param_groups`.
 
-    Example:
+    Examples:
         >>> report = explain_param_groups(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), 0.1)
         >>> print(report["1.weight"])
         1.weight does not decay: 1 is a LayerNorm; decay would pull a norm's gain to zero, not to one.

@@ -278,7 +278,7 @@ def register_type(kind: type | str, roles: Mapping[str, Role | str]) -> None:
         TypeError: If `kind` is neither a class nor a string.
         ValueError: If a role is unknown.
 
-    Example:
+    Examples:
         >>> register_type("MyFusedNormLinear", {"norm_*": Role.NORM, "weight": Role.MATRIX})
     """
     if not isinstance(kind, (type, str)):

@@ -1,14 +1,15 @@
-"""What the tests of frameworks share: a model, its data, the snippets of the docs, the comparison."""
+"""What the tests of frameworks and the snippets of the docs share: a model, its data, the comparison."""
 
-import re
-from pathlib import Path
+import copy
+from functools import partial
 
 import torch
+from snippets import run_snippet as run_snippet_of
 from torch import nn
 
-from fused_adamw import FusedHygieneAdamW, build_param_groups
+from fused_adamw import build_param_groups
 
-DOCS = Path(__file__).parents[2] / "docs" / "integrations.md"
+run_snippet = partial(run_snippet_of, "docs/integrations.md")
 # As in the snippets.
 LR, WEIGHT_DECAY, CLIP = 1e-3, 0.1, 1.0
 BATCHES, BATCH_SIZE = 12, 4
@@ -66,36 +67,24 @@ def train_epoch(model, optimizer, clip=None):
     return model
 
 
-def run_snippet(section, number=0, **names):
-    """Run a snippet of docs/integrations.md.
+def of_apex(optimizer):
+    """A checkpoint as apex writes it: `step` in the group, and options that torch lacks."""
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    for group in checkpoint["param_groups"]:
+        group.update(step=100, bias_correction=True)
+    for state in checkpoint["state"].values():
+        del state["step"]
+    return checkpoint
 
-    Args:
-        section: Its heading.
-        number: Which one of the section.
-        names: What it takes for granted, beside what every snippet does.
 
-    Returns:
-        All names afterwards; `logged` has what was given to `log`.
-    """
-    (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", DOCS.read_text(), re.M | re.S)
-    code = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)[number]
-    logged = []
-    names = {
-        "torch": torch,
-        "FusedHygieneAdamW": FusedHygieneAdamW,
-        "build_param_groups": build_param_groups,
-        "model": Model(),
-        "dataset": dataset(),
-        "loader": loader(),
-        "loss_of": loss_of,
-        "log": lambda name, value: logged.append(value),
-        "log_every": 2,
-        "device": "cpu",
-        "logged": logged,
-        **names,
-    }
-    exec(compile(code, f"{DOCS.name}, {section}", "exec"), names)
-    return names
+def of_bitsandbytes(optimizer, nested=True):
+    """As bitsandbytes: `step` an int, other names for the moments, in newer versions in a dict within."""
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    for i, state in checkpoint["state"].items():
+        moments = {"state1": state["exp_avg"], "state2": state["exp_avg_sq"]}
+        moments = {"__bnb_optimizer_quant_state__": moments} if nested else moments
+        checkpoint["state"][i] = {"step": int(state["step"]), **moments}
+    return checkpoint
 
 
 def distance(model, other):

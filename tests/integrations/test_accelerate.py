@@ -64,7 +64,6 @@ def test_loop(accumulate):
     tracker = Tracker()
     names = run_snippet(
         "Accelerate",
-        Accelerator=accelerate.Accelerator,
         accumulate=accumulate,
         trackers=tracker,
     )

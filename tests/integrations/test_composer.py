@@ -8,7 +8,6 @@ import pytest
 import torch
 from groups import torchvision_stub as stub
 
-import fused_adamw
 from fused_adamw import FusedHygieneAdamW
 
 from .loops import LR, WEIGHT_DECAY, Model, dataset, distance, loss_of, run_snippet
@@ -60,7 +59,7 @@ def with_torch(model):
 
 
 def swapped(model):
-    return run_snippet("Composer", fused_adamw=fused_adamw, model=model)["optimizer"]
+    return run_snippet("Composer", model=model)["optimizer"]
 
 
 def test_the_one_word_swap_resumes_a_run_of_torch():

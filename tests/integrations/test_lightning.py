@@ -76,8 +76,6 @@ def test_trainer(more):
     logger = ListLogger()
     names = run_snippet(
         "Lightning",
-        LightningModule=lightning.LightningModule,
-        Trainer=lightning.Trainer,
         options={**OPTIONS, **more, "logger": logger},
     )
     assert_same(names["model"], lambda clip: fit(torch_adamw, clip, **more))
@@ -136,9 +134,7 @@ def test_fabric(precision):
         return model
 
     logger = ListLogger()
-    names = run_snippet(
-        "Fabric", Fabric=lightning.Fabric, options=fabric_options(precision=precision, loggers=logger)
-    )
+    names = run_snippet("Fabric", options=fabric_options(precision=precision, loggers=logger))
     assert_same(names["model"], train)
     assert_norms_before_clipping(logger.logged, 6)
 

@@ -1,45 +1,33 @@
 """docs/migration.md: the lines run, and do what is said of them."""
 
-import copy
 import re
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from groups.torchvision_stub import torchvision_stub
+from snippets import ROOT, run_snippet
 
 from fused_adamw import FusedHygieneAdamW, build_param_groups
 
-from .loops import LR, TOLERANCE, WEIGHT_DECAY, Model, distance, train_epoch
+from .loops import LR, TOLERANCE, WEIGHT_DECAY, Model, distance, of_apex, of_bitsandbytes, train_epoch
 
-DOCS = Path(__file__).parents[2] / "docs" / "migration.md"
+DOCS = "docs/migration.md"
 
 
-def snippets():
-    """Section and code; of several snippets in a section, the first."""
-    for section in re.split(r"^## ", DOCS.read_text(), flags=re.M)[1:]:
-        heading, _, text = section.partition("\n")
-        if heading == "Checkpoints with other groups":  # see test_resume
-            continue
-        yield heading, re.search(r"^```python\n(.*?)^```", text, re.M | re.S)[1]
+SECTIONS = [
+    re.match(".*", section)[0]
+    for section in re.split(r"^## ", (ROOT / DOCS).read_text(), flags=re.M)[1:]
+    if not section.startswith("Checkpoints with other groups")  # see test_resume
+]
 
 
 def optimizer_of(heading, model):
-    """What the snippet of a section builds."""
-    names = {
-        "torch": torch,
-        "FusedHygieneAdamW": FusedHygieneAdamW,
-        "build_param_groups": build_param_groups,
-        "model": model,
-    }
-    exec(dict(snippets())[heading], names)
-    return names["optimizer"]
+    """What the first snippet of a section builds."""
+    return run_snippet(DOCS, heading, model=model)["optimizer"]
 
 
-@pytest.mark.parametrize(("heading", "code"), list(snippets()), ids=lambda text: text.split("\n")[0])
-def test_every_line_runs(heading, code):
-    assert code.startswith("# optimizer = ")  # what there was
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_every_line_trains(heading):
     model = Model()
     optimizer = optimizer_of(heading, model)
     assert type(optimizer) is FusedHygieneAdamW
@@ -82,9 +70,7 @@ def test_optimi():
 
 def load(heading, optimizer, checkpoint):
     """Run the second snippet of a section: it loads a checkpoint of the other optimizer."""
-    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", DOCS.read_text(), re.M | re.S)
-    (code,) = re.findall(r"^  ```python\n(.*?)^  ```", section, re.M | re.S)
-    exec(textwrap.dedent(code), {"checkpoint": checkpoint, "optimizer": optimizer})
+    run_snippet(DOCS, heading, 1, checkpoint=checkpoint, optimizer=optimizer)
 
 
 def params_of(optimizer):
@@ -96,9 +82,7 @@ def test_a_checkpoint_with_the_step_in_the_group():
     heading = "From apex FusedAdam"
     optimizer = optimizer_of(heading, Model().bfloat16())
     params = params_of(optimizer)
-    checkpoint = optimizer.state_dict()
-    for group in checkpoint["param_groups"]:
-        group.update(step=100, bias_correction=True)
+    checkpoint = of_apex(optimizer)
     params, frozen = params[:-1], params[-1]
     for i, p in enumerate(params):
         moment = torch.full(p.shape, 1 + 2.0**-20)  # more digits than bfloat16 has
@@ -114,16 +98,11 @@ def test_a_checkpoint_with_the_step_in_the_group():
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_checkpoint_of_bitsandbytes(nested):
-    """In its form: `step` an int, other names for the moments, in newer versions in a dict of their own."""
     heading = "From bitsandbytes AdamW"
     model = Model()
     source = optimizer_of(heading, model)
     train_epoch(model, source)
-    checkpoint = copy.deepcopy(source.state_dict())
-    for i, state in checkpoint["state"].items():
-        moments = {"state1": state["exp_avg"], "state2": state["exp_avg_sq"]}
-        moments = {"__bnb_optimizer_quant_state__": moments} if nested else moments
-        checkpoint["state"][i] = {"step": int(state["step"]), **moments}
+    checkpoint = of_bitsandbytes(source, nested)
     optimizer = optimizer_of(heading, model)
     load(heading, optimizer, checkpoint)
     for p, q in zip(params_of(source), params_of(optimizer), strict=True):

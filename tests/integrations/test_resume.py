@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from groups.torchvision_stub import torchvision_stub
+from snippets import ROOT, run_snippet
 from torch import nn
 
 from fused_adamw import FusedHygieneAdamW, build_param_groups
@@ -147,15 +148,10 @@ def test_a_run_goes_on(tmp_path, policy):
 
 
 def test_the_lines_in_the_docs():
-    trained = Larger()
-    plain(trained, "optimizer.pt")
-    (section,) = re.findall(
-        r"^## Checkpoints with other groups\n(.*?)(?=^## |\Z)", DOCS.read_text(), re.M | re.S
-    )
-    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
-    names = {"torch": torch, "FusedHygieneAdamW": FusedHygieneAdamW, "model": copy.deepcopy(trained)}
-    exec(code, names)
-    assert {state["step"].item() for state in names["optimizer"].state.values()} == {12}
+    heading = "Checkpoints with other groups"
+    optimizer = run_snippet(DOCS, heading)["optimizer"]
+    assert {state["step"].item() for state in optimizer.state.values()} == {12}
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", (ROOT / DOCS).read_text(), re.M | re.S)[1]
     assert set(re.findall(r'policy="(\w+)"', section)) == set(RUNS) - {"all"}  # each of them is tested above
 
 

@@ -1,7 +1,5 @@
 """The pieces of timm's train.py."""
 
-from functools import partial
-
 import pytest
 import torch
 from groups.torchvision_stub import torchvision_stub
@@ -51,7 +49,7 @@ def test_loop():
                 scheduler.step_update(updates)
         return model
 
-    names = run_snippet("timm", create_scheduler_v2=create_scheduler_v2, NativeScaler=NativeScaler)
+    names = run_snippet("timm")
     assert_same(names["model"], train)
     assert_norms_before_clipping(names["logged"], 6)
     assert names["optimizer"].param_groups[0]["lr"] < LR / 2  # the scheduler did schedule
@@ -64,14 +62,7 @@ def registry(monkeypatch):
 
 
 def test_by_name(registry):
-    names = run_snippet(
-        "timm",
-        1,
-        OptimInfo=OptimInfo,
-        default_registry=registry,
-        create_optimizer_v2=create_optimizer_v2,
-        partial=partial,
-    )
+    names = run_snippet("timm", 1)
     optimizer = names["optimizer"]
     assert type(optimizer) is FusedHygieneAdamW
     assert optimizer.max_grad_norm == CLIP

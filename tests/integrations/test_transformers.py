@@ -45,8 +45,6 @@ def run(number, **more):
     return run_snippet(
         "HF Trainer",
         number,
-        Trainer=transformers.Trainer,
-        TrainingArguments=transformers.TrainingArguments,
         options=options(**more),
     )
 
