@@ -144,6 +144,9 @@ class MuonWithAdamW(EagerHooks):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the AdamW part, or with `muon=True` among its options to the Muon part.
 
+        Args:
+            param_group: `params`, and the options that differ from those of its part.
+
         Raises:
             ValueError: As in the part that takes it, or a parameter is in another group.
         """
@@ -188,7 +191,7 @@ class MuonWithAdamW(EagerHooks):
 
     @eager
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters of both parts that have a gradient.
+        """Update the parameters of both parts that have a gradient: mutates them and their states.
 
         Gradients are as before afterwards. If an error is raised, nothing has changed, unless the Muon class
         raises it after it has changed something itself; torch's does so only where memory is short.
@@ -308,6 +311,11 @@ class MuonWithAdamW(EagerHooks):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict` of this class, with the same groups; each part loads its own.
+
+        Mutates the state and the options of both parts, or nothing.
+
+        Args:
+            state_dict: As returned by `state_dict`.
 
         Raises:
             ValueError: The groups do not match in number, in size, or in which parameters they hold.

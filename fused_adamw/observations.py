@@ -66,6 +66,9 @@ class Observed(Checkpointed):
         Of DTensors this is a collective of each mesh: call it on all processes. Other norm processes
         (`norm_process_group`) are not asked: of FSDP1's parameters this is the part of this process.
 
+        Returns:
+            By name, in the order of the groups.
+
         Raises:
             RuntimeError: There was no step yet, or the last one had no norm pass.
         """
@@ -110,6 +113,9 @@ class Observed(Checkpointed):
             prefix: Of all names.
             top_k: How many single parameters to name.
             every: Return nothing, without waiting for the device, except at every so many calls.
+
+        Returns:
+            Floats by name, for the caller to keep; empty at the calls that `every` leaves out.
 
         Raises:
             ValueError: `top_k` is negative, or `every` is not positive.

@@ -46,10 +46,19 @@ class FusedHygieneAdamW(Stepping):
         optimizer.step()
 
     except that gradients are read, never rewritten, and that one launch serves all tensors and groups of a
-    device and dtype. State, `state_dict` and `param_groups` have torch's keys, and no others but those of
-    masters and 8-bit moments that were asked for: checkpoints of `torch.optim.AdamW` load here, and ours
-    there. Of DTensors (FSDP2, tensor parallelism) the local shards are stepped, and the norm is that of the
-    whole model.
+    device and dtype. The rule is that of torch (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101), for a
+    gradient g at step t:
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        p = p * (1 - lr * weight_decay) - lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    The state of a parameter is that of torch, too: `step`, a 0-dim float32 tensor, and `exp_avg`,
+    `exp_avg_sq` and, with `amsgrad`, `max_exp_avg_sq` of the parameter's shape and layout, in its dtype
+    unless `state_dtype` says otherwise. State, `state_dict` and `param_groups` have torch's keys, and no
+    others but those of masters and 8-bit moments that were asked for: checkpoints of `torch.optim.AdamW` load
+    here, and ours there. Of DTensors (FSDP2, tensor parallelism) the local shards are stepped, and the norm
+    is that of the whole model.
 
     Args:
         params: A module, whose groups are built by `build_param_groups(params, weight_decay)`: several, so a
@@ -215,6 +224,10 @@ class FusedHygieneAdamW(Stepping):
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
 
         An optimizer that was built from a model names the parameters of a group that comes without names.
+
+        Args:
+            param_group: `params`, and the options that differ from the optimizer's; the others are completed,
+                as in torch. It becomes one of `param_groups`, or nothing changes.
 
         Raises:
             ValueError: A hyper-parameter of the group is out of range, a parameter is in another group, or is

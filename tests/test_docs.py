@@ -1,11 +1,14 @@
 """The documentation: all of its code runs, and all of it can be found."""
 
 import contextlib
+import inspect
+import operator
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from distributed.ranks import run
 from snippets import PAGES, ROOT, run_snippet, scenes
 
@@ -51,9 +54,37 @@ def test_every_page_is_in_the_menu():
     assert {Path(page).name for page in PAGES if page.startswith("docs/")} <= set(listed)
 
 
+REFERENCE = re.findall(r"^::: fused_adamw\.(\S+)$", (ROOT / "docs/reference.md").read_text(), re.M)
+
+
 def test_the_reference_has_every_public_name():
-    shown = re.findall(r"^::: fused_adamw\.(\w+)$", (ROOT / "docs/reference.md").read_text(), re.M)
-    assert sorted(shown) == sorted(set(fused_adamw.__all__) - {"__version__"})
+    assert set(fused_adamw.__all__) - {"__version__"} <= set(REFERENCE)
+    assert len(REFERENCE) == len(set(REFERENCE))
+
+
+def callables(name):
+    """An object of the reference and its public methods, by name."""
+    shown = operator.attrgetter(name)(fused_adamw)
+    found = {name: shown} if inspect.isfunction(shown) else {}
+    if inspect.isclass(shown) and issubclass(shown, torch.optim.Optimizer):
+        found[name] = shown
+    for member in dir(shown) if inspect.isclass(shown) else ():
+        function = getattr(shown, member)
+        if inspect.isfunction(function) and function.__module__.startswith("fused_adamw"):
+            found |= {} if member.startswith("_") else {f"{name}.{member}": function}
+    return found
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_docstrings_have_every_argument(name):
+    for label, function in callables(name).items():
+        told = inspect.getdoc(function)
+        if function is fused_adamw.AdamW or label.endswith("profile_hook_step"):
+            continue  # the same class under another name; what torch calls, not users
+        arguments = set(inspect.signature(function).parameters) - {"self"}
+        sections = re.findall(r"^Args:\n(.*?)(?=^\w|\Z)", told, re.M | re.S)
+        described = set(re.findall(r"^    \**(\w+): \S", "".join(sections), re.M))
+        assert described == arguments, label
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md"])

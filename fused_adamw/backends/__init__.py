@@ -52,11 +52,17 @@ BACKENDS = ("auto", *_KERNELS, "reference")
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can step parameters of a device here."""
+    """Whether a backend can step parameters of a device here.
+
+    Attributes:
+        backend: Its name, as `backend=` takes it.
+        device: The kind of device: "cpu" or "cuda".
+        reason: Why it cannot; None: it can.
+    """
 
     backend: str
     device: str
-    reason: str | None  # why not; None: available
+    reason: str | None
 
     @property
     def available(self) -> bool:
@@ -103,7 +109,11 @@ def kernels_for(backend: str, device: torch.device) -> ModuleType | None:
 
 
 def available_backends() -> list[BackendStatus]:
-    """Every backend on every kind of device: whether it can run here and, if not, why."""
+    """Every backend on every kind of device: whether it can run here and, if not, why.
+
+    Returns:
+        One entry per backend and kind of device, in the order in which `backend="auto"` tries them.
+    """
     devices = list(map(torch.device, KINDS))
     return [
         BackendStatus(backend, device.type, _status(backend, device))

@@ -112,7 +112,11 @@ class ParamGroupReport:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
-        """Return the report as a JSON document."""
+        """Return the report as a JSON document.
+
+        Args:
+            indent: Spaces per level; None: all in one line.
+        """
         return json.dumps(self.to_dict(), indent=indent)
 
     def __rich__(self) -> RenderableType:
@@ -165,7 +169,11 @@ class PolicyDiff:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
-        """Return the comparison as a JSON document."""
+        """Return the comparison as a JSON document.
+
+        Args:
+            indent: Spaces per level; None: all in one line.
+        """
         return json.dumps(self.to_dict(), indent=indent)
 
     def __rich__(self) -> RenderableType:
