@@ -2,10 +2,10 @@
 
 Environment:
     CUDA_HOME              where to look for nvcc; otherwise the one on PATH or in /usr/local/cuda is taken
-    FUSED_ADAMW_CUDA=0     leave the CUDA part out even if there is an nvcc
+    FUSED_ADAMW_CUDA       0: leave the CUDA part out even if there is an nvcc; 1: fail if there is none
     TORCH_CUDA_ARCH_LIST   architectures as torch spells them, such as "8.0;9.0+PTX"
     FUSED_ADAMW_NVCC_FLAGS more flags for nvcc, such as the -D switches of csrc/cuda/switches.h
-    CXX                    the C++ compiler
+    CXX, LDFLAGS           the C++ compiler, and more for the linker
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PY_LIMITED_API = "0x030a0000"
 
 # -fno-math-errno lets sqrt vectorise; without contraction the results do not depend on which
 # instruction set has a fused multiply-add, and equal those of a plain float32 chain.
-CXX_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall"
-    " -fstack-protector-strong -D_FORTIFY_SOURCE=2"
-)
-NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
+HARDENED = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=3"]
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", *HARDENED, f"-ffile-prefix-map={Path(__file__).parent}=."]
+CXX_FLAGS = f"-std=c++17 -O3 -fno-math-errno -ffp-contract=off -Wall {' '.join(HOST_FLAGS)}"
+NVCC_FLAGS = f"-std=c++17 -O3 --fmad=false -Xcompiler {','.join(HOST_FLAGS)}"
+LINK_FLAGS = "-Wl,-z,relro,-z,now,-z,noexecstack -Wl,--exclude-libs,ALL -Wl,--no-as-needed"
 CPU_CAPABILITIES = {
     "Baseline": "",
     "Avx2": "-mavx2 -mf16c",
@@ -51,16 +51,22 @@ ARCH_NAMES = {
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
+OBJECTS = ROOT / "build" / "objects"
 
 
 def find_nvcc() -> str | None:
     """The nvcc to use, or None."""
     if os.environ.get("FUSED_ADAMW_CUDA") == "0":
         return None
-    home = os.environ.get("CUDA_HOME")
-    if home:
-        return shutil.which("nvcc", path=f"{home}/bin")
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if home := os.environ.get("CUDA_HOME"):
+        nvcc = shutil.which("nvcc", path=f"{home}/bin")
+    else:
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None and os.environ.get("FUSED_ADAMW_CUDA") == "1":
+        raise SystemExit(
+            "fused_adamw: FUSED_ADAMW_CUDA=1, but no nvcc found (CUDA_HOME, PATH, /usr/local/cuda)"
+        )
+    return nvcc
 
 
 def listed_archs(text: str) -> tuple[list[str], list[str]]:
@@ -156,7 +162,9 @@ def ninja_file(output: Path, build: Path) -> str:
         link_flags = f"-undefined dynamic_lookup -L{torch_dir}/lib -ltorch"
     else:
         # torch is loaded before the extension, so no rpath; libtorch alone brings the parts that are there.
-        link_flags = f"-Wl,-z,relro,-z,now -Wl,--no-as-needed -L{torch_dir}/lib -ltorch"
+        # -L for the linker alone: nvcc would write the folder into the library.
+        link_flags = f"{LINK_FLAGS} -Wl,-L{torch_dir}/lib,-ltorch"
+    link_flags = f"{os.environ.get('LDFLAGS', '')} {link_flags}"
     if nvcc:
         # nvcc knows where its static runtime is: no CUDA library is needed to import the extension.
         linker = f"{nvcc} -shared -cudart static"
@@ -168,11 +176,11 @@ def ninja_file(output: Path, build: Path) -> str:
         "ninja_required_version = 1.5",
         f"builddir = {build}",
         "rule cxx",
-        f"  command = {cxx} -MMD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out",
+        f"  command = {cxx} -MD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",
-        f"  command = {nvcc} -MMD -MF $out.d {NVCC_FLAGS} $flags -c $in -o $out",
+        f"  command = {nvcc} -MD -MF $out.d {NVCC_FLAGS} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -193,7 +201,8 @@ class NinjaBuildExt(build_ext):
         if ninja is None:
             raise SystemExit("fused_adamw: building needs ninja: pip install ninja")
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        # setuptools gives an editable build a folder of its own, and throws it away.
+        build = (OBJECTS if self.editable_mode else Path(self.build_temp)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         build.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(ninja_file(output, build))
@@ -204,5 +213,5 @@ setup(
     license="Apache-2.0",
     ext_modules=[Extension("fused_adamw._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": NinjaBuildExt},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}, "build": {"build_temp": str(OBJECTS)}},
 )

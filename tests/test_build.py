@@ -92,6 +92,7 @@ def test_library_is_hardened():
     assert not re.search(r"GNU_STACK.* RWE ", headers)
     symbols = run("readelf", "--dyn-syms", "-W", str(LIBRARY))
     assert "__stack_chk_fail" in symbols
+    assert "RPATH" not in run("readelf", "-d", str(LIBRARY))
     exported = re.findall(r"(?:FUNC|OBJECT) +GLOBAL DEFAULT +\d+ (\S+)", symbols)
     assert [name for name in exported if not name.startswith("_Z")] == ["PyInit__C"]
 
@@ -198,3 +199,11 @@ def test_a_build_without_torch_says_in_a_sentence_what_to_do(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("fused_adamw: torch is not there to build against")
     assert done.stderr.rstrip().endswith("pip install --no-build-isolation .")
+
+
+def test_a_build_that_must_have_cuda_fails_without_nvcc(setup_script, monkeypatch):
+    """As a wheel must: built by chance without it, nobody would notice."""
+    monkeypatch.setenv("FUSED_ADAMW_CUDA", "1")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(SystemExit, match="FUSED_ADAMW_CUDA=1, but no nvcc found"):
+        setup_script["find_nvcc"]()
