@@ -9,7 +9,7 @@ DOCS_VENV := .venv-docs
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all wheel test-pretend-gpu dry-run-acceptance bench docs lint format clean
+.PHONY: help train test test-all wheel test-wheel test-pretend-gpu dry-run-acceptance bench docs lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-all: $(BUILT) ## all tests, with those of real models from other libraries
 wheel: $(READY) ## the wheel that is released, in dist/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-wheel.txt
 	$(BIN)/python wheels/build.py
+
+test-wheel: $(BUILT) ## build it, and test it in a new environment with the torch of requirements.txt
+	$(BIN)/python -m pytest tests/test_wheel.py -k "not new_environment or own" $(ARGS)
 
 $(CUDA_VENV)/.ready: requirements.txt requirements-cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)

@@ -118,7 +118,7 @@ def ninja_file(output: Path, build: Path) -> str:
     except ImportError:
         raise SystemExit(
             "fused_adamw: torch is not there to build against, as pip builds in an environment of its own: "
-            'pip install torch ninja "setuptools>=70", then pip install --no-build-isolation .'
+            'pip install torch ninja "setuptools>=77", then pip install --no-build-isolation .'
         ) from None
 
     torch_dir = Path(torch.__file__).parent
@@ -210,7 +210,6 @@ class NinjaBuildExt(build_ext):
 
 
 setup(
-    license="Apache-2.0",
     ext_modules=[Extension("fused_adamw._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": NinjaBuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}, "build": {"build_temp": str(OBJECTS)}},

@@ -33,9 +33,10 @@ def run(*command, **kwargs):
 def copy_sources(to: Path) -> None:
     """What a source distribution is made from: no .git, nothing built."""
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for name in ("csrc", "fused_adamw"):
+    for name in ("csrc", "fused_adamw", "wheels"):
         shutil.copytree(ROOT / name, to / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    files = "setup.py pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md requirements-wheel.txt"
+    for name in files.split():
         shutil.copy(ROOT / name, to / name)
 
 

@@ -26,10 +26,18 @@ NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": 
 LIBRARIES = {"libtorch.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"} | {
     *("libdl.so.2", "librt.so.1", "libpthread.so.0", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1")
 }
+OWN = f"{sys.version_info.major}.{sys.version_info.minor}"
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+PINNED = re.findall(r"^torch==.*$", (ROOT / "requirements.txt").read_text(), re.M)[0]
 # The oldest that is served, the one that `make` uses, and the newest that there is.
-TORCHES = ["torch==2.10.0", "torch==2.13.0", "torch"]
-CORE = ["state", "clip", "oracle", "plan", "errors", "layouts", "precision", "masters"]
+TORCHES = {"oldest": "torch==2.10.0", "pinned": PINNED, "newest": "torch"}
+ENVIRONMENTS = [
+    pytest.param(python, torch, id="own" if (python, name) == (OWN, "pinned") else f"{python}-{name}")
+    for python in PYTHONS
+    for name, torch in TORCHES.items()
+]
+# Files of tests that need nothing but the package.
+CORE = ["state", "clip", "oracle", "errors", "layouts", "precision", "masters"]
 
 
 def run(*command: str | Path, **options) -> str:
@@ -134,8 +142,7 @@ def environment_with(folder: Path, python: str, torch: str) -> Path:
     return new
 
 
-@pytest.mark.parametrize("torch", TORCHES)
-@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize(("python", "torch"), ENVIRONMENTS)
 def test_the_wheel_works_in_a_new_environment(wheel, tmp_path, python, torch):
     """Installed as users do, tested from a folder in which there is no source."""
     new = environment_with(tmp_path / "venv", python, torch)
@@ -146,7 +153,7 @@ def test_the_wheel_works_in_a_new_environment(wheel, tmp_path, python, torch):
     shutil.copy(ROOT / "pyproject.toml", outside)
     where = "import fused_adamw, fused_adamw._C as c; print(fused_adamw.__file__, c.__file__)"
     assert run(new, "-c", where, cwd=outside).count(str(tmp_path / "venv")) == 2
-    assert re.search(r"native +cpu +yes", run(new, "-m", "fused_adamw", "info", cwd=outside))
+    assert re.search(r"native +│ +cpu +│ +yes", run(new, "-m", "fused_adamw", "info", cwd=outside))
     files = [f"tests/test_{name}.py" for name in CORE]
     out = run(new, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files, cwd=outside)
     assert re.search(r"\d{3,} passed", out)
