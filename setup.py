@@ -33,10 +33,12 @@ HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", *HARDENED, f"-ffile-prefix-map={Pa
 CXX_FLAGS = f"-std=c++17 -O3 -fno-math-errno -ffp-contract=off -Wall {' '.join(HOST_FLAGS)}"
 NVCC_FLAGS = f"-std=c++17 -O3 --fmad=false -Xcompiler {','.join(HOST_FLAGS)}"
 LINK_FLAGS = "-Wl,-z,relro,-z,now,-z,noexecstack -Wl,--exclude-libs,ALL -Wl,--no-as-needed"
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c -mprefer-vector-width=512"
 CPU_CAPABILITIES = {
     "Baseline": "",
     "Avx2": "-mavx2 -mf16c",
-    "Avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c -mprefer-vector-width=512",
+    "Avx512": AVX512,
+    "Avx512Bf16": f"{AVX512} -mavx512bf16",
 }
 CUDA_ARCHS = ("80", "90", "100", "120")
 # What torch's names for architectures stand for.

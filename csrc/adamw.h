@@ -85,6 +85,11 @@ ADAMW_FN Coefficients<T> coefficients(const Hyper& hyper, double step, double gr
 struct IeeeMath {
   ADAMW_FN float divide(float x, float y) { return x / y; }
   ADAMW_FN double divide(double x, double y) { return x / y; }
+  // The divisor is one for many elements.
+  template <typename T>
+  ADAMW_FN T divide_by_coefficient(T x, T y) {
+    return divide(x, y);
+  }
   ADAMW_FN float square_root(float x) { return sqrtf(x); }
   ADAMW_FN double square_root(double x) { return sqrt(x); }
 };
@@ -97,7 +102,7 @@ ADAMW_FN void adamw_update(T& p, T grad, T& m, T& v, T& v_max, const Coefficient
   m = (c.lerp_from_g ? g : m) + c.lerp_weight * (g - m);
   v = v * c.beta2 + c.one_minus_beta2 * g * g;
   v_max = (v_max > v || v_max != v_max) ? v_max : v;
-  const T denominator = math.divide(math.square_root(v_max), c.bias_correction2_sqrt) + c.eps;
+  const T denominator = math.divide_by_coefficient(math.square_root(v_max), c.bias_correction2_sqrt) + c.eps;
   const T by_m = c.step_size * m, by_g = c.grad_step_size * g;
   const T numerator = c.nesterov ? by_m + by_g : by_m;
   p = p * (numerator * p < T(0) ? c.decay_against : c.decay);

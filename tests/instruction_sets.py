@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"]
 # The compiler's flags, and what /proc/cpuinfo calls it.
 ISAS = {
     "baseline": ([], ""),
     "avx2": (["-mavx2", "-mf16c"], "avx2"),
-    "avx512": (["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"], "avx512vl"),
+    "avx512": (_AVX512, "avx512vl"),
+    "avx512bf16": ([*_AVX512, "-mavx512bf16"], "avx512_bf16"),
 }
 
 

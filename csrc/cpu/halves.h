@@ -68,6 +68,16 @@ ADAMW_FN void load_upper(const uint16_t* values, float* x) {
 
 // BFloat16::store.
 ADAMW_FN void store_nearest(uint16_t* values, const float* x) {
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormal numbers for zeros, and keeps what NaN there is.
+  constexpr int kSubnormalOrNan = 0x20 | 0x81;
+  const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
+  const __mmask16 rare_a = _mm512_fpclass_ps_mask(a, kSubnormalOrNan);
+  const __mmask16 rare_b = _mm512_fpclass_ps_mask(b, kSubnormalOrNan);
+  if (__builtin_expect(_kortestz_mask16_u8(rare_a, rare_b), 1)) {
+    return store_lanes(values, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+  }
+#endif
   const Halves half = halves_of(x);
   const __m512i odd = _mm512_and_si512(half.upper, lanes(1));
   const __mmask32 up = _mm512_cmpgt_epu16_mask(half.lower, _mm512_sub_epi16(lanes(0x8000), odd));

@@ -7,6 +7,8 @@
 
 #include "../adamw.h"
 #include "blocks.h"
+#include "math.h"
+#include "squares.h"
 
 #ifndef CPU_CAPABILITY
 #define CPU_CAPABILITY Baseline
@@ -28,27 +30,48 @@ struct Operands {
   Operand<ExpAvgFormats> v_max;  // under amsgrad
 };
 
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+
+// Calls f with what the rule branches on, which is one for many elements, as constants: a loop for each case,
+// as compilers make of small loops by themselves.
+template <typename T, typename F>
+ADAMW_FN void with_branches(const Coefficients<T>& c, const F& f) {
+  if (c.nesterov) {
+    c.lerp_from_g ? f(Constant<true>(), Constant<true>()) : f(Constant<true>(), Constant<false>());
+  } else {
+    c.lerp_from_g ? f(Constant<false>(), Constant<true>()) : f(Constant<false>(), Constant<false>());
+  }
+}
+
 // The elements of a block. The format of each tensor is chosen here, block by block: every combination of
 // formats takes the same loop over the rule.
 template <typename Walk, bool kAmsgrad, typename T = typename Walk::T>
-ADAMW_FN void update_block(const Operands& at, const Block& block, const Coefficients<T>& c) {
+ADAMW_FN void update_block(const Operands& at, const Block& block, const Coefficients<T>& c,
+                           const CpuMath<T>& math) {
   alignas(64) T buffers[5][Walk::kSize];
   T* const p = load_block<kWrite, Walk>(at.p, block, buffers[0]);
   T* const g = load_block<kRead, Walk>(at.g, block, buffers[1]);
   T* const m = load_block<kWrite, Walk>(at.m, block, buffers[2]);
   T* const v = load_block<kWrite, Walk>(at.v, block, buffers[3]);
   T* const v_max = kAmsgrad ? load_block<kWrite, Walk>(at.v_max, block, buffers[4]) : nullptr;
-  IeeeMath math;
+  with_branches(c, [&](auto nesterov, auto lerp_from_g) __attribute__((always_inline)) {
+    Coefficients<T> constant = c;
+    constant.nesterov = nesterov.value;
+    constant.lerp_from_g = lerp_from_g.value;
 // Values on their way are locals: through references to memory, each step of the rule would be stored.
 #pragma GCC ivdep
-  for (int64_t k = 0; k < block.n; ++k) {
-    T p_k = p[k], m_k = m[k], v_k = v[k], v_max_k = kAmsgrad ? v_max[k] : T(0);
-    adamw_update(p_k, g[k], m_k, v_k, v_max_k, c, math);
-    p[k] = p_k;
-    m[k] = m_k;
-    v[k] = v_k;
-    if (kAmsgrad) v_max[k] = v_max_k;
-  }
+    for (int64_t k = 0; k < block.n; ++k) {
+      T p_k = p[k], m_k = m[k], v_k = v[k], v_max_k = kAmsgrad ? v_max[k] : T(0);
+      adamw_update(p_k, g[k], m_k, v_k, v_max_k, constant, math);
+      p[k] = p_k;
+      m[k] = m_k;
+      v[k] = v_k;
+      if (kAmsgrad) v_max[k] = v_max_k;
+    }
+  });
   store_block<Walk>(at.m, block, m);
   store_block<Walk>(at.v, block, v, 16);
   if (kAmsgrad) store_block<Walk>(at.v_max, block, v_max);
@@ -70,6 +93,7 @@ template <typename T>
 struct RowUpdate {
   Operands at;
   Coefficients<T> c;
+  CpuMath<T> math;
   RowNoise noise;
 };
 
@@ -83,6 +107,7 @@ ADAMW_FN RowUpdate<T> update_of(const UpdateArgs& args, const Row& row, const Co
           {args.formats.exp_avg_sq, row.exp_avg_sq},
           {args.formats.exp_avg, row.max_exp_avg_sq}};
   x.c = c;
+  x.math = CpuMath<T>::of(c.bias_correction2_sqrt);
   if constexpr (kNoise) {
     const uint64_t word = noise_word(args.inputs.seed, row.ordinal);
     x.noise = {noise_key(word, static_cast<uint64_t>(step)), row.offset, row.local_columns, row.columns};
@@ -101,10 +126,10 @@ void update_span(const UpdateArgs& args, const Row& row, const Span& span, const
   const int64_t end = span.end;
   for (; i + kSize <= end; i += kSize) {
     if (kNoise) draw(x.noise, i, kSize, noise);
-    update_block<W, kAmsgrad>(x.at, {i, kSize, 0, noise}, x.c);
+    update_block<W, kAmsgrad>(x.at, {i, kSize, 0, noise}, x.c, x.math);
   }
   if (kNoise) draw(x.noise, i, end - i, noise);
-  update_block<W, kAmsgrad>(x.at, {i, end - i, 0, noise}, x.c);
+  update_block<W, kAmsgrad>(x.at, {i, end - i, 0, noise}, x.c, x.math);
 }
 
 // The blocks of codes that start in the span, whole. Each row of the tensor is cut from its start on.
@@ -122,10 +147,10 @@ void update_codes(const UpdateArgs& args, const Row& row, const Span& span, cons
     const int64_t n = left < kCodeBlock ? left : kCodeBlock, side = line * per_row + block;
     if (n == kCodeBlock) {
       draw(x.noise, begin, kCodeBlock, noise);
-      update_block<W, false>(x.at, {begin, kCodeBlock, side, noise}, x.c);
+      update_block<W, false>(x.at, {begin, kCodeBlock, side, noise}, x.c, x.math);
     } else {
       draw(x.noise, begin, n, noise);
-      update_block<W, false>(x.at, {begin, n, side, noise}, x.c);
+      update_block<W, false>(x.at, {begin, n, side, noise}, x.c, x.math);
     }
   }
 }
@@ -175,57 +200,39 @@ void update_chunks(const UpdateArgs& args, double grad_scale, int64_t begin, int
   }
 }
 
-// Squares are summed in double: no overflow for any float32 gradient, and far below float32's rounding. Each
-// lane sums every 32nd square, and the lanes are summed as a tree: the same order for all instruction sets.
-template <typename T>
-double sum_of_squares(const Operand<PlainFormats>& g, const Span& span) {
-  // Sums of a vector type stay in registers; those in an array of doubles do not.
-  typedef double Doubles __attribute__((vector_size(kRegisterBytes)));
-  constexpr int64_t kLanes = 32;
-  using W = Walk<T, kLanes, false>;
-  constexpr int64_t kWidth = kRegisterBytes / sizeof(double);
-  alignas(64) T buffer[kLanes];
-  Doubles sums[kLanes / kWidth] = {};
-  int64_t i = span.begin;
-  for (; i + kLanes <= span.end; i += kLanes) {
-    const T* x = load_block<kRead, W>(g, {i, kLanes, 0, nullptr}, buffer);
-    // Widening reads from memory: GCC takes a register apart element by element.
-    asm("" : "+r"(x) : : "memory");
-#pragma GCC unroll 16
-    for (Doubles& sum : sums) {
-      Doubles wide;
-#pragma GCC unroll 8
-      for (int64_t lane = 0; lane < kWidth; ++lane) wide[lane] = *x++;
-      sum += wide * wide;
-    }
-  }
-  double lanes[kLanes];
-  memcpy(lanes, sums, sizeof lanes);
-  const T* const rest = load_block<kRead, W>(g, {i, span.end - i, 0, nullptr}, buffer);
-  for (int64_t lane = 0; i + lane < span.end; ++lane) {
-    lanes[lane] += static_cast<double>(rest[lane]) * static_cast<double>(rest[lane]);
-  }
-  for (int64_t width = kLanes / 2; width; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  }
-  return lanes[0];
-}
+// How many chunks are read in turn, a few lines of each. Intel's processors read several streams faster than
+// one, AMD's do not.
+constexpr int64_t kMostStreams = 4;
+constexpr int64_t kTurn = 256;
 
-template <typename T>
-void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const Row& row = args.table.rows[args.table.chunks[i].row];
-    const Span span = span_of(args.table, row, args.table.chunks[i]);
-    const uint64_t grad = args.table.grads[row.slot];
-    args.partials[i] = grad ? sum_of_squares<T>({args.grad, {grad, 0}}, span) : 0.0;
-  }
+int64_t streams() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel") ? kMostStreams : 1;
+#else
+  return 1;
+#endif
 }
 
 void norm_chunks(const NormArgs& args, int64_t begin, int64_t end) {
-  if (args.grad == kFloat64) {
-    norm_rows<double>(args, begin, end);
-  } else {
-    norm_rows<float>(args, begin, end);
+  const Table& table = args.table;
+  const int64_t most = streams();
+  for (int64_t first = begin; first < end; first += most) {
+    const int64_t n = end - first < most ? end - first : most;
+    Squares squares[kMostStreams];
+    int64_t longest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const Chunk& chunk = table.chunks[first + i];
+      const Row& row = table.rows[chunk.row];
+      const uint64_t grad = table.grads[row.slot];
+      const Span span = grad ? span_of(table, row, chunk) : Span{};
+      squares[i] = {{args.grad, {grad, 0}}, span.begin, span.end, {}};
+      longest = span.end - span.begin > longest ? span.end - span.begin : longest;
+    }
+    const int64_t turn = n == 1 ? longest : kTurn;
+    for (int64_t done = 0; done < longest; done += turn) {
+      for (int64_t i = 0; i < n; ++i) squares[i].add(turn);
+    }
+    for (int64_t i = 0; i < n; ++i) args.partials[first + i] = squares[i].total();
   }
 }
 

@@ -17,5 +17,6 @@ struct CpuKernels {
 extern const CpuKernels kCpuKernelsBaseline;
 extern const CpuKernels kCpuKernelsAvx2;
 extern const CpuKernels kCpuKernelsAvx512;
+extern const CpuKernels kCpuKernelsAvx512Bf16;
 
 }  // namespace fused_adamw

@@ -106,18 +106,20 @@ UpdateArgs update_args(const Tensor& rows, const Tensor& grads, const Tensor& ch
   return args;
 }
 
-const CpuKernels& cpu_kernels() {
+const CpuKernels& best_cpu_kernels() {
 #ifdef FUSED_ADAMW_X86
-  static const CpuKernels& kernels =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-          ? kCpuKernelsAvx512
-      : __builtin_cpu_supports("avx2") ? kCpuKernelsAvx2
-                                       : kCpuKernelsBaseline;
-  return kernels;
-#else
-  return kCpuKernelsBaseline;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return kCpuKernelsAvx512Bf16;
+  if (avx512) return kCpuKernelsAvx512;
+  if (__builtin_cpu_supports("avx2")) return kCpuKernelsAvx2;
 #endif
+  return kCpuKernelsBaseline;
+}
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels& kernels = best_cpu_kernels();
+  return kernels;
 }
 
 // Runs body(begin, end) over the chunks on torch's thread pool. Threads draw batches of chunks from a
