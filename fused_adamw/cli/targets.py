@@ -62,8 +62,9 @@ def find(target: str) -> Any:
     if not (colon and source and name):
         raise ValueError(f"target {target!r}: expected package.module:factory")
     _refuse_paths(source, name)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does
+    # As `python -m` does, unless `-P` or PYTHONSAFEPATH says not to.
+    if os.getcwd() not in sys.path and not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, os.getcwd())
     found: Any = _import(source, target)
     try:
         for part in name.split("."):

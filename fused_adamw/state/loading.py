@@ -165,7 +165,8 @@ class Checkpointed(OwnArguments):
         So a run of `torch.optim.AdamW(model.parameters())` goes on in the groups of this optimizer:
 
             optimizer = FusedHygieneAdamW(model, lr=3e-4, weight_decay=0.1)
-            optimizer.load_state_dict_by_name(torch.load("optimizer.pt"), model.named_parameters())
+            saved = torch.load("optimizer.pt", weights_only=True)
+            optimizer.load_state_dict_by_name(saved, model.named_parameters())
 
         The weight decay of every group stays as it is. Other saved options (`lr`, `betas`, a scheduler's
         `initial_lr`) replace the optimizer's, except where the saved groups that meet in one group disagree,

@@ -40,7 +40,7 @@ def nanogpt(model, path):
     train_epoch(model, optimizer)
     checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": 12}
     torch.save(checkpoint, path)
-    return torch.load(path)["optimizer"]
+    return torch.load(path, weights_only=True)["optimizer"]
 
 
 def trainer(model, path):
@@ -59,7 +59,7 @@ def trainer(model, path):
     )
     transformers.Trainer(model, args, train_dataset=dataset()).train()
     (file,) = Path(path).glob("checkpoint-*/optimizer.pt")
-    return torch.load(file)
+    return torch.load(file, weights_only=True)
 
 
 def timm(model, path):
@@ -69,7 +69,7 @@ def timm(model, path):
     optimizer = optim.create_optimizer_v2(model, opt="adamw", lr=LR, weight_decay=WEIGHT_DECAY)
     train_epoch(model, optimizer)
     torch.save({"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    return torch.load(path)["optimizer"]
+    return torch.load(path, weights_only=True)["optimizer"]
 
 
 def plain(model, path):
@@ -77,7 +77,7 @@ def plain(model, path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     train_epoch(model, optimizer)
     torch.save(optimizer.state_dict(), path)
-    return torch.load(path)
+    return torch.load(path, weights_only=True)
 
 
 RUNS = {
