@@ -15,10 +15,13 @@ ADAMW_FN uint64_t splitmix64(uint64_t x) {
   return z ^ z >> 31;
 }
 
-// What lowbias32 does after its first step.
-ADAMW_FN uint32_t lowbias32_rest(uint32_t x) {
+// What lowbias32 does between its first and its last step, and after the first.
+ADAMW_FN uint32_t lowbias32_products(uint32_t x) {
   x *= 0x7feb352du;
-  x = (x ^ x >> 15) * 0x846ca68bu;
+  return (x ^ x >> 15) * 0x846ca68bu;
+}
+ADAMW_FN uint32_t lowbias32_rest(uint32_t x) {
+  x = lowbias32_products(x);
   return x ^ x >> 16;
 }
 
@@ -59,6 +62,11 @@ struct NoiseRun {
   ADAMW_FN int64_t length(uint64_t index) { return 0x10000 - static_cast<int64_t>(index & 0xffff); }
   ADAMW_FN uint32_t bits(const NoiseRun& run, uint32_t i) {
     return lowbias32(lowbias32_rest((run.low + i) ^ run.key) + run.inner);
+  }
+  // The same in the high 16 bits, which the last step of lowbias32 leaves as they are.
+  ADAMW_FN uint32_t high_bits(const NoiseRun& run, uint32_t i) {
+    const uint32_t x = lowbias32_rest((run.low + i) ^ run.key) + run.inner;
+    return lowbias32_products(x ^ x >> 16);
   }
 };
 

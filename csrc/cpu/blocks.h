@@ -41,6 +41,7 @@ struct Operand {
 struct RowNoise {
   NoiseKey key;
   int64_t offset, local_columns, columns;
+  bool high;  // whether only the high 16 bits are for any tensor
 };
 
 // Elements that are neighbours in the whole tensor too, and are hashed together.
@@ -59,18 +60,22 @@ struct Neighbours {
     }
     return {NoiseRun::from(row.key, place), n};
   }
-  ADAMW_FN void draw(const NoiseRun& run, uint32_t n, uint32_t* hash) {
-    for (uint32_t i = 0; i < n; ++i) hash[i] = NoiseRun::bits(run, i);
+  ADAMW_FN void draw(const NoiseRun& run, bool high, uint32_t n, uint32_t* hash) {
+    if (high) {
+      for (uint32_t i = 0; i < n; ++i) hash[i] = NoiseRun::high_bits(run, i);
+    } else {
+      for (uint32_t i = 0; i < n; ++i) hash[i] = NoiseRun::bits(run, i);
+    }
   }
 };
 
 // 32 bits for each of n elements from `begin` on.
 ADAMW_FN void draw(const RowNoise& row, int64_t begin, int64_t n, uint32_t* hash) {
   Neighbours some = Neighbours::from(row, begin);
-  if (some.n >= n) return Neighbours::draw(some.run, n, hash);  // mostly, and n is a constant
+  if (some.n >= n) return Neighbours::draw(some.run, row.high, n, hash);  // mostly, and n is a constant
   while (n > 0) {
     const int64_t k = some.n < n ? some.n : n;
-    Neighbours::draw(some.run, k, hash);
+    Neighbours::draw(some.run, row.high, k, hash);
     begin += k;
     hash += k;
     n -= k;
@@ -214,7 +219,7 @@ struct Codec<StochasticBFloat16> {
     int64_t i = 0;
 #if defined(__AVX512BW__)
     for (; i + kHalves <= x.n; i += kHalves) {
-      store_stochastic(x.values + i, buffer + i, halves_of(x.noise + i, x.noise_shift / 16));
+      store_stochastic(x.values + i, buffer + i, x.noise + i, x.noise_shift);
     }
 #endif
     for (; i < x.n; ++i) x.values[i] = StochasticBFloat16::store(buffer[i], x.noise_of(i));

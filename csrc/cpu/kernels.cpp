@@ -30,19 +30,23 @@ struct Operands {
   Operand<ExpAvgFormats> v_max;  // under amsgrad
 };
 
-template <bool kValue>
-struct Constant {
-  static constexpr bool value = kValue;
-};
-
-// Calls f with what the rule branches on, which is one for many elements, as constants: a loop for each case,
-// as compilers make of small loops by themselves.
+// Calls f with the coefficients, and what the rule chooses by is a constant in them: a loop for each case, as
+// compilers make of small loops by themselves. Mostly parameters decay alike, whatever the update does.
 template <typename T, typename F>
-ADAMW_FN void with_branches(const Coefficients<T>& c, const F& f) {
-  if (c.nesterov) {
-    c.lerp_from_g ? f(Constant<true>(), Constant<true>()) : f(Constant<true>(), Constant<false>());
+ADAMW_FN void with_choices(const Coefficients<T>& c, const F& f) {
+  Coefficients<T> constant = c;
+  const auto call = [&](bool nesterov, bool lerp_from_g) __attribute__((always_inline)) {
+    constant.nesterov = nesterov;
+    constant.lerp_from_g = lerp_from_g;
+    f(constant);
+  };
+  if (!c.nesterov && !c.lerp_from_g && c.decay == c.decay_against) {
+    constant.decay_against = constant.decay;
+    call(false, false);
+  } else if (c.nesterov) {
+    c.lerp_from_g ? call(true, true) : call(true, false);
   } else {
-    c.lerp_from_g ? f(Constant<false>(), Constant<true>()) : f(Constant<false>(), Constant<false>());
+    c.lerp_from_g ? call(false, true) : call(false, false);
   }
 }
 
@@ -57,10 +61,7 @@ ADAMW_FN void update_block(const Operands& at, const Block& block, const Coeffic
   T* const m = load_block<kWrite, Walk>(at.m, block, buffers[2]);
   T* const v = load_block<kWrite, Walk>(at.v, block, buffers[3]);
   T* const v_max = kAmsgrad ? load_block<kWrite, Walk>(at.v_max, block, buffers[4]) : nullptr;
-  with_branches(c, [&](auto nesterov, auto lerp_from_g) __attribute__((always_inline)) {
-    Coefficients<T> constant = c;
-    constant.nesterov = nesterov.value;
-    constant.lerp_from_g = lerp_from_g.value;
+  with_choices(c, [&](const Coefficients<T>& constant) __attribute__((always_inline)) {
 // Values on their way are locals: through references to memory, each step of the rule would be stored.
 #pragma GCC ivdep
     for (int64_t k = 0; k < block.n; ++k) {
@@ -110,7 +111,9 @@ ADAMW_FN RowUpdate<T> update_of(const UpdateArgs& args, const Row& row, const Co
   x.math = CpuMath<T>::of(c.bias_correction2_sqrt);
   if constexpr (kNoise) {
     const uint64_t word = noise_word(args.inputs.seed, row.ordinal);
-    x.noise = {noise_key(word, static_cast<uint64_t>(step)), row.offset, row.local_columns, row.columns};
+    const FormatCodes high = {args.formats.param, args.formats.grad, args.formats.exp_avg, kFloat32};
+    x.noise = {noise_key(word, static_cast<uint64_t>(step)), row.offset, row.local_columns, row.columns,
+               !take_noise(high)};
   }
   return x;
 }
