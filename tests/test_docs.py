@@ -26,11 +26,12 @@ def run_in_rank(key):
     # Other libraries take seconds to import.
     [pytest.param(key, marks=[pytest.mark.slow] if scene.needs else []) for key, scene in SCENES.items()],
 )
-def test_every_snippet_runs(key, tmp_path, monkeypatch):
+def test_every_snippet_runs(key, tmp_path, monkeypatch, threads):
     scene = SCENES[key]
     scene.skip_unless_possible()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "110")  # a terminal that wide
+    threads(1)  # other tests run at the same time
     if scene.ranks > 1:
         run(scene.ranks, run_in_rank, key)
     else:
