@@ -3,36 +3,12 @@
 // casts and indexing live with the kernels.
 #pragma once
 
-#include <float.h>
 #include <math.h>
 
 #include "inline.h"
 #include "tables.h"
 
 namespace fused_adamw {
-
-// The scalars that a step derives from its inputs. grad_scale combines the clip coefficient and 1/loss-scale:
-// gradients are multiplied by it in registers and never rewritten.
-struct StepScalars {
-  double grad_norm;
-  double grad_scale;
-  bool skip;
-};
-
-// Clipping as torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1; NaN stays NaN.
-ADAMW_FN StepScalars step_scalars(const StepInputs& inputs) {
-  const double loss_scale = inputs.grad_scale ? static_cast<double>(*inputs.grad_scale) : 1.0;
-  StepScalars s{0.0, 1.0 / loss_scale, inputs.found_inf && *inputs.found_inf != 0.0f};
-  if (inputs.sums) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < inputs.n_sums; ++i) sum += inputs.sums[i];
-    s.grad_norm = sqrt(sum) / loss_scale;
-    const double clip_coef = inputs.max_grad_norm / (s.grad_norm + 1e-6);
-    s.grad_scale *= clip_coef > 1.0 ? 1.0 : clip_coef;
-    s.skip |= inputs.skip_nonfinite && !(s.grad_norm <= DBL_MAX);
-  }
-  return s;
-}
 
 // The numbers that one parameter's update needs, computed in double as Python does, then rounded to T.
 template <typename T>

@@ -261,6 +261,8 @@ using ParamFormats = FormatList<Float32, BFloat16, Float16, Float64, StochasticB
 // The maximum is kept like exp_avg, and stochastic rounding would only let it grow.
 using ExpAvgFormats = FormatList<Float32, BFloat16, Float16, Float64, SignedRoot>;
 using ExpAvgSqFormats = FormatList<Float32, BFloat16, Float16, Float64, StochasticBFloat16, UnsignedRoot>;
+// An average of parameters. It moves by too little at a time for rounding to nearest in bfloat16.
+using AverageFormats = FormatList<Float32, Float64, StochasticBFloat16>;
 // Every format.
 using Formats = FormatList<Float32, BFloat16, Float16, Float64, StochasticBFloat16, SplitBFloat16, SignedRoot,
                            UnsignedRoot>;
@@ -277,11 +279,16 @@ ADAMW_HOST_FN int64_t register_bytes(FormatCode number) {
 template <typename F>
 ADAMW_HOST_FN bool any_stored(const FormatCodes& formats, const F& f) {
   bool any = false;
-  const FormatCode stored[] = {formats.param, formats.exp_avg, formats.exp_avg_sq};
+  const FormatCode stored[] = {formats.param, formats.exp_avg, formats.exp_avg_sq, formats.average};
   for (const FormatCode number : stored) {
     Formats::visit(number, [&](auto format) { any |= f(format); });
   }
   return any;
+}
+
+// Whether a parameter is kept in 16 bits that are those of a bfloat16.
+ADAMW_FN constexpr bool is_bfloat16(FormatCode param) {
+  return param == kBFloat16 || param == kStochasticBFloat16 || param == kSplitBFloat16;
 }
 
 ADAMW_HOST_FN bool take_noise(const FormatCodes& formats) {
@@ -300,6 +307,7 @@ ADAMW_HOST_FN bool share_arithmetic(const FormatCodes& formats) {
   return bytes && register_bytes<ParamFormats>(formats.param) == bytes &&
          register_bytes<ExpAvgFormats>(formats.exp_avg) == bytes &&
          register_bytes<ExpAvgSqFormats>(formats.exp_avg_sq) == bytes &&
+         (formats.average == kNoFormat || register_bytes<AverageFormats>(formats.average) == bytes) &&
          (formats.exp_avg_sq != kUnsignedRoot || formats.exp_avg == kSignedRoot);
 }
 

@@ -57,6 +57,57 @@ struct Hyper {
   uint64_t lr_address;  // one float32 on the device that overrides lr; 0: none
 };
 
+// How the average of the parameters follows them: see average.h.
+struct Averaging {
+  double decay;        // of the average: what is kept of it when it moves
+  int64_t warmup;      // enum Warmup: how decay is reached
+  int64_t start_step;  // the average is the parameter itself until so many updates have been made
+  int64_t every;       // it then moves at every so many updates
+};
+
+enum Warmup : int64_t { kNoWarmup = 0, kTimmWarmup = 1, kDiffusersWarmup = 2 };
+
+// When a gradient norm, or a loss, is a spike: see outcome.h.
+struct SpikeOptions {
+  double sigmas;   // above the mean by more than so many deviations ...
+  int64_t window;  // ... of so many accepted ones; 0: nothing is a spike
+  int64_t warmup;  // of which so many have to be known before any is
+  int64_t clips;   // not 0: clip gradients to the limit; 0: skip the step
+};
+
+// What became of a step.
+enum Outcome : int64_t {
+  kStepped = 0,
+  kClippedSpike = 1,  // stepped, with gradients clipped to the limit
+  kOverflow = 2,      // this and the next ones skipped: found_inf was set
+  kNonfinite = 3,     // the norm or the loss was not finite
+  kSpike = 4,         // the norm was a spike
+  kLossSpike = 5,     // the loss was
+};
+constexpr int64_t kOutcomes = 6;
+
+// What a step leaves to be read, in doubles. Every launch of a step writes its own, all of them the same.
+struct Status {
+  double grad_norm;
+  double loss_scale;         // that the gradients carried
+  double outcome;            // enum Outcome
+  double counts[kOutcomes];  // steps so far by outcome
+};
+
+// Follows the status where spikes are looked for; then a Series for norms and one for losses.
+constexpr int64_t kRefusedNorms = 8;
+struct SpikeHistory {
+  double streak;                  // steps skipped in a row, other than by found_inf
+  double refused[kRefusedNorms];  // norms of the latest ones, a ring
+};
+
+// Follows the history twice, each time with as many accepted values as the window has.
+struct Series {
+  double limit;  // what the next one must not exceed, once `accepted` reaches the warmup
+  double accepted;
+  double values[1];  // a ring
+};
+
 // What is known only when the step runs. Pointers are to the memory of the device that runs the kernel. Eight
 // bytes each, so that Python can fill it as it fills the tables.
 struct StepInputs {
@@ -67,11 +118,15 @@ struct StepInputs {
   const float* found_inf;   // not 0: skip the step; null: 0
   int64_t skip_nonfinite;   // not 0: skip the step where the norm is not finite
   uint64_t seed;            // of the noise of stochastic formats
-  double* status;           // written: {gradient norm, += 1 if the step was skipped}
+  Status* status;           // written; read and written with all that follows it where spikes are looked for
+  const double* loss;       // tested as the norm is; null: not
+  SpikeOptions spikes;
+  Averaging averaging;  // of the rows that have an average
 };
 
 // Numbers of the formats of formats.h.
 enum FormatCode : int64_t {
+  kNoFormat = -1,
   kFloat32 = 0,
   kBFloat16 = 1,
   kFloat16 = 2,
@@ -85,6 +140,16 @@ enum FormatCode : int64_t {
 // How the tensors of one launch are kept. The maximum of exp_avg_sq is kept as exp_avg is.
 struct FormatCodes {
   FormatCode param, grad, exp_avg, exp_avg_sq;
+  FormatCode average;  // kNoFormat: no row has one
+};
+
+// What the update finds out about a chunk, where it is asked to: see stats.h.
+struct ChunkStats {
+  double grad_squares;    // the sum of squares of the gradient as it is stored
+  double grad_max;        // its largest magnitude; NaN if there is one
+  double update_squares;  // of what the step added to the parameter, decay included
+  double param_squares;   // of the parameter after it
+  double lost_updates;    // how many of those additions rounding to bfloat16 would lose
 };
 
 struct Table {
@@ -102,7 +167,8 @@ struct UpdateArgs {
   int64_t n_hypers;
   FormatCodes formats;
   StepInputs inputs;
-  uint32_t* ticket;  // CUDA only: counts finished blocks; 0 before and after
+  ChunkStats* stats;  // one per chunk, written for rows that are stepped; null: not asked for
+  uint32_t* ticket;   // CUDA only: counts finished blocks; 0 before and after
 };
 
 struct NormArgs {

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .averages import EMA
 from .dtensors import is_flattened
+from .spikes import SpikeGuard
 from .state.precision import Precision, StateDtype
 from .step.norm import NormGroup
 from .tables import as_number
@@ -27,6 +29,9 @@ OWN: dict[str, Any] = {
     "state_dtype": None,
     "state_roles": None,
     "seed": 0,
+    "stats": False,
+    "guard": None,
+    "ema": None,
     "backend": "auto",
 }
 _STATE_DTYPES = (torch.float32, torch.bfloat16, "8bit")
@@ -69,14 +74,14 @@ def checked_max_grad_norm(value: Any) -> float | None:
     return number
 
 
-def checked_skip_nonfinite(value: Any) -> bool:
-    """The value as a bool.
+def checked_flag(name: str, value: Any) -> bool:
+    """The value of an argument as a bool.
 
     Raises:
         ValueError: It is neither True nor False.
     """
     if value not in (False, True):
-        raise ValueError(f"skip_nonfinite must be True or False, got {value!r}")
+        raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
 
@@ -166,7 +171,10 @@ class OwnArguments(torch.optim.AdamW):
     _skip_nonfinite: bool
     _precision: Precision
     _variants: Variants
-    _status: Tensor | None  # float64: norm of the last step, steps skipped so far
+    _stats: bool
+    _guard: SpikeGuard | None
+    _ema: EMA | None
+    _status: Tensor | None  # float64: struct Status of the last step, and the history of spikes
     _has_norm: bool
 
     @property
@@ -220,6 +228,26 @@ class OwnArguments(torch.optim.AdamW):
     def seed(self) -> int:
         """What the noise of stochastic rounding depends on."""
         return self._precision.seed
+
+    @property
+    def stats(self) -> bool:
+        """Whether steps find out what `param_stats` tells besides norms of gradients."""
+        return self._stats
+
+    @stats.setter
+    def stats(self, value: bool) -> None:
+        self._stats = checked_flag("stats", value)
+        self._show_options()
+
+    @property
+    def guard(self) -> SpikeGuard | None:
+        """What is done about spikes of the gradient norm; None: nothing."""
+        return self._guard
+
+    @property
+    def ema(self) -> EMA | None:
+        """What averages of the weights are kept; None: none."""
+        return self._ema
 
     @property
     def weight_decay_mode(self) -> DecayMode:
@@ -290,7 +318,7 @@ class OwnArguments(torch.optim.AdamW):
         return "\n".join([head, *lines, rest])
 
     def _needs_norm(self) -> bool:
-        return self._max_grad_norm is not None or self._skip_nonfinite
+        return self._max_grad_norm is not None or self._skip_nonfinite or self._guard is not None
 
     def _check_own(self, group: dict[str, Any], index: int) -> None:
         """Refuse other values of `OWN` in a group; ZeroRedundancyOptimizer copies ours into every one."""

@@ -83,13 +83,13 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def scalar_on(device: torch.device, value: Any) -> Tensor | None:
-    """A number, or one element on any device, as a float32 on this one; None: None.
+def scalar_on(device: torch.device, value: Any, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """A number, or one element on any device, as a 0-dim tensor on this one; None: None.
 
     Without a copy from the host, which would synchronise.
     """
     if value is None:
         return None
     if isinstance(value, Tensor) and (is_gpu(value.device) or value.device.type == device.type):
-        return value.to(device, torch.float32).reshape(())
-    return torch.full((), float(value), dtype=torch.float32, device=device)
+        return value.to(device, dtype).reshape(())
+    return torch.full((), float(value), dtype=dtype, device=device)

@@ -132,3 +132,9 @@ def is_flattened(p: Tensor) -> bool:
 def has_peers() -> bool:
     """Whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def full_tensor(t: Tensor) -> Tensor:
+    """The whole of a DTensor, which is a collective; any other tensor itself."""
+    whole: Tensor = t.full_tensor() if is_dtensor(t) else t  # type: ignore[attr-defined]
+    return whole

@@ -30,11 +30,12 @@ class Keys(NamedTuple):
 MAXIMUM = "max_exp_avg_sq"  # with amsgrad only
 MOMENTS = ("exp_avg", "exp_avg_sq", MAXIMUM)
 RESIDUAL = "master_residual"
+AVERAGE = "ema"
 # A moment is kept as torch does, or as codes beside their scales.
 CODED = {name: Keys(f"{name}_code", f"{name}_scale") for name in MOMENTS[:2]}
 CODES = {"exp_avg": FORMATS["root_signed"], "exp_avg_sq": FORMATS["root_unsigned"]}
 # Laid out as the parameter is.
-LIKE_PARAMETER = (*MOMENTS, RESIDUAL, *(keys.values for keys in CODED.values()))
+LIKE_PARAMETER = (*MOMENTS, RESIDUAL, AVERAGE, *(keys.values for keys in CODED.values()))
 SCALES = tuple(str(keys.side) for keys in CODED.values())
 STATE_KEYS = ("step", *LIKE_PARAMETER, *SCALES)
 
@@ -52,13 +53,15 @@ class Rounding(NamedTuple):
 
 
 def keys_of(names: Container[str]) -> dict[str, Keys]:
-    """Under which keys a state that has these keeps the parameter's residual and each of its moments."""
+    """Under which keys a state that has these keeps the parameter's residual, its moments, its average."""
     found = {"param": Keys("", RESIDUAL if RESIDUAL in names else None)}
     for name in MOMENTS:
         if name in CODED and CODED[name].values in names:
             found[name] = CODED[name]
         elif name in names:
             found[name] = Keys(name)
+    if AVERAGE in names:
+        found["average"] = Keys(AVERAGE)
     return found
 
 
@@ -77,6 +80,7 @@ def formats_of(dtypes: Mapping[str, torch.dtype], rounding: Rounding) -> Formats
         plain_format(grad),
         CODES["exp_avg"] if m.side else plain_format(dtypes[m.values]),
         CODES["exp_avg_sq"] if v.side else _rounded(dtypes[v.values], rounding.moments),
+        _rounded(dtypes[AVERAGE], True) if AVERAGE in dtypes else None,
     )
 
 
@@ -84,7 +88,7 @@ def moments_of(state: Mapping[str, Any]) -> dict[str, Field]:
     """The moments that a state has."""
     found = {}
     for name, keys in keys_of(state).items():
-        if name != "param":
+        if name in MOMENTS:
             values: Tensor = state[keys.values]
             format = CODES[name] if keys.side else plain_format(values.dtype)
             found[name] = Field(format, values, state[keys.side] if keys.side else None)

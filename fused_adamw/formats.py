@@ -62,8 +62,8 @@ def _as_shape(flat: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tenso
 _GOLDEN = 0x9E3779B97F4A7C15
 _LOW32 = 0xFFFFFFFF
 
-# Where each tensor's 16 bits are in the hash. Parameter and exp_avg share: the update is linear in both.
-NOISE_SHIFT = {"param": 0, "exp_avg": 0, "exp_avg_sq": 16}
+# Where each tensor's 16 bits are in the hash. Those share in which the update is linear.
+NOISE_SHIFT = {"param": 0, "exp_avg": 0, "exp_avg_sq": 16, "average": 0}
 
 
 class Window(NamedTuple):
@@ -404,9 +404,15 @@ class Formats(NamedTuple):
     grad: Format
     exp_avg: Format
     exp_avg_sq: Format
+    average: Format | None = None  # there is none
+
+    @property
+    def present(self) -> dict[str, Format]:
+        """The formats of those tensors that there are."""
+        return {name: format for name, format in self._asdict().items() if format is not None}
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {format.name}" for name, format in self._asdict().items())
+        return ", ".join(f"{name} {format.name}" for name, format in self.present.items())
 
 
 class Field(NamedTuple):
@@ -441,6 +447,10 @@ class Field(NamedTuple):
             for old, new in stored
             if old is not None and new is not None
         ]
+
+    def stored(self, x: Tensor, noise: Tensor | None = None) -> Field:
+        """A field of the same format that keeps `x`, in new memory."""
+        return Field(self.format, *self.format.store(x, noise, self.values))
 
     def as_torch(self) -> Tensor:
         """What torch's optimizers would hold: the values themselves, decoded to float32 if they are codes."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .announce import announce
 from .arguments import hint_for_string, number_of
 from .backends import reference
+from .backends.outcome import step_scalars
 from .dtensors import local_grads, local_tensors
 from .eager import EagerHooks, eager
 from .groups import MuonSplit, compare_param_names
@@ -274,11 +275,12 @@ class MuonWithAdamW(EagerHooks):
 
     def _step_muon(self, inputs: StepInputs) -> None:
         """Step the Muon part, when the norm is known and AdamW has changed nothing yet."""
-        _, factor, skip = reference.step_scalars(inputs)
-        if skip is not None and bool(skip):
+        scalars = step_scalars(inputs)
+        factor = scalars.grad_scale
+        if scalars.skip is not None and bool(scalars.skip):
             return
         is_scaled = inputs.sums is not None and inputs.max_grad_norm != float("inf")
-        is_scaled |= inputs.grad_scale is not None
+        is_scaled |= inputs.grad_scale is not None or inputs.spikes.clips
         with self._lent_gradients(factor if is_scaled else None), self._restored_state():
             self._muon.step()
 

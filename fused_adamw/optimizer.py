@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .announce import announce
-from .arguments import OWN, check_numbers, checked_max_grad_norm, checked_precision, checked_skip_nonfinite
+from .arguments import OWN, check_numbers, checked_flag, checked_max_grad_norm, checked_precision
+from .averages import EMA, checked_ema
 from .backends import check_backend, kernels_for
 from .groups import Options, Overrides, Role, decide, decided_groups, is_model, summarize_param_groups
 from .names import ParamNames, show_names_to_dcp
+from .spikes import SpikeGuard, checked_guard
 from .state.checks import check_hypers
 from .state.precision import StateDtype
 from .state.purposes import Purposes, check_state_roles, summarize_state, warn_of_nearest
@@ -29,6 +31,9 @@ _COPIED = (
     "_norm_group",
     "_skip_nonfinite",
     "_precision",
+    "_stats",
+    "_guard",
+    "_ema",
     "_purposes",
     "_status",
     "_has_norm",
@@ -99,6 +104,10 @@ class FusedHygieneAdamW(Stepping):
         state_roles: The same for single roles, and for parameters by a glob over names, which wins:
             `{"embedding": "8bit", "*.head.weight": torch.float32}`.
         seed: Of the noise of stochastic rounding, which is the same on all replicas and after resuming.
+        stats: Find out in each step what `param_stats` tells of updates and parameters; an attribute, too.
+        guard: Skip, or clip, steps whose gradient norm is far above those before: `SpikeGuard()`. Decided on
+            the device.
+        ema: Keep averages of the weights: `EMA(decay=0.9999)`, with which `swap_ema` evaluates.
         weight_decay_mode: What parameters lose of themselves in a step: "lr", as torch, lr * weight_decay;
             "schedule", weight_decay * lr / lr_ref; "corrected", weight_decay * lr^2 / lr_ref
             (AdamC, https://arxiv.org/abs/2506.02285); "constant", weight_decay. This and the next three may
@@ -146,6 +155,9 @@ class FusedHygieneAdamW(Stepping):
         state_dtype: StateDtype | None = None,
         state_roles: Mapping[Role | str, StateDtype] | None = None,
         seed: int = 0,
+        stats: bool = False,
+        guard: SpikeGuard | None = None,
+        ema: EMA | None = None,
         weight_decay_mode: DecayMode = "lr",
         cautious_weight_decay: bool = False,
         nesterov: bool = False,
@@ -162,11 +174,13 @@ class FusedHygieneAdamW(Stepping):
         )
         variant = Variant(weight_decay_mode, cautious_weight_decay, nesterov, lr_ref)
         self._variants = Variants(variant.checked(""))
-        self._skip_nonfinite = checked_skip_nonfinite(skip_nonfinite)
+        self._skip_nonfinite = checked_flag("skip_nonfinite", skip_nonfinite)
+        self._stats = checked_flag("stats", stats)
+        self._guard, self._ema = checked_guard(guard), checked_ema(ema)
         self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
         self._plan: Plan | None = None
         self._captured_plans: list[Plan] = []  # replaced since, but graphs still read their tables
-        self._status: Tensor | None = None  # float64: norm of the last step, steps skipped so far
+        self._status: Tensor | None = None  # float64: struct Status of the last step, history of spikes
         self._has_norm = False
         self._double_clip = DoubleClipDetector()
         self.norm_process_group = norm_process_group

@@ -18,16 +18,15 @@ from .names import show_names_to_dcp
 from .observations import Observed
 from .state.checks import check_fused, check_hypers, check_no_transform, check_not_differentiable, check_step
 from .state.contents import is_counted, missing_state
-from .state.masters import Mastered
 from .step.double_clip import DoubleClipDetector
 from .step.guard import Found
 from .step.launch import Tensors
 from .step.plan import Plan, Request
 from .step.snapshot import Snapshot
-from .tables import Hyper, StepInputs
+from .tables import NO_AVERAGING, Hyper, StepInputs
 
 
-class Stepping(EagerHooks, Mastered, Observed):
+class Stepping(EagerHooks, Observed):
     """The part of the optimizer that steps."""
 
     _captured_plans: list[Plan]  # replaced since, but graphs still read their tables
@@ -54,6 +53,7 @@ class Stepping(EagerHooks, Mastered, Observed):
                 `torch.func`.
         """
         self._check_graph_capture()
+        self._check_not_swapped("step()")
         check_no_transform()
         check_not_differentiable(self.param_groups)
         show_names_to_dcp()
@@ -72,6 +72,10 @@ class Stepping(EagerHooks, Mastered, Observed):
             getattr(self, "found_inf", None),
             self._norm_group,
             self._precision.seed,
+            self._loss,
+            self._spike_options(),
+            NO_AVERAGING if self._ema is None else self._ema.averaging,
+            self._stats,
         )
 
         def before_updates(inputs: StepInputs) -> None:
@@ -80,7 +84,7 @@ class Stepping(EagerHooks, Mastered, Observed):
                 self._adopt(plan, state)
 
         plan.run(Tensors(self.param_groups, state, found.grads), found, hypers, request, before_updates)
-        self._has_norm = request.needs_norm
+        self._has_norm, self._loss = request.needs_norm, None
         return loss
 
     def _check_graph_capture(self) -> None:
@@ -180,7 +184,10 @@ class Stepping(EagerHooks, Mastered, Observed):
         for p, grad, has_maximum, kept in zip(params, grads, amsgrad, self._kept(), strict=True):
             if grad is not None or is_counted(state, p):
                 of_p = state.get(p, {})
-                state[p] = {**of_p, **missing_state(of_p, p, has_maximum, kept)}
+                state[p] = {
+                    **of_p,
+                    **missing_state(of_p, p, has_maximum, kept, self._average_format(p)),
+                }
         plan = Plan(
             self.param_groups,
             local,
@@ -188,6 +195,8 @@ class Stepping(EagerHooks, Mastered, Observed):
             lambda device: kernels_for(self._backend, device),
             reference,
             Rounding(self._precision.rounds_params, self._precision.rounds_moments),
+            self._ema is not None,
+            self._spike_options().window,
             self._status,
             self._plan,
         )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .formats import Field, Window
+from .formats import Field, Formats, Window
 
 _Address, _Int64, _Double = ctypes.c_uint64, ctypes.c_int64, ctypes.c_double
 
@@ -70,6 +70,58 @@ class HyperStruct(ctypes.Structure):
     )
 
 
+class AveragingStruct(ctypes.Structure):
+    """How the average of the parameters follows them."""
+
+    _fields_ = (("decay", _Double), ("warmup", _Int64), ("start_step", _Int64), ("every", _Int64))
+
+
+class SpikeOptionsStruct(ctypes.Structure):
+    """When a gradient norm, or a loss, is a spike."""
+
+    _fields_ = (("sigmas", _Double), ("window", _Int64), ("warmup", _Int64), ("clips", _Int64))
+
+
+# How the kernels number what becomes of a step, enum Outcome.
+OUTCOMES = ("stepped", "clipped_spike", "overflow", "nonfinite", "spike", "loss_spike")
+FIRST_SKIPPED = OUTCOMES.index("overflow")  # this and the next ones skip the step
+
+
+class StatusStruct(ctypes.Structure):
+    """What a step leaves to be read."""
+
+    _fields_ = (
+        ("grad_norm", _Double),
+        ("loss_scale", _Double),
+        ("outcome", _Double),
+        ("counts", _Double * len(OUTCOMES)),
+    )
+
+
+class SpikeHistoryStruct(ctypes.Structure):
+    """What follows the status where spikes are looked for."""
+
+    _fields_ = (("streak", _Double), ("refused", _Double * 8))
+
+
+class SeriesStruct(ctypes.Structure):
+    """What follows the history, for norms and for losses; with as many values as the window has."""
+
+    _fields_ = (("limit", _Double), ("accepted", _Double), ("values", _Double * 1))
+
+
+class ChunkStatsStruct(ctypes.Structure):
+    """What the update finds out about a chunk."""
+
+    _fields_ = (
+        ("grad_squares", _Double),
+        ("grad_max", _Double),
+        ("update_squares", _Double),
+        ("param_squares", _Double),
+        ("lost_updates", _Double),
+    )
+
+
 class StepInputsStruct(ctypes.Structure):
     """What is known only when the step runs."""
 
@@ -82,6 +134,9 @@ class StepInputsStruct(ctypes.Structure):
         ("skip_nonfinite", _Int64),
         ("seed", ctypes.c_uint64),
         ("status", _Address),
+        ("loss", _Address),
+        ("spikes", SpikeOptionsStruct),
+        ("averaging", AveragingStruct),
     )
 
 
@@ -107,6 +162,12 @@ FORMAT_CODE = {
     "root_signed": 6,
     "root_unsigned": 7,
 }
+NO_FORMAT = -1  # of a tensor that is nowhere
+
+
+def format_codes(formats: Formats) -> list[int]:
+    """How the kernels number the formats of a parameter and what belongs to it."""
+    return [NO_FORMAT if format is None else FORMAT_CODE[format.name] for format in formats]
 
 
 def as_number(value: Any) -> float:
@@ -154,12 +215,62 @@ class Hyper(NamedTuple):
         return (lr, *self[1:])
 
 
+class Averaging(NamedTuple):
+    """How the average of the parameters follows them (struct Averaging, csrc/average.h).
+
+    Attributes:
+        decay: What is kept of the average when it moves.
+        warmup: How decay is reached, enum Warmup: a position in `WARMUPS`.
+        start_step: The average is the parameter itself until so many updates have been made.
+        every: It then moves at every so many updates.
+    """
+
+    decay: float
+    warmup: int = 0
+    start_step: int = 0
+    every: int = 1
+
+
+WARMUPS = (None, "timm", "diffusers")
+NO_AVERAGING = Averaging(0.0)
+
+
+class SpikeOptions(NamedTuple):
+    """When a gradient norm, or a loss, is a spike (struct SpikeOptions, csrc/outcome.h).
+
+    Attributes:
+        sigmas: Above the mean by more than so many deviations ...
+        window: ... of so many accepted ones; 0: nothing is a spike.
+        warmup: Of which so many have to be known before any is.
+        clips: Clip gradients to the limit, instead of skipping the step.
+    """
+
+    sigmas: float = 0.0
+    window: int = 0
+    warmup: int = 0
+    clips: bool = False
+
+
+NO_SPIKES = SpikeOptions()
+
+
+# Where the parts of a status are, in words: what of it all statuses have, and the history of spikes.
+STATUS_WORDS = words(StatusStruct)
+HISTORY_WORDS = words(SpikeHistoryStruct)
+
+
+def status_words(window: int) -> int:
+    """How many float64 a status takes, with the history of spikes that follows it."""
+    series = words(SeriesStruct) - 1 + window
+    return STATUS_WORDS + (HISTORY_WORDS + 2 * series if window else 0)
+
+
 @dataclass(eq=False)
 class StepInputs:
     """What is known only when the step runs (struct StepInputs). Tensors are on the bucket's device.
 
     Attributes:
-        status: float64 (2,), written: the gradient norm, and 1 added if the step was skipped.
+        status: float64 (at least `status_words(spikes.window)`,), written: struct Status, and the history.
         sums: float64 (n,), parts of the sum of squares of all gradients as they are stored, before unscaling;
             None: no norm, no clipping.
         max_grad_norm: clip to this global norm; read where `sums` is given.
@@ -167,6 +278,9 @@ class StepInputs:
         found_inf: float32, one element: not 0 means skip the step.
         skip_nonfinite: skip the step where the norm is not finite.
         seed: of the noise of stochastic formats.
+        loss: float64, one element: tested as the norm is, where spikes are looked for.
+        spikes: what a spike is.
+        averaging: how the averages of rows that have one follow their parameters.
     """
 
     status: Tensor
@@ -176,6 +290,9 @@ class StepInputs:
     found_inf: Tensor | None = None
     skip_nonfinite: bool = False
     seed: int = 0
+    loss: Tensor | None = None
+    spikes: SpikeOptions = NO_SPIKES
+    averaging: Averaging = NO_AVERAGING
 
     @functools.cached_property
     def record(self) -> Tensor:
@@ -205,7 +322,10 @@ class StepInputs:
             found_inf=address("found_inf", torch.float32),
             skip_nonfinite=self.skip_nonfinite,
             seed=self.seed,
-            status=address("status", torch.float64, 2),
+            status=address("status", torch.float64, status_words(self.spikes.window)),
+            loss=address("loss", torch.float64),
+            spikes=SpikeOptionsStruct(*self.spikes),
+            averaging=AveragingStruct(*self.averaging),
         )
         return torch.frombuffer(struct, dtype=torch.int64)
 
@@ -222,6 +342,7 @@ class Entry:
     exp_avg_sq: Field
     max_exp_avg_sq: Field | None
     step: Tensor
+    average: Field | None = None
 
 
 @dataclass(slots=True)
@@ -234,8 +355,9 @@ class Tables:
         chunks: int32 (n_chunks, 2), struct Chunk.
         chunk_size: Elements of a chunk.
         hypers: float64 (n_hypers, words), struct Hyper.
-        formats: `FORMAT_CODE` of the parameters, the gradients, exp_avg and exp_avg_sq.
+        formats: `FORMAT_CODE` of the parameters, the gradients, exp_avg, exp_avg_sq and the average.
         workspace: float64 (1 + n_chunks,); the first four bytes are 0 before and after every call.
+        stats: float64 (n_chunks, words), struct ChunkStats, written by an update; no rows: not asked for.
     """
 
     rows: Tensor
@@ -245,6 +367,7 @@ class Tables:
     hypers: Tensor
     formats: tuple[int, ...]
     workspace: Tensor
+    stats: Tensor
 
 
 def row_table(n: int, **columns: Sequence[int] | Tensor) -> Tensor:

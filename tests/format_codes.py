@@ -2,7 +2,7 @@
 
 import itertools
 
-F32, BF16, F16, F64, STOCHASTIC, SPLIT, SIGNED, UNSIGNED = range(8)  # enum FormatCode
+NONE, F32, BF16, F16, F64, STOCHASTIC, SPLIT, SIGNED, UNSIGNED = range(-1, 8)  # enum FormatCode
 NAMES = (
     "float32",
     "bfloat16",
@@ -57,6 +57,11 @@ CUDA_LAYOUTS = [
     (F16, F32, BF16, STOCHASTIC),
     (F16, F32, SIGNED, UNSIGNED),
 ]
+
+
+def averages(formats: tuple[int, ...]) -> tuple[int, ...]:
+    """How an average of parameters of a layout may be kept."""
+    return (F64,) if formats[0] == F64 else (F32, STOCHASTIC)
 
 
 def has_codes(formats: tuple[int, ...]) -> bool:

@@ -29,18 +29,21 @@ ALLOWED = {
     "step": {"device", "dtensors", "extension", "fields", "formats", "interrupts", "layout", "tables"},
     "announce": set(),
     "variants": {"tables"},
-    "arguments": {"dtensors", "state", "step", "tables", "variants"},
+    "averages": {"formats", "tables"},
+    "spikes": {"tables"},
+    "arguments": {"averages", "dtensors", "spikes", "state", "step", "tables", "variants"},
     "names": {"groups"},
     "state": {"arguments", "dtensors", "fields", "formats", "groups", "layout", "names", "tables"},
-    "optimizer": {"announce", "arguments", "backends", "groups", "names", "state", "step", "stepping"}
-    | {"variants"},
+    "optimizer": {"announce", "arguments", "averages", "backends", "groups", "names", "spikes", "state"}
+    | {"step", "stepping", "variants"},
     "stepping": {"announce", "backends", "device", "dtensors", "eager", "fields", "names", "observations"}
     | {"state", "step", "tables"},
-    "observations": {"state", "step"},
+    "guarded": {"backends", "device", "dtensors", "eager", "state", "step", "tables"},
+    "observations": {"guarded", "step", "tables"},
     "muon": {"announce", "arguments", "backends", "dtensors", "eager", "groups", "optimizer", "step"}
     | {"tables"},
     "version": set(),
-    "__init__": {"groups", "backends", "muon", "observations", "optimizer", "version"},
+    "__init__": {"averages", "groups", "backends", "muon", "optimizer", "spikes", "step", "version"},
     "cli": {"arguments", "backends", "device", "groups", "optimizer", "state", "version"},
     "__main__": {"cli"},
 }
@@ -66,6 +69,7 @@ ALLOWED_WITHIN = {
         "checkpoints": {"checks", "contents", "mismatch"},
         "regroup": {"checkpoints"},
         "masters": {"contents", "loading"},
+        "averages": {"masters"},
         "loading": {"checkpoints", "contents", "precision", "purposes", "regroup"},
     },
     # The rule knows no formats, and a format no rule.
@@ -73,7 +77,9 @@ ALLOWED_WITHIN = {
         "rule": set(),
         "formats": set(),
         "noise": set(),
-        "kernels": {"formats", "noise", "rule"},
+        "outcome": set(),
+        "besides": {"formats", "rule"},
+        "kernels": {"besides", "formats", "noise", "outcome", "rule"},
         "__init__": {"formats", "kernels"},
     },
 }
@@ -85,13 +91,18 @@ ALLOWED_INCLUDES = {
     "inline.h": set(),
     "noise.h": {"inline.h"},
     "adamw.h": {"inline.h", "tables.h"},
+    "average.h": {"inline.h", "tables.h"},
+    "outcome.h": {"inline.h", "tables.h"},
+    "stats.h": {"formats.h", "inline.h"},
     "formats.h": {"inline.h", "tables.h"},
     "cpu/kernels.h": {"formats.h", "tables.h"},
     "cpu/halves.h": {"inline.h"},
     "cpu/blocks.h": {"cpu/halves.h", "formats.h", "noise.h"},
     "cpu/math.h": {"adamw.h", "formats.h"},
     "cpu/squares.h": {"cpu/blocks.h"},
-    "cpu/kernels.cpp": {"adamw.h"} | {f"cpu/{part}.h" for part in ("blocks", "kernels", "math", "squares")},
+    "cpu/besides.h": {"average.h", "cpu/squares.h", "stats.h"},
+    "cpu/kernels.cpp": {"adamw.h"}
+    | {f"cpu/{part}.h" for part in ("besides", "blocks", "kernels", "math", "squares")},
     "cuda/kernels.h": {"tables.h"},
     "cuda/layouts.h": {"formats.h"},
     "cuda/walk.cuh": {"formats.h"},
@@ -99,7 +110,8 @@ ALLOWED_INCLUDES = {
     "cuda/elements.cuh": {"cuda/layouts.h", "cuda/walk.cuh", "noise.h"},
     "cuda/switches.h": set(),
     "cuda/fast_math.h": {"formats.h"},
-    "cuda/update.cu": {"adamw.h", "cuda/elements.cuh"}
+    "cuda/besides.cuh": {"average.h", "cuda/elements.cuh", "stats.h"},
+    "cuda/update.cu": {"adamw.h", "outcome.h", "cuda/besides.cuh", "cuda/elements.cuh"}
     | {f"cuda/{part}.h" for part in ("fast_math", "kernels", "switches")},
     "cuda/dispatch.cu": {"cuda/kernels.h", "cuda/layouts.h", "cuda/switches.h"},
     "python/dispatch_keys.h": set(),
@@ -107,7 +119,7 @@ ALLOWED_INCLUDES = {
     "python/survey.h": set(),
     "python/survey.cpp": {"python/dispatch_keys.h", "python/survey.h"},
     "python/guard.cpp": {"python/dispatch_keys.h", "python/guard.h"},
-    "torch/bindings.cpp": {"adamw.h", "cpu/kernels.h", "cuda/kernels.h", "tables.h"}
+    "torch/bindings.cpp": {"outcome.h", "cpu/kernels.h", "cuda/kernels.h", "tables.h"}
     | {"python/guard.h", "python/survey.h"},
 }
 SEES_TORCH = {"torch/bindings.cpp": ".*"} | dict.fromkeys(

@@ -11,7 +11,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fused_adamw import FusedHygieneAdamW, available_backends, backends
 from fused_adamw.backends import native, reference
-from fused_adamw.tables import StepInputs, chunk_table, hyper_table, row_table
+from fused_adamw.tables import (
+    SpikeOptions,
+    StepInputs,
+    StepInputsStruct,
+    chunk_table,
+    hyper_table,
+    row_table,
+    status_words,
+    words,
+)
+
+STATUS, INPUTS = status_words(0), words(StepInputsStruct)
 
 CPU = torch.device("cpu")
 
@@ -291,10 +302,11 @@ def tables(chunk_size=4):
         "chunks": chunk_table([6, 3], chunk_size),
         "chunk_size": chunk_size,
         "hypers": hyper_table([hyper]),
-        "formats": (0, 0, 0, 0),
+        "formats": (0, 0, 0, 0, -1),
         "workspace": torch.zeros(4, dtype=torch.float64),
         "sum": torch.zeros(1, dtype=torch.float64),
-        "status": torch.zeros(2, dtype=torch.float64),
+        "status": torch.zeros(STATUS, dtype=torch.float64),
+        "stats": torch.zeros(0, 5, dtype=torch.float64),
     }, (params, grads, states)
 
 
@@ -305,7 +317,7 @@ def sum_args(t, dtype=0):
 def update_args(t, **inputs):
     record = t["inputs"] if "inputs" in t else StepInputs(t["status"], max_grad_norm=1.0, **inputs).record
     tables = t["rows"], t["grads"], t["chunks"], t["chunk_size"], t["hypers"], t["formats"]
-    return *tables, record, t["workspace"]
+    return *tables, record, t["workspace"], t["stats"]
 
 
 @pytest.fixture
@@ -329,6 +341,7 @@ def test_opcheck(ops):
     t, keep = tables()
     torch.library.opcheck(ops.sum_of_squares.default, sum_args(t))
     torch.library.opcheck(ops.update.default, update_args(t))
+    t["stats"] = torch.zeros(3, 5, dtype=torch.float64)
     torch.library.opcheck(ops.update.default, update_args(t, sums=t["sum"]))
     del keep
 
@@ -343,16 +356,20 @@ def test_opcheck(ops):
         ("grads", torch.zeros(2)),
         ("grads", torch.zeros(4, dtype=torch.int64)[::2]),
         ("formats", (0, 0)),
+        ("formats", (0, 0, 0, 0)),
         ("inputs", torch.zeros(7)),
-        ("inputs", torch.zeros(6, dtype=torch.int64)),
-        ("inputs", torch.zeros(14, dtype=torch.int64)[::2]),
-        ("inputs", torch.zeros(7, dtype=torch.int64)),  # nowhere to report to
+        ("inputs", torch.zeros(INPUTS - 1, dtype=torch.int64)),
+        ("inputs", torch.zeros(2 * INPUTS, dtype=torch.int64)[::2]),
+        ("inputs", torch.zeros(INPUTS, dtype=torch.int64)),  # nowhere to report to
         ("chunks", torch.zeros(3, 2, dtype=torch.int64)),
         ("chunks", torch.zeros(3, 3, dtype=torch.int32)),
         ("hypers", torch.zeros(1, 7)),
         ("hypers", torch.zeros(1, 7, dtype=torch.float64)),
         ("workspace", torch.zeros(4)),
         ("workspace", torch.zeros(0, dtype=torch.float64)),
+        ("stats", torch.zeros(3, 5)),
+        ("stats", torch.zeros(3, 4, dtype=torch.float64)),
+        ("stats", torch.zeros(2, 5, dtype=torch.float64)),
         ("sum", torch.zeros(1)),
         ("sum", torch.zeros(0, dtype=torch.float64)),
         ("chunk_size", 0),
@@ -387,22 +404,31 @@ def test_a_workspace_without_a_place_for_every_chunk_is_refused(ops):
         ("found_inf", torch.zeros(0)),
         ("sums", torch.zeros(1)),
         ("sums", torch.zeros(4, dtype=torch.float64)[::2]),
-        ("status", torch.zeros(2)),
-        ("status", torch.zeros(1, dtype=torch.float64)),
+        ("status", torch.zeros(STATUS)),
+        ("status", torch.zeros(STATUS - 1, dtype=torch.float64)),
+        ("loss", torch.zeros(())),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_inputs_of_another_kind_are_refused(name, value):
     """They reach kernels as addresses, which say nothing of what is there."""
-    inputs = StepInputs(**{"status": torch.zeros(2, dtype=torch.float64), name: value})
+    inputs = StepInputs(**{"status": torch.zeros(STATUS, dtype=torch.float64), name: value})
     with pytest.raises(ValueError, match=f"{name} must be contiguous, of torch.float"):
+        inputs.record  # noqa: B018
+
+
+def test_a_status_without_room_for_the_history_is_refused():
+    inputs = StepInputs(torch.zeros(STATUS, dtype=torch.float64), spikes=SpikeOptions(6.0, 8, 8))
+    with pytest.raises(ValueError, match=f"status must be .* at least {STATUS + 9 + 2 * (2 + 8)} elements"):
         inputs.record  # noqa: B018
 
 
 def test_dtypes_without_a_kernel_are_refused(ops):
     t, (params, _, states) = tables()
-    with pytest.raises(RuntimeError, match="no update kernel for formats 0, 3, 0, 0"):
-        ops.update(*update_args({**t, "formats": (0, 3, 0, 0)}))
+    with pytest.raises(RuntimeError, match="no update kernel for formats 0, 3, 0, 0, -1"):
+        ops.update(*update_args({**t, "formats": (0, 3, 0, 0, -1)}))
+    with pytest.raises(RuntimeError, match="no update kernel for formats 0, 0, 0, 0, 1"):
+        ops.update(*update_args({**t, "formats": (0, 0, 0, 0, 1)}))
     with pytest.raises(RuntimeError, match="no norm kernel for gradient format 9"):
         ops.sum_of_squares(*sum_args(t, 9))
     assert params[0].eq(1).all()

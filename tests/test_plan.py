@@ -84,8 +84,23 @@ STRUCTS = {
     "Row": tables.RowStruct,
     "Chunk": tables.ChunkStruct,
     "Hyper": tables.HyperStruct,
+    "Averaging": tables.AveragingStruct,
+    "SpikeOptions": tables.SpikeOptionsStruct,
+    "Status": tables.StatusStruct,
+    "SpikeHistory": tables.SpikeHistoryStruct,
+    "Series": tables.SeriesStruct,
+    "ChunkStats": tables.ChunkStatsStruct,
     "StepInputs": tables.StepInputsStruct,
 }
+OUTCOMES = {
+    "kStepped": "stepped",
+    "kClippedSpike": "clipped_spike",
+    "kOverflow": "overflow",
+    "kNonfinite": "nonfinite",
+    "kSpike": "spike",
+    "kLossSpike": "loss_spike",
+}
+WARMUPS = {"kNoWarmup": None, "kTimmWarmup": "timm", "kDiffusersWarmup": "diffusers"}
 CODES = {
     "kFloat32": "float32",
     "kBFloat16": "bfloat16",
@@ -109,6 +124,8 @@ def test_layouts_are_those_of_the_c_structs(tmp_path):
         ctypes.c_int32: "int32_t",
         ctypes.c_double: "double",
         tables.FieldStruct: "Field",
+        tables.AveragingStruct: "Averaging",
+        tables.SpikeOptionsStruct: "SpikeOptions",
     }
     lines = []
     for name, struct in STRUCTS.items():
@@ -118,9 +135,14 @@ def test_layouts_are_those_of_the_c_structs(tmp_path):
         for field, c_type in struct._fields_:
             lines.append(f'std::printf("{name}.{field} %zu\\n", offsetof({name}, {field}));')
             is_pointer = f"std::is_pointer_v<decltype({name}::{field})>"
-            is_same = f"std::is_same_v<decltype({name}::{field}), {c_types[c_type]}>"
+            item = getattr(c_type, "_type_", c_type)  # of an array
+            c_name = c_types[c_type if isinstance(item, str) else item]
+            is_same = f"std::is_same_v<std::remove_extent_t<decltype({name}::{field})>, {c_name}>"
             lines.append(f"static_assert({is_pointer} || {is_same});")
-    lines += [f'std::printf("{d} %d\\n", static_cast<int>({d}));' for d in CODES]
+    lines += [
+        f'std::printf("{d} %d\\n", static_cast<int>({d}));'
+        for d in [*CODES, *OUTCOMES, *WARMUPS, "kNoFormat"]
+    ]
     source = tmp_path / "layout.cpp"
     source.write_text(
         '#include <cstddef>\n#include <cstdio>\n#include <type_traits>\n#include "tables.h"\n'
@@ -132,7 +154,11 @@ def test_layouts_are_those_of_the_c_structs(tmp_path):
     expected = {name: ctypes.sizeof(struct) for name, struct in STRUCTS.items()}
     for name, struct in STRUCTS.items():
         expected |= {f"{name}.{field}": getattr(struct, field).offset for field, _ in struct._fields_}
-    assert found == expected | {code: tables.FORMAT_CODE[name] for code, name in CODES.items()}
+    expected |= {code: tables.FORMAT_CODE[name] for code, name in CODES.items()}
+    expected |= {number: tables.OUTCOMES.index(name) for number, name in OUTCOMES.items()}
+    expected |= {number: tables.WARMUPS.index(name) for number, name in WARMUPS.items()}
+    assert found == expected | {"kNoFormat": tables.NO_FORMAT}
+    assert len(OUTCOMES) == len(tables.OUTCOMES)
     assert tables.FORMAT_CODE.keys() == FORMATS.keys()
     assert found["Row"] == 128
     assert ctypes.sizeof(tables.ChunkStruct) == 4 * tables.chunk_table([1], 1).shape[1]

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "../adamw.h"
+#include "besides.h"
 #include "blocks.h"
 #include "math.h"
 #include "squares.h"
@@ -28,6 +29,7 @@ struct Operands {
   Operand<ExpAvgFormats> m;
   Operand<ExpAvgSqFormats> v;
   Operand<ExpAvgFormats> v_max;  // under amsgrad
+  Operand<AverageFormats> average;
 };
 
 // Calls f with the coefficients, and what the rule chooses by is a constant in them: a loop for each case, as
@@ -54,13 +56,14 @@ ADAMW_FN void with_choices(const Coefficients<T>& c, const F& f) {
 // formats takes the same loop over the rule.
 template <typename Walk, bool kAmsgrad, typename T = typename Walk::T>
 ADAMW_FN void update_block(const Operands& at, const Block& block, const Coefficients<T>& c,
-                           const CpuMath<T>& math) {
-  alignas(64) T buffers[5][Walk::kSize];
+                           const CpuMath<T>& math, const Besides<T>& besides) {
+  alignas(64) T buffers[5][Walk::kSize], before[Walk::kSize];
   T* const p = load_block<kWrite, Walk>(at.p, block, buffers[0]);
   T* const g = load_block<kRead, Walk>(at.g, block, buffers[1]);
   T* const m = load_block<kWrite, Walk>(at.m, block, buffers[2]);
   T* const v = load_block<kWrite, Walk>(at.v, block, buffers[3]);
   T* const v_max = kAmsgrad ? load_block<kWrite, Walk>(at.v_max, block, buffers[4]) : nullptr;
+  if (besides.stats) memcpy(before, p, block.n * sizeof(T));
   with_choices(c, [&](const Coefficients<T>& constant) __attribute__((always_inline)) {
 // Values on their way are locals: through references to memory, each step of the rule would be stored.
 #pragma GCC ivdep
@@ -77,6 +80,8 @@ ADAMW_FN void update_block(const Operands& at, const Block& block, const Coeffic
   store_block<Walk>(at.v, block, v, 16);
   if (kAmsgrad) store_block<Walk>(at.v_max, block, v_max);
   store_block<Walk>(at.p, block, p);
+  if (besides.stats) observe_block(*besides.stats, before, p, g, block.n, besides.is_bfloat16);
+  if (besides.moves_average) move_average<Walk>(at.p, at.average, block, besides.average);
 }
 
 // Elements of a row that a chunk covers.
@@ -95,23 +100,28 @@ struct RowUpdate {
   Operands at;
   Coefficients<T> c;
   CpuMath<T> math;
+  Besides<T> besides;
   RowNoise noise;
 };
 
 template <bool kNoise, typename T>
-ADAMW_FN RowUpdate<T> update_of(const UpdateArgs& args, const Row& row, const Coefficients<T>& c,
-                                float step) {
+ADAMW_FN RowUpdate<T> update_of(const UpdateArgs& args, const Row& row, const Coefficients<T>& c, float step,
+                                Stats* stats) {
   RowUpdate<T> x;
   x.at = {{args.formats.param, row.param},
           {args.formats.grad, {args.table.grads[row.slot], 0}},
           {args.formats.exp_avg, row.exp_avg},
           {args.formats.exp_avg_sq, row.exp_avg_sq},
-          {args.formats.exp_avg, row.max_exp_avg_sq}};
+          {args.formats.exp_avg, row.max_exp_avg_sq},
+          {args.formats.average, row.average}};
   x.c = c;
+  const double weight = row.average.values ? average_weight(args.inputs.averaging, step) : 0.0;
+  x.besides = {stats, is_bfloat16(args.formats.param), weight != 0.0, AverageStep<T>::of(weight)};
   x.math = CpuMath<T>::of(c.bias_correction2_sqrt);
   if constexpr (kNoise) {
     const uint64_t word = noise_word(args.inputs.seed, row.ordinal);
-    const FormatCodes high = {args.formats.param, args.formats.grad, args.formats.exp_avg, kFloat32};
+    const FormatCodes high = {args.formats.param, args.formats.grad, args.formats.exp_avg, kFloat32,
+                              args.formats.average};
     x.noise = {noise_key(word, static_cast<uint64_t>(step)), row.offset, row.local_columns, row.columns,
                !take_noise(high)};
   }
@@ -120,26 +130,26 @@ ADAMW_FN RowUpdate<T> update_of(const UpdateArgs& args, const Row& row, const Co
 
 template <typename T, bool kAmsgrad, bool kNoise>
 void update_span(const UpdateArgs& args, const Row& row, const Span& span, const Coefficients<T>& c,
-                 float step) {
+                 float step, Stats* stats) {
   constexpr int64_t kSize = kNoise ? kNoiseBlock : kBlock;
   using W = Walk<T, kSize, kNoise>;
-  const RowUpdate<T> x = update_of<kNoise>(args, row, c, step);  // copies that no store can alias
+  const RowUpdate<T> x = update_of<kNoise>(args, row, c, step, stats);  // copies that no store can alias
   alignas(64) uint32_t noise[kSize];
   int64_t i = span.begin;
   const int64_t end = span.end;
   for (; i + kSize <= end; i += kSize) {
     if (kNoise) draw(x.noise, i, kSize, noise);
-    update_block<W, kAmsgrad>(x.at, {i, kSize, 0, noise}, x.c, x.math);
+    update_block<W, kAmsgrad>(x.at, {i, kSize, 0, noise}, x.c, x.math, x.besides);
   }
   if (kNoise) draw(x.noise, i, end - i, noise);
-  update_block<W, kAmsgrad>(x.at, {i, end - i, 0, noise}, x.c, x.math);
+  update_block<W, kAmsgrad>(x.at, {i, end - i, 0, noise}, x.c, x.math, x.besides);
 }
 
 // The blocks of codes that start in the span, whole. Each row of the tensor is cut from its start on.
 void update_codes(const UpdateArgs& args, const Row& row, const Span& span, const Coefficients<float>& c,
-                  float step) {
+                  float step, Stats* stats) {
   using W = Walk<float, kCodeBlock, true>;
-  const RowUpdate<float> x = update_of<true>(args, row, c, step);
+  const RowUpdate<float> x = update_of<true>(args, row, c, step, stats);
   const int64_t columns = row.local_columns, per_row = (columns + kCodeBlock - 1) / kCodeBlock;
   alignas(64) uint32_t noise[kCodeBlock];
   int64_t line = span.begin / columns, block = (span.begin % columns + kCodeBlock - 1) / kCodeBlock;
@@ -150,16 +160,17 @@ void update_codes(const UpdateArgs& args, const Row& row, const Span& span, cons
     const int64_t n = left < kCodeBlock ? left : kCodeBlock, side = line * per_row + block;
     if (n == kCodeBlock) {
       draw(x.noise, begin, kCodeBlock, noise);
-      update_block<W, false>(x.at, {begin, kCodeBlock, side, noise}, x.c, x.math);
+      update_block<W, false>(x.at, {begin, kCodeBlock, side, noise}, x.c, x.math, x.besides);
     } else {
       draw(x.noise, begin, n, noise);
-      update_block<W, false>(x.at, {begin, n, side, noise}, x.c, x.math);
+      update_block<W, false>(x.at, {begin, n, side, noise}, x.c, x.math, x.besides);
     }
   }
 }
 
 template <typename T>
-using Update = void (*)(const UpdateArgs&, const Row&, const Span&, const Coefficients<T>&, float step);
+using Update = void (*)(const UpdateArgs&, const Row&, const Span&, const Coefficients<T>&, float step,
+                        Stats*);
 
 // With and without amsgrad.
 template <typename T>
@@ -187,7 +198,14 @@ void update_rows(const UpdateArgs& args, double grad_scale, int64_t begin, int64
       c = coefficients<T>(args.hypers[hyper], step, grad_scale);
     }
     const Span span = span_of(args.table, row, args.table.chunks[i]);
-    (row.max_exp_avg_sq.values ? updates.with_maximum : updates.without)(args, row, span, c, step);
+    const auto update = row.max_exp_avg_sq.values ? updates.with_maximum : updates.without;
+    if (args.stats) {
+      Stats stats;
+      update(args, row, span, c, step, &stats);
+      args.stats[i] = chunk_stats<T>(stats);
+    } else {
+      update(args, row, span, c, step, nullptr);
+    }
   }
 }
 

@@ -2,6 +2,8 @@
 // fraction of its time.
 #pragma once
 
+#include <float.h>
+
 #include "../adamw.h"
 #include "../formats.h"
 

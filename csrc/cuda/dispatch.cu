@@ -12,11 +12,12 @@
 namespace fused_adamw {
 
 bool cuda_supports(const FormatCodes& formats) {
-  return CudaLayouts::visit(formats, [](auto) {});
+  return share_arithmetic(formats) && CudaLayouts::visit(formats, [](auto) {});
 }
 
 const char* launch_update(const UpdateArgs& args, bool hypers_on_host, int device, void* stream) {
   const char* failure = "not built for these formats";
+  if (!share_arithmetic(args.formats)) return failure;
   CudaLayouts::visit(args.formats, [&](auto layout) {
     failure = launch_update_of<typename decltype(layout)::Param>(args, hypers_on_host, device, stream);
   });

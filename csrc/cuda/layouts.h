@@ -22,12 +22,23 @@ struct Layout {
   static constexpr bool kTakesNoise = P::kTakesNoise || M::kTakesNoise || V::kTakesNoise;
   static constexpr bool kIsPlain = !kTakesNoise && P::kSide == kNoSide;
   static constexpr bool kHasCodes = M::kSide == kSidePerBlock;
+  static constexpr bool kBesides = false;
   static_assert(kHasCodes == (V::kSide == kSidePerBlock), "both moments are codes, or neither");
+};
+
+// The same tensors, and what a step may do besides the rule: find out norms, move an average in whichever
+// format. It has kernels of its own, as those of the rule need their registers.
+template <typename L>
+struct WithBesides : L {
+  static constexpr int kWidest = std::max<int>(L::kWidest, sizeof(float));
+  static constexpr bool kTakesNoise = true;
+  static constexpr bool kIsPlain = false;
+  static constexpr bool kBesides = true;
 };
 
 template <typename... Layouts>
 struct LayoutList {
-  // Calls f with the layout of these formats. False: it is not on the list.
+  // Calls f with the layout of these formats, whatever the average's. False: it is not on the list.
   template <typename F>
   ADAMW_HOST_FN bool visit(const FormatCodes& formats, const F& f) {
     return ((Layouts::Param::kCode == formats.param && Layouts::Grad::kCode == formats.grad &&

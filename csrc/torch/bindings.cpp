@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "../adamw.h"
 #include "../cpu/kernels.h"
+#include "../outcome.h"
 #include "../python/guard.h"
 #include "../python/survey.h"
 #ifdef FUSED_ADAMW_CUDA
@@ -35,6 +35,7 @@ using torch::stable::Tensor;
 constexpr int64_t kRowWords = sizeof(Row) / sizeof(int64_t);
 constexpr int64_t kChunkWords = sizeof(Chunk) / sizeof(int32_t);
 constexpr int64_t kHyperWords = sizeof(Hyper) / sizeof(double);
+constexpr int64_t kStatsWords = sizeof(ChunkStats) / sizeof(double);
 // Below this many elements a step is over before a second thread has woken up.
 constexpr int64_t kSerialElements = 1 << 15;
 
@@ -78,17 +79,17 @@ NormArgs norm_args(const Tensor& rows, const Tensor& grads, const Tensor& chunks
   return args;
 }
 
-// formats: of parameters, gradients, exp_avg and exp_avg_sq.
+// formats: of parameters, gradients, exp_avg, exp_avg_sq and the average.
 FormatCodes format_codes(const std::vector<int64_t>& formats) {
-  STD_TORCH_CHECK(formats.size() == 4, "fused_adamw: formats must be four, got ", formats.size());
+  STD_TORCH_CHECK(formats.size() == 5, "fused_adamw: formats must be five, got ", formats.size());
   const auto code = [&](int i) { return static_cast<FormatCode>(formats[i]); };
-  return {code(0), code(1), code(2), code(3)};
+  return {code(0), code(1), code(2), code(3), code(4)};
 }
 
-// inputs: int64, the words of a StepInputs, on the host.
+// inputs: int64, the words of a StepInputs, on the host. stats: without rows, nothing is asked for.
 UpdateArgs update_args(const Tensor& rows, const Tensor& grads, const Tensor& chunks, int64_t chunk_size,
                        const Tensor& hypers, const std::vector<int64_t>& formats, const Tensor& inputs,
-                       const Tensor& workspace) {
+                       const Tensor& workspace, const Tensor& stats) {
   UpdateArgs args{};
   args.table = check_tables(rows, grads, chunks, chunk_size);
   check_table(hypers, "hypers", ScalarType::Double, kHyperWords);
@@ -103,6 +104,11 @@ UpdateArgs update_args(const Tensor& rows, const Tensor& grads, const Tensor& ch
   STD_TORCH_CHECK(args.inputs.status, "fused_adamw: inputs must have a status");
   args.ticket =
       reinterpret_cast<uint32_t*>(check_vector<double>(workspace, "workspace", ScalarType::Double, 1, rows));
+  check_table(stats, "stats", ScalarType::Double, kStatsWords);
+  if (stats.size(0)) {
+    args.stats = reinterpret_cast<ChunkStats*>(
+        check_vector<double>(stats, "stats", ScalarType::Double, args.table.n_chunks * kStatsWords, rows));
+  }
   return args;
 }
 
@@ -153,16 +159,14 @@ void sum_of_squares_cpu(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_
 }
 
 void update_cpu(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, Tensor hypers,
-                std::vector<int64_t> formats, Tensor inputs, Tensor workspace) {
-  const UpdateArgs args = update_args(rows, grads, chunks, chunk_size, hypers, formats, inputs, workspace);
+                std::vector<int64_t> formats, Tensor inputs, Tensor workspace, Tensor stats) {
+  const UpdateArgs args =
+      update_args(rows, grads, chunks, chunk_size, hypers, formats, inputs, workspace, stats);
   STD_TORCH_CHECK(share_arithmetic(args.formats), "fused_adamw: no update kernel for formats ", formats[0],
-                  ", ", formats[1], ", ", formats[2], ", ", formats[3]);
+                  ", ", formats[1], ", ", formats[2], ", ", formats[3], ", ", formats[4]);
   const StepScalars scalars = step_scalars(args.inputs);
-  args.inputs.status[0] = scalars.grad_norm;
-  if (scalars.skip) {
-    args.inputs.status[1] += 1.0;
-    return;
-  }
+  record(args.inputs, scalars);
+  if (scalars.skip) return;
   for_chunks(args.table, [&](int64_t begin, int64_t end) {
     cpu_kernels().update_chunks(args, scalars.grad_scale, begin, end);
   });
@@ -189,8 +193,9 @@ void sum_of_squares_cuda(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk
 }
 
 void update_cuda(Tensor rows, Tensor grads, Tensor chunks, int64_t chunk_size, Tensor hypers,
-                 std::vector<int64_t> formats, Tensor inputs, Tensor workspace) {
-  const UpdateArgs args = update_args(rows, grads, chunks, chunk_size, hypers, formats, inputs, workspace);
+                 std::vector<int64_t> formats, Tensor inputs, Tensor workspace, Tensor stats) {
+  const UpdateArgs args =
+      update_args(rows, grads, chunks, chunk_size, hypers, formats, inputs, workspace, stats);
   const bool on_host = hypers.is_cpu();
   STD_TORCH_CHECK(!on_host || args.n_hypers <= kMaxInlineHypers,
                   "fused_adamw: a hypers table on the host holds at most ", kMaxInlineHypers, " rows, got ",
@@ -233,7 +238,7 @@ STABLE_TORCH_LIBRARY(fused_adamw, m) {
       "Tensor(a!) workspace, Tensor(b!) sum) -> ()");
   m.def(
       "update(Tensor rows, Tensor grads, Tensor chunks, int chunk_size, Tensor hypers, int[] formats, "
-      "Tensor inputs, Tensor(a!) workspace) -> ()");
+      "Tensor inputs, Tensor(a!) workspace, Tensor(b!) stats) -> ()");
   m.def("supports(str device_type, int[] formats) -> bool");
   m.def("build_info() -> str");
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..device import NO_GPU, capability_of, has_gpu, is_gpu
 from ..extension import load_extension
 from ..formats import Formats
-from ..tables import FORMAT_CODE, StepInputs, Tables
+from ..tables import StepInputs, Tables, format_codes
 
 # Elements per chunk: large enough that the walk costs nothing, small enough to share out one tensor. On a
 # GPU, below so many elements in all, smaller ones, so that every processor has some: which ones is not yet
@@ -89,8 +89,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 def _has_kernel(device_type: str, formats: Formats) -> bool:
     if _load_error():
         return False
-    codes = [FORMAT_CODE[format.name] for format in formats]
-    built: bool = torch.ops.fused_adamw.supports(device_type, codes)
+    built: bool = torch.ops.fused_adamw.supports(device_type, format_codes(formats))
     return built
 
 
@@ -126,5 +125,5 @@ def sum_of_squares(t: Tables, chunks: Tensor, out: Tensor) -> None:
 def update(t: Tables, inputs: StepInputs) -> None:
     """Step in place the parameters, moments and step counts of all rows that have a gradient."""
     _operator("update")(
-        t.rows, t.grads, t.chunks, t.chunk_size, t.hypers, t.formats, inputs.record, t.workspace
+        t.rows, t.grads, t.chunks, t.chunk_size, t.hypers, t.formats, inputs.record, t.workspace, t.stats
     )

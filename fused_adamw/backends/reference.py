@@ -7,42 +7,19 @@ like the kernels it never reads a device value on the host.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..formats import Field, element_index, noise_bits, noise_hash, noise_word, plain_format
-from ..tables import Entry, Hyper, StepInputs
+from ..formats import NOISE_SHIFT, Field, element_index, noise_bits, noise_hash, noise_word, plain_format
+from ..tables import WARMUPS, Averaging, Entry, Hyper, StepInputs
+from .outcome import record, step_scalars
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic for parameters of `dtype`: float32, or float64 for 64-bit ones."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
-
-def step_scalars(inputs: StepInputs) -> tuple[Tensor | None, Tensor | float, Tensor | None]:
-    """Work out the gradient norm, the factor for the gradients, and whether to skip the step.
-
-    Clips as `torch.nn.utils.clip_grad_norm_` does: `max_norm / (norm + 1e-6)`, at most 1; NaN stays NaN.
-
-    Returns:
-        The gradient norm (None without a norm pass); the factor for every gradient, which folds the clip
-        coefficient and 1/loss-scale; a bool tensor that says to skip the step (None: never).
-    """
-    norm: Tensor | None = None
-    skip: Tensor | None = None
-    loss_scale = 1.0 if inputs.grad_scale is None else inputs.grad_scale.to(inputs.status.dtype)
-    grad_scale: Tensor | float = 1.0 / loss_scale
-    if inputs.found_inf is not None:
-        skip = inputs.found_inf != 0
-    if inputs.sums is not None:
-        norm = inputs.sums.sum().sqrt() / loss_scale
-        grad_scale = grad_scale * (inputs.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        if inputs.skip_nonfinite:
-            nonfinite = norm.isfinite().logical_not()
-            skip = nonfinite if skip is None else skip | nonfinite
-    return norm, grad_scale, skip
 
 
 def adamw_update(
@@ -98,6 +75,32 @@ def adamw_update(
     return p, m, v, v_max
 
 
+def average_weight(averaging: Averaging, step: Tensor) -> Tensor:
+    """How much of the way to the parameter its average goes at update number `step`, 1 for the first.
+
+    With n averages made before, decay is as in timm's ModelEmaV3, or as in diffusers' EMAModel.
+
+    Returns:
+        Of the dtype of `step`; 0: the average stays as it is.
+    """
+    updates = step - averaging.start_step
+    n = updates / averaging.every - 1.0
+    decay: Tensor | float = averaging.decay
+    if WARMUPS[averaging.warmup] == "timm":
+        decay = (1.0 - (1.0 + n) ** (-2.0 / 3.0)).clamp(max=averaging.decay)
+    elif WARMUPS[averaging.warmup] == "diffusers":
+        decay = ((1.0 + n) / (10.0 + n)).clamp(max=averaging.decay)
+    weight = torch.where(n == n.floor(), 1.0 - decay, 0.0)
+    return torch.where(updates <= averaging.every, 1.0, weight)
+
+
+def average_update(average: Tensor, p: Tensor, weight: Tensor) -> Tensor:
+    """The rule of the average, `torch.lerp`: of one real dtype, except for `weight`, float64, 0-dim."""
+    is_far = weight >= 0.5
+    weight = torch.where(is_far, weight - 1.0, weight)
+    return torch.where(is_far, p, average) + weight.to(p.dtype) * (p - average)
+
+
 def sum_of_squares(grads: Sequence[Tensor], out: Tensor) -> list[Tensor]:
     """Write the sum of squares of all elements of `grads`, any dtypes and layouts, to `out` (one element).
 
@@ -106,22 +109,30 @@ def sum_of_squares(grads: Sequence[Tensor], out: Tensor) -> list[Tensor]:
     """
     total, squares = torch.zeros((), dtype=out.dtype, device=out.device), []
     for grad in grads:
-        dtype = torch.promote_types(grad.dtype, out.dtype) if grad.is_complex() else out.dtype
-        squares.append(torch.linalg.vector_norm(grad, dtype=dtype).square())
+        real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+        squares.append(real.to(out.dtype).square().sum())  # in pairs, unlike vector_norm: nothing gets lost
         total = total + squares[-1]
     out.copy_(total.reshape(out.shape))
     return squares
 
 
 def update(
-    entries: Sequence[Entry], grads: Sequence[Tensor], hypers: Sequence[Hyper], inputs: StepInputs
+    entries: Sequence[Entry],
+    grads: Sequence[Tensor],
+    hypers: Sequence[Hyper],
+    inputs: StepInputs,
+    stats: Tensor | None = None,
 ) -> None:
-    """Step every entry: mutates its parameter, moments and step count, unless the step is skipped."""
-    norm, grad_scale, skip = step_scalars(inputs)
-    if norm is not None:
-        inputs.status[0] = norm
-    if skip is not None:
-        inputs.status[1] += skip.reshape(())
+    """Step every entry: mutates its parameter, moments, average and step count, unless the step is skipped.
+
+    Args:
+        entries: What to step.
+        grads: Their gradients.
+        hypers: How each group is stepped.
+        inputs: What else is known.
+        stats: Written: float64 (number of entries, words of struct ChunkStats), unless the step is skipped.
+    """
+    scalars = step_scalars(inputs)
     # All of them before any is written: a count that parameters share goes on by one, and by two where one
     # parameter is listed twice.
     listed: Counter[int] = Counter()
@@ -129,52 +140,93 @@ def update(
     for entry in entries:
         listed[id(entry.param.values)] += 1
         steps.append(entry.step + listed[id(entry.param.values)])
-    for entry, grad, step in zip(entries, grads, steps, strict=True):
-        for old, new in _changes(entry, grad, step, hypers[entry.group], inputs, grad_scale, skip):
+    for i, (entry, grad, step) in enumerate(zip(entries, grads, steps, strict=True)):
+        changed = _Changed(entry, grad, step, hypers[entry.group], inputs, scalars.grad_scale, scalars.skip)
+        if stats is not None:
+            found = changed.stats().to(stats)
+            stats[i] = found if scalars.skip is None else torch.where(scalars.skip, stats[i], found)
+        for old, new in changed.tensors:
             old.copy_(new)
+    record(inputs, scalars)
 
 
 def rehearse(
     entries: Sequence[Entry], grads: Sequence[Tensor], hypers: Sequence[Hyper], inputs: StepInputs
 ) -> None:
     """Compute what `update` would, raise what it would raise, and change nothing."""
-    _, grad_scale, skip = step_scalars(inputs)
+    scalars = step_scalars(inputs)
     for entry, grad in zip(entries, grads, strict=True):
-        _changes(entry, grad, entry.step + 1, hypers[entry.group], inputs, grad_scale, skip)
+        _Changed(
+            entry, grad, entry.step + 1, hypers[entry.group], inputs, scalars.grad_scale, scalars.skip
+        ).stats()
 
 
-def _changes(
-    entry: Entry,
-    grad: Tensor,
-    step: Tensor,
-    hyper: Hyper,
-    inputs: StepInputs,
-    grad_scale: Tensor | float,
-    skip: Tensor | None,
-) -> list[tuple[Tensor, Tensor]]:
-    """The tensors that a step of one entry changes, each with what they are to hold: load, rule, store."""
-    dtype, wide = math_dtype(entry.param.values.dtype), inputs.status.dtype
-    fields = {"param": entry.param, "exp_avg": entry.exp_avg, "exp_avg_sq": entry.exp_avg_sq}
-    if entry.max_exp_avg_sq is not None:
-        fields["max_exp_avg_sq"] = entry.max_exp_avg_sq
-    noise = _noise(entry, step, inputs.seed, fields)
-    if entry.param.values.is_complex():
-        fields = {name: _as_real(field) for name, field in fields.items()}
-        grad = torch.view_as_real(grad.resolve_conj())
-    p, m, v, *maxima = (field.load().to(dtype) for field in fields.values())
-    if isinstance(hyper.lr, Tensor):
-        hyper = hyper._replace(lr=hyper.lr.to(p.device, wide))
-    v_max = maxima[0] if maxima else None
-    new = adamw_update(p, grad.to(dtype), m, v, v_max, step.to(wide), hyper, grad_scale)
-    changes: list[tuple[Tensor, Tensor]] = []
-    for (name, field), x in zip(fields.items(), filter(torch.is_tensor, new), strict=True):
-        changes += field.changes(x, noise.get(name), skip)
-    return [*changes, (entry.step, step if skip is None else torch.where(skip, entry.step, step))]
+class _Changed:
+    """What a step makes of one entry: load, rule, store.
+
+    Attributes:
+        tensors: Those that it changes, each with what they are to hold.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        grad: Tensor,
+        step: Tensor,
+        hyper: Hyper,
+        inputs: StepInputs,
+        grad_scale: Tensor | float,
+        skip: Tensor | None,
+    ) -> None:
+        dtype, wide = math_dtype(entry.param.values.dtype), inputs.status.dtype
+        fields = {"param": entry.param, "exp_avg": entry.exp_avg, "exp_avg_sq": entry.exp_avg_sq}
+        if entry.max_exp_avg_sq is not None:
+            fields["max_exp_avg_sq"] = entry.max_exp_avg_sq
+        noise = _noise(entry, step, inputs.seed)
+        if entry.param.values.is_complex():
+            fields = {name: _as_real(field) for name, field in fields.items()}
+            grad = torch.view_as_real(grad.resolve_conj())
+        self._grad, self._format, self._wide = grad, entry.param.format, wide
+        p, m, v, *maxima = (field.load().to(dtype) for field in fields.values())
+        if isinstance(hyper.lr, Tensor):
+            hyper = hyper._replace(lr=hyper.lr.to(p.device, wide))
+        v_max = maxima[0] if maxima else None
+        new = adamw_update(p, grad.to(dtype), m, v, v_max, step.to(wide), hyper, grad_scale)
+        self._old, self._new = p, new[0]
+        self.tensors: list[tuple[Tensor, Tensor]] = []
+        for (name, field), x in zip(fields.items(), filter(torch.is_tensor, new), strict=True):
+            self.tensors += field.changes(x, noise.get(name), skip)
+        if entry.average is not None:
+            average = _as_real(entry.average) if entry.param.values.is_complex() else entry.average
+            kept = fields["param"].stored(new[0], noise.get("param")).load().to(dtype)
+            weight = average_weight(inputs.averaging, step.to(wide))
+            stays = weight == 0.0 if skip is None else skip | (weight == 0.0)
+            moved = average_update(average.load().to(dtype), kept, weight)
+            self.tensors += average.changes(moved, noise.get("average"), stays)
+        self.tensors.append((entry.step, step if skip is None else torch.where(skip, entry.step, step)))
+
+    def stats(self) -> Tensor:
+        """The words of struct ChunkStats, of the status's dtype."""
+        grad, update = self._grad.to(self._wide), self._new - self._old
+        largest = grad.abs().max() if grad.numel() else grad.new_zeros(())
+        lost = grad.new_zeros(())
+        if self._format.dtype == torch.bfloat16:
+            lost = _is_lost(self._old, update).sum().to(self._wide)
+        squares = [x.to(self._wide).square().sum() for x in (grad, update, self._new)]
+        return torch.stack([squares[0], largest, squares[1], squares[2], lost])
 
 
-def _noise(entry: Entry, step: Tensor, seed: int, fields: Mapping[str, Field]) -> dict[str, Tensor]:
+def _is_lost(p: Tensor, update: Tensor) -> Tensor:
+    """Where rounding to bfloat16 would lose an update: it is below half a unit in the last place of p."""
+    exponent = (p.view(torch.int32) & 0x7F800000).clamp(min=0x00800000)
+    size = update.abs()
+    return (size < exponent.view(torch.float32) * 2.0**-8) & (size > 0)
+
+
+def _noise(entry: Entry, step: Tensor, seed: int) -> dict[str, Tensor]:
     """Random bits for the fields that are rounded with them."""
-    stochastic = [name for name, field in fields.items() if field.format.stochastic]
+    fields = {name: getattr(entry, name) for name in NOISE_SHIFT}
+    stochastic = [name for name, field in fields.items() if field and field.format.stochastic]
     if not stochastic:
         return {}
     index = element_index(entry.param.values, entry.window)

@@ -12,7 +12,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from ..arguments import hint_for_string, number_of
 from ..dtensors import is_partial, local_tensors, misplacement
-from ..fields import CODED, CODES, MOMENTS, RESIDUAL, SCALES, STATE_KEYS, keys_of
+from ..fields import AVERAGE, CODED, CODES, MOMENTS, RESIDUAL, SCALES, STATE_KEYS, keys_of
 from ..formats import FORMATS
 from ..layout import lacks_memory
 
@@ -119,7 +119,7 @@ def check_state(state: Mapping[str, Any], p: Tensor, name: str, *, saved: bool =
 
 def _check_kept(key: str, t: Any, p: Tensor, name: str, *, anywhere: bool) -> None:
     """Check what a state has under a key: its dtype, its shape and where it is."""
-    if key in MOMENTS:
+    if key in MOMENTS or key == AVERAGE:
         check_like(key, t, p, name, anywhere=anywhere)
         return
     format = FORMATS["bfloat16_split"] if key == RESIDUAL else next(f for k, f in _CODES.items() if key in k)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..dtensors import is_dtensor, local_tensors, wrapped
-from ..fields import CODED, MAXIMUM, RESIDUAL, State, keys_of, moments_of, named
-from ..formats import Field, Format, RootCode, memory_order
+from ..fields import AVERAGE, CODED, MAXIMUM, RESIDUAL, State, keys_of, moments_of, named
+from ..formats import FORMATS, Field, Format, RootCode, memory_order, plain_format
 from .precision import Kept
 
 _CODE_KEYS = {key for keys in CODED.values() for key in keys if key is not None}
@@ -54,7 +54,9 @@ def new_step(p: Tensor, value: Any = None) -> Tensor:
     return step
 
 
-def missing_state(state: Mapping[str, Any], p: Tensor, amsgrad: bool, kept: Kept) -> dict[str, Tensor]:
+def missing_state(
+    state: Mapping[str, Any], p: Tensor, amsgrad: bool, kept: Kept, average: Format | None = None
+) -> dict[str, Tensor]:
     """What a parameter's state lacks before the next step.
 
     A step count is replaced only where it is no tensor on the parameter's device: others may count with it.
@@ -64,6 +66,7 @@ def missing_state(state: Mapping[str, Any], p: Tensor, amsgrad: bool, kept: Kept
         p: The parameter.
         amsgrad: Whether there is a `max_exp_avg_sq`.
         kept: The formats of what is new.
+        average: The format of a new average, which is what is kept of the parameter; None: there is none.
     """
     missing = {}
     step = state.get("step")
@@ -75,11 +78,25 @@ def missing_state(state: Mapping[str, Any], p: Tensor, amsgrad: bool, kept: Kept
             missing |= named(name, new_field(p, format))
     if RESIDUAL not in state and (residual := new_side(p, kept.param)) is not None:
         missing[RESIDUAL] = residual
+    if average is not None and AVERAGE not in state:
+        field = new_field(p, average)
+        with torch._C.DisableTorchFunctionSubclass():
+            _copy(_kept_of(p, {**missing, **state}), field, "")
+        missing[AVERAGE] = field.values
     return missing
 
 
-def copied_state(saved: Mapping[str, Any], p: Tensor, name: str, kept: Kept) -> dict[str, Tensor]:
-    """Copies of a saved step count, moments and residual, made as for the first step.
+def _kept_of(p: Tensor, state: Mapping[str, Any]) -> Field:
+    """A parameter as a field: its master, if it has one."""
+    residual = state.get(RESIDUAL)
+    format = plain_format(p.dtype) if residual is None else FORMATS["bfloat16_split"]
+    return Field(format, p.detach(), residual)
+
+
+def copied_state(
+    saved: Mapping[str, Any], p: Tensor, name: str, kept: Kept, average: Format | None = None
+) -> dict[str, Tensor]:
+    """Copies of a saved step count, moments, residual and average, made as for the first step.
 
     Moments are rounded to the nearest that their format can keep; what was in that format stays as it was.
 
@@ -88,6 +105,7 @@ def copied_state(saved: Mapping[str, Any], p: Tensor, name: str, kept: Kept) -> 
         p: The parameter.
         name: Its name in messages.
         kept: The formats of the copies.
+        average: The format of the average; None: it is left out.
 
     Raises:
         RuntimeError: Moments were in 8 bits, and rounded since.
@@ -105,6 +123,8 @@ def copied_state(saved: Mapping[str, Any], p: Tensor, name: str, kept: Kept) -> 
     residual = new_side(p, kept.param) if RESIDUAL in saved else None
     if residual is not None:
         state[RESIDUAL] = residual.copy_(saved[RESIDUAL])
+    if average is not None and AVERAGE in saved:
+        state[AVERAGE] = new_field(p, average).values.copy_(saved[AVERAGE])
     return state
 
 

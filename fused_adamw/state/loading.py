@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ..arguments import OwnArguments
-from ..fields import RESIDUAL, STATE_KEYS
+from ..fields import AVERAGE, RESIDUAL, STATE_KEYS
+from ..formats import Format
 from ..groups import Options, decide
 from ..names import ParamNames
 from .checkpoints import checked_state_dict
@@ -64,6 +65,10 @@ class Checkpointed(OwnArguments):
                 raise ValueError(f"parameter {name} {refusal}")
         purposes = self._all_purposes()
         return [self._precision.formats_of(p, *what) for p, what in zip(params, purposes, strict=True)]
+
+    def _average_format(self, p: Tensor) -> Format | None:
+        """How the average of a parameter is kept; None: there is none."""
+        return None if self._ema is None else self._ema.format_of(p)
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -211,7 +216,14 @@ class Checkpointed(OwnArguments):
                 "master_weights='split'.",
                 stacklevel=2,
             )
-        return {p: copied_state(of_p, p, name, kept) for of_p, p, name, kept in mine}
+        dropped = [name for of_p, _, name, _ in mine if AVERAGE in of_p and self._ema is None]
+        if dropped:
+            warnings.warn(
+                f"the checkpoint has averages of {len(dropped)} parameters, {dropped[0]} among them, which "
+                "are dropped: to go on with them, build the optimizer with ema=EMA(...).",
+                stacklevel=2,
+            )
+        return {p: copied_state(of_p, p, name, kept, self._average_format(p)) for of_p, p, name, kept in mine}
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Mastered(Checkpointed):
         Weights that are written from outside win over the master anyway, but what is left of the old master
         stays: half a unit in the last place at most.
         """
-        for p in self._with_residuals():
+        for p in self._with(RESIDUAL):
             self.state[p][RESIDUAL].zero_()
 
     @_disable_dynamo
@@ -94,19 +94,33 @@ class Mastered(Checkpointed):
         Raises:
             ValueError: A parameter that has a master is not among the values of `model.state_dict()`.
         """
+        return self._weights_of(model, set(map(id, self._with(RESIDUAL))), self._in_float32)
+
+    def _weights_of(
+        self, model: nn.Module, expected: Container[int], weight_of: Callable[[Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """The `state_dict` of a model with other weights.
+
+        Args:
+            model: The model.
+            expected: Ids of parameters that have to be in it.
+            weight_of: Called once for each parameter.
+
+        Raises:
+            ValueError: One of `expected` is missing.
+        """
         weights: dict[int, Tensor] = {}
         found: dict[str, Any] = {}
-        masters = set(map(id, self._with_residuals()))
         for key, value in model.state_dict(keep_vars=True).items():
             if isinstance(value, nn.Parameter):
                 if id(value) not in weights:
-                    weights[id(value)] = self._in_float32(value)
+                    weights[id(value)] = weight_of(value)
                 found[key] = weights[id(value)]
             else:
                 found[key] = value.detach() if isinstance(value, Tensor) else value
         params = (p for group in self.param_groups for p in group["params"])
         for p, name in zip(params, self._names(), strict=True):
-            if id(p) in masters and id(p) not in weights:
+            if id(p) in expected and id(p) not in weights:
                 raise ValueError(f"parameter {name} is not in the model's state_dict")
         return found
 
@@ -118,9 +132,10 @@ class Mastered(Checkpointed):
             return p.detach().float()
         return wrapped(Field(_SPLIT, *local_tensors((p.detach(), residual))).load(), p)
 
-    def _with_residuals(self) -> list[Tensor]:
-        params = (p for group in self.param_groups for p in group["params"])
-        return [p for p in params if RESIDUAL in self.state.get(p, {})]
+    def _with(self, key: str) -> list[Tensor]:
+        """The parameters whose state has a key, each once."""
+        params = {id(p): p for group in self.param_groups for p in group["params"]}
+        return [p for p in params.values() if key in self.state.get(p, {})]
 
 
 def _placed(weight: Tensor, p: Tensor) -> Tensor:

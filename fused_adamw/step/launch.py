@@ -9,21 +9,25 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..device import DeviceTable
+from ..device import DeviceTable, scalar_dtype
 from ..dtensors import local_tensors, start_in_whole
 from ..fields import MAXIMUM, SCALES, Keys, Rounding, State, formats_of, keys_of
 from ..formats import Field, Format, Formats, Window, has_dense_rows, plain_format, window_of
 from ..layout import is_plain, same_layout
 from ..tables import (
     FORMAT_CODE,
+    ChunkStatsStruct,
     Entry,
     Hyper,
     StepInputs,
     Tables,
     chunk_table,
+    format_codes,
     hyper_table,
     row_table,
     set_column,
+    word_of,
+    words,
 )
 from .snapshot import Form
 
@@ -54,7 +58,12 @@ class ReferenceBackend(Protocol):
         """Write the sum of squares of all gradients to `out`; returns that of each."""
 
     def update(
-        self, entries: Sequence[Entry], grads: Sequence[Tensor], hypers: Sequence[Hyper], inputs: StepInputs
+        self,
+        entries: Sequence[Entry],
+        grads: Sequence[Tensor],
+        hypers: Sequence[Hyper],
+        inputs: StepInputs,
+        stats: Tensor | None = None,
     ) -> None:
         """Step every entry."""
 
@@ -116,6 +125,7 @@ class Member:
             field("exp_avg_sq", formats.exp_avg_sq),
             field(MAXIMUM, plain_format(state[MAXIMUM].dtype)) if MAXIMUM in keys_of else None,
             step.view(()) if step.dim() else step,  # others may count with it
+            None if formats.average is None else field("average", formats.average),
         )
 
     def place_of(self, key: str) -> int:
@@ -167,7 +177,7 @@ def window_in_whole(p: Form, formats: Formats) -> Window | None:
 
     None: they are not regular enough to be numbered.
     """
-    if not any(format.stochastic for format in formats):  # nothing depends on it
+    if not any(format.stochastic for format in formats.present.values()):  # nothing depends on it
         return Window(0, 1, 1)
     t, spec = _like(p.shape, p.stride), p.key[-1]
     has_scales = formats.exp_avg.side_dtype is not None or formats.exp_avg_sq.side_dtype is not None
@@ -211,7 +221,7 @@ def fallback_reason(forms: Mapping[str, Form], formats: Formats, backend: Kernel
                 return f"the parameter has strides {p.stride}, and no rows to be cut into blocks"
         elif form.shape != p.shape or not same_layout(p.shape, form.stride, p.stride):
             return f"{name} has strides {form.stride}, the parameter {p.stride}"
-    is_known = all(format.name in FORMAT_CODE for format in formats)
+    is_known = all(format.name in FORMAT_CODE for format in formats.present.values())
     maximum = forms.get(MAXIMUM)
     if maximum is not None and plain_format(maximum.dtype) != formats.exp_avg:
         is_known = False
@@ -263,7 +273,9 @@ class TableBucket:
             columns=[member.kind.window.whole_columns for member in members],
         )
         self._places = {"step": _places([member.place_of("step") for member in members])}
-        for name, format in zip(("param", "exp_avg", "exp_avg_sq"), formats[:1] + formats[2:], strict=True):
+        for name, format in formats.present.items():
+            if name == "grad":
+                continue
             self._places[name] = _places(
                 [member.place_of(member.kind.keys[name].values) for member in members]
             )
@@ -279,9 +291,12 @@ class TableBucket:
             chunks=DeviceTable(device).upload(chunks),
             chunk_size=chunk_size,
             hypers=torch.empty(0, device="cpu"),
-            formats=tuple(FORMAT_CODE[format.name] for format in formats),
+            formats=tuple(format_codes(formats)),
             workspace=torch.zeros(1 + len(chunks), dtype=torch.float64, device=device),
+            stats=new_stats(0, device),
         )
+        self._no_stats = self._tables.stats
+        self._stats: Tensor | None = None  # of the chunks, since they were first asked for
         self.sum_groups = _sum_groups(members)
         # Of each sum group its chunks, and where their sums of squares are left; which rows these are of.
         self._parts = [(self._tables.chunks, self._tables.workspace)]
@@ -358,11 +373,32 @@ class TableBucket:
             total.index_add_(0, rows, workspace[1:].cpu())
         return total
 
+    def record_stats(self, is_asked: bool) -> None:
+        """Let the updates from now on leave what `stats` reads, or not."""
+        if is_asked and self._stats is None:
+            self._stats = new_stats(len(self._tables.chunks), self.device)
+        self._tables.stats = self._no_stats if self._stats is None or not is_asked else self._stats
+
+    def stats(self) -> Tensor:
+        """What the last update found out about each of `slots`, if it stepped them.
+
+        The host waits for the device.
+
+        Returns:
+            float64 (len(slots), words of struct ChunkStats), on the host.
+        """
+        of_chunks, rows = self._tables.stats.cpu(), self._tables.chunks[:, 0].long().cpu()
+        total = new_stats(len(self.slots), of_chunks.device).index_add_(0, rows, of_chunks)
+        largest = word_of(ChunkStatsStruct, "grad_max")
+        total[:, largest] = 0.0
+        total[:, largest].scatter_reduce_(0, rows, of_chunks[:, largest], "amax")
+        return total
+
     def rehearse(self, tensors: Tensors, inputs: StepInputs) -> None:
         """Nothing to try: kernels are launched or not."""
 
     def update(self, tensors: Tensors, inputs: StepInputs) -> None:
-        """Step every row that has a gradient: mutates parameters, moments and step counts."""
+        """Step every row that has a gradient: mutates parameters, moments, averages and step counts."""
         self._backend.update(self._tables, inputs)
 
 
@@ -383,6 +419,7 @@ class TensorBucket:
         self._hypers: Sequence[Hyper] = ()
         self._backend = backend
         self._squares: dict[int, Tensor] = {}  # of the last norm pass, by slot
+        self._stats: Tensor | None = None  # of the last update, for each member
 
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
         """Note the hyper-parameters of every group."""
@@ -409,9 +446,29 @@ class TensorBucket:
         """Raise what `update` would raise: a tensor subclass may lack an operator, memory may be short."""
         self._backend.rehearse(*self._present(tensors), self._hypers, inputs)
 
+    def record_stats(self, is_asked: bool) -> None:
+        """As `TableBucket.record_stats`."""
+        if not is_asked:
+            self._stats = None
+        elif self._stats is None:
+            self._stats = new_stats(len(self.slots), self.device)
+
+    def stats(self) -> Tensor:
+        """As `TableBucket.stats`."""
+        assert self._stats is not None
+        return self._stats.cpu().double()
+
     def update(self, tensors: Tensors, inputs: StepInputs) -> None:
-        """Step every parameter that has a gradient: mutates parameters, moments and step counts."""
-        self._backend.update(*self._present(tensors), self._hypers, inputs)
+        """Step every parameter that has a gradient: mutates it, its moments, its average and step count."""
+        entries, grads = self._present(tensors)
+        if self._stats is None:
+            self._backend.update(entries, grads, self._hypers, inputs)
+            return
+        present = [i for i, m in enumerate(self._members) if tensors.grads[m.slot] is not None]
+        places = torch.tensor(present, dtype=torch.int64, device=self.device)
+        found = self._stats[places]
+        self._backend.update(entries, grads, self._hypers, inputs, found)
+        self._stats[places] = found
 
     def _present(self, tensors: Tensors) -> tuple[list[Entry], list[Tensor]]:
         pairs = [(m.entry(tensors), g) for m in self._members if (g := tensors.grads[m.slot]) is not None]
@@ -419,6 +476,11 @@ class TensorBucket:
 
 
 Bucket = TableBucket | TensorBucket
+
+
+def new_stats(n: int, device: torch.device) -> Tensor:
+    """Room for what an update finds out: the words of n struct ChunkStats."""
+    return torch.zeros(n, words(ChunkStatsStruct), dtype=scalar_dtype(device), device=device)
 
 
 def _places(numbers: Sequence[int]) -> Tensor:

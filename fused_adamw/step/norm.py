@@ -240,24 +240,39 @@ class Reduction:
             total, found_inf = norm_group(torch.stack([total, found_inf]), self._device)
         return total, found_inf
 
-    def of_each(self, squares: Tensor) -> Tensor:
+    def of_each(self, sums: Tensor) -> Tensor:
         """Sum over processes what is known of each parameter; a collective for each mesh.
 
         Args:
-            squares: float64 (number of parameters,), on the host: the sum of squares in this process.
+            sums: float64 (number of parameters, any), on the host: sums over the part in this process.
 
         Returns:
             The same of the whole parameters.
         """
-        total = squares.clone()
+        total = sums.clone()
         for mesh in self._meshes:
             positions = torch.tensor([position for position, _ in mesh.params], device="cpu")
             copies = torch.tensor([float(copies) for _, copies in mesh.params], device="cpu")
-            wire = (squares[positions] / copies).to(mesh.device)
+            wire = (sums[positions] / copies[:, None]).to(mesh.device)
             for group in mesh.groups:
                 dist.all_reduce(wire, group=group)
             total[positions] = wire.cpu()
         return total
+
+    def largest_of_each(self, values: Tensor) -> Tensor:
+        """The largest over processes of what is known of each parameter; a collective for each mesh.
+
+        Args:
+            values: float64 (number of parameters,), on the host. NaN counts as infinity.
+        """
+        largest = values.nan_to_num(math.inf, math.inf)
+        for mesh in self._meshes:
+            positions = torch.tensor([position for position, _ in mesh.params], device="cpu")
+            wire = largest[positions].to(mesh.device)
+            for group in mesh.groups:
+                dist.all_reduce(wire, dist.ReduceOp.MAX, group=group)
+            largest[positions] = wire.cpu()
+        return largest
 
 
 def _copies(spec: Any) -> int:

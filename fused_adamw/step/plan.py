@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ..device import DeviceTable, is_capturing, scalar_dtype, scalar_on
 from ..dtensors import is_flattened
-from ..fields import MAXIMUM, Rounding, State
+from ..fields import AVERAGE, MAXIMUM, Rounding, State
 from ..formats import Formats
 from ..interrupts import InterruptsHeld
 from ..layout import Spans
-from ..tables import Hyper, StepInputs
+from ..tables import Averaging, Hyper, SpikeOptions, StepInputs, status_words
 from .guard import Found, Guard
 from .launch import (
     Bucket,
@@ -40,7 +40,7 @@ from .launch import (
 )
 from .norm import NormGroup, Reduction, Sums
 from .snapshot import Form, Snapshot
-from .statistics import GradNorm, grad_norms
+from .statistics import LastStep, ParamStats, param_stats
 
 
 class Launch(NamedTuple):
@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 
     bucket: Bucket
     sums: list[Tensor]  # one element for each of the bucket's sum groups: its sum of squares
-    status: Tensor  # float64 (2,): the gradient norm, steps skipped so far. All launches report the same
+    status: Tensor  # float64: struct Status, and the history of spikes. All launches report the same
 
 
 class Request(NamedTuple):
@@ -61,6 +61,10 @@ class Request(NamedTuple):
         found_inf: Not 0: skip the step. One element on any device: what a GradScaler found in this process.
         norm_group: Sums over the processes that hold the other parameters.
         seed: Of the noise of stochastic rounding.
+        loss: A number, or one element on any device: tested as the norm is, where spikes are looked for.
+        spikes: What a spike is.
+        averaging: How averages follow their parameters.
+        stats: Whether to find out what `stats` returns.
     """
 
     max_grad_norm: float | None
@@ -69,11 +73,15 @@ class Request(NamedTuple):
     found_inf: Any
     norm_group: NormGroup | None
     seed: int
+    loss: Tensor | float | None
+    spikes: SpikeOptions
+    averaging: Averaging
+    stats: bool
 
     @property
     def needs_norm(self) -> bool:
         """Whether the norm of the gradients has to be known."""
-        return self.max_grad_norm is not None or self.skip_nonfinite
+        return self.max_grad_norm is not None or self.skip_nonfinite or self.spikes.window > 0
 
     def inputs(self, status: Tensor, sums: Tensor | None, found_inf: Any) -> StepInputs:
         """What kernels need to know, on the device of `status`."""
@@ -85,6 +93,9 @@ class Request(NamedTuple):
             scalar_on(status.device, found_inf),
             self.skip_nonfinite,
             self.seed,
+            scalar_on(status.device, self.loss, status.dtype),
+            self.spikes,
+            self.averaging,
         )
 
 
@@ -100,6 +111,8 @@ class Plan:
         kernels_for: The kernels that serve a device, None for the reference.
         reference: The reference backend.
         rounding: What is rounded stochastically.
+        has_averages: Whether a step reads the averages in the state.
+        window: Of the history of spikes.
         status: The status that the previous plan left for its first bucket.
         previous: The previous plan, which knows the layout of gradients that are absent now.
 
@@ -118,6 +131,8 @@ class Plan:
         kernels_for: Callable[[torch.device], KernelBackend | None],
         reference: ReferenceBackend,
         rounding: Rounding,
+        has_averages: bool,
+        window: int,
         status: Tensor | None,
         previous: Plan | None,
     ) -> None:
@@ -132,7 +147,7 @@ class Plan:
         self._tables_are_of_graph = False
         self.was_captured = False
         self._has_run = False
-        self._last: tuple[StepInputs, bytes] | None = None  # of the last step, if it had a norm pass
+        self._last: LastStep | None = None
         self._steady: tuple[Request, list[tuple[Bucket, StepInputs]]] | None = None  # of the last step
         self.fallbacks: dict[int, str] = {}
         self._snapshot = snapshot
@@ -146,6 +161,7 @@ class Plan:
         self._sums = Sums(self._reduction)
         self._grad_tables: dict[torch.device, DeviceTable] = {}
         kernels_for = functools.cache(kernels_for)
+        self._unread = {MAXIMUM} if has_averages else {MAXIMUM, AVERAGE}
         members = self._members(groups, rounding, kernels_for)
         for device, by_formats in self._parts(members).items():
             buckets = [
@@ -155,7 +171,7 @@ class Plan:
                 for formats, part in sorted(by_formats.items(), key=lambda item: item[0] is not None)
             ]
             if status is None:
-                status = torch.zeros(2, dtype=scalar_dtype(device), device=device)
+                status = torch.zeros(status_words(window), dtype=scalar_dtype(device), device=device)
             self._add_launches(device, buckets, status)
         self._guard = self._new_guard(params)
         snapshot.forget()
@@ -201,7 +217,8 @@ class Plan:
                 of_state = snapshot.forms[start : start + len(names)]
                 key = (p, grad, amsgrad, *names, *of_state)
                 if key not in kinds:
-                    read = [name for name in names if amsgrad or name != MAXIMUM]
+                    unread = self._unread - ({MAXIMUM} if amsgrad else set())
+                    read = [name for name in names if name not in unread]
                     forms = {name: of_state[names[name]] for name in read}
                     forms = {"parameter": p, "gradient": grad, **forms}
                     kind = Kind.of(forms, rounding, kernels_for(p.device))
@@ -341,7 +358,9 @@ class Plan:
             self.sum_of_squares(found.grads)
         sums, found_inf = self._sums.totals(request.needs_norm, request.found_inf, request.norm_group)
         runs = self._runs(request, sums, found_inf)
-        self._last = (runs[0][1], found.addresses) if request.needs_norm else None
+        self._last = LastStep(found.addresses, request.needs_norm, request.stats)
+        for bucket, _ in runs:
+            bucket.record_stats(request.stats)
         if not self._has_run:
             for bucket, inputs in runs:
                 bucket.rehearse(tensors, inputs)
@@ -354,25 +373,25 @@ class Plan:
                 bucket.update(tensors, inputs)
             torch.autograd.graph.increment_version(found.stepped)
 
-    def grad_norms(self) -> dict[int, GradNorm] | None:
-        """What the norm pass of the last step found, by the id of each parameter that had a gradient.
+    def observe(self) -> dict[int, ParamStats] | None:
+        """What the last step found, by the id of each parameter that had a gradient.
 
         The host waits for the devices; with DTensors it is a collective of each mesh.
 
         Returns:
-            None: the last step had no norm pass.
+            None: there was no step, or nothing was asked of it: it had no norm pass, and no stats.
         """
-        if self._last is None:
+        if self._last is None or not (self._last.has_norm or self._last.has_stats):
             return None
         buckets = [bucket for bucket, _, _ in self.launches]
-        return grad_norms(self._snapshot.ids, buckets, self._reduction, *self._last)
+        return param_stats(self._snapshot.ids, buckets, self._reduction, self.status, self._last)
 
     def _runs(
         self, request: Request, sums: dict[torch.device, Tensor], found_inf: Tensor | None
     ) -> list[tuple[Bucket, StepInputs]]:
         """What to run, with what each launch needs to know: the same objects while nothing changes."""
         own_sums = not sums or sums is self._sums.by_device
-        is_steady = own_sums and request.grad_scale is None and found_inf is None
+        is_steady = own_sums and request.grad_scale is None and found_inf is None and request.loss is None
         if self._steady is not None and is_steady and request == self._steady[0]:
             return self._steady[1]
         runs = [
@@ -384,7 +403,7 @@ class Plan:
 
     @property
     def status(self) -> Tensor:
-        """float64 (2,): the gradient norm of the last step, steps skipped so far."""
+        """float64: struct Status, and the history of spikes."""
         return self.launches[0].status
 
     def prepare(self, hypers: list[Hyper], found: Found) -> None:

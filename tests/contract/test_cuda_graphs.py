@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import NATIVE, TARGETS, Target, give_grads, parameters, snapshot, twins, unchanged_since
 
-from fused_adamw import FusedHygieneAdamW, stepping
+from fused_adamw import EMA, FusedHygieneAdamW, SpikeGuard, stepping
 from fused_adamw.step import launch, plan
 
 SHAPES = [(70,), (5, 5)]
@@ -69,8 +69,16 @@ def refill(params, step):
             p.grad = grad.copy_(p.grad)
 
 
+BESIDES = {
+    "ema": EMA(decay=0.9, warmup="timm"),
+    "guard": SpikeGuard(sigmas=1.0, window=3, warmup=2),
+    "stats": True,
+    "skip_nonfinite": True,
+}
+
+
 @on_gpu
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"skip_nonfinite": True}, BESIDES], ids=str)
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 def test_replays_are_steps(target, options, tensor_lr):
     """Bit for bit; they follow a tensor lr, not a float."""
@@ -106,6 +114,7 @@ def test_replays_are_steps(target, options, tensor_lr):
     assert optimizer.skipped_steps.item() == plain.skipped_steps.item() == ("skip_nonfinite" in options)
     if options:
         assert torch.equal(optimizer.grad_norm, plain.grad_norm)
+        assert optimizer.param_stats() == plain.param_stats()
 
 
 class Twins:

@@ -28,11 +28,11 @@ def found_by(name, poisoned_ranks):
 def test_norms_of_whole_parameters(name):
     whole = [torch.linalg.vector_norm(grad.double()).item() for grad in layouts.whole_grads(0)]
     for found, nonfinite in run(4, found_by, name, ()):
-        assert [norm for norm, _ in found] == pytest.approx(whole, rel=1e-12)
+        assert [norm for norm, *_ in found] == pytest.approx(whole, rel=1e-12)
         assert nonfinite == []
 
 
 def test_all_processes_name_the_parameter_that_one_found():
     for found, nonfinite in run(2, found_by, "one_mesh", (1,)):
         assert nonfinite == ["group 0.2"]
-        assert [bad for _, bad in found] == [i == 2 for i in range(len(found))]
+        assert [bad for _, _, bad, *_ in found] == [i == 2 for i in range(len(found))]

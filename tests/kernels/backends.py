@@ -130,8 +130,8 @@ I64, P = ctypes.c_int64, ctypes.c_void_p
 Table = struct("Table", rows=P, n_rows=I64, grads=P, chunks=P, n_chunks=I64, chunk_size=I64)
 UpdateArgs = struct(
     "UpdateArgs",
-    table=Table, hypers=P, n_hypers=I64, formats=I64 * 4,
-    inputs=StepInputsStruct, ticket=P,
+    table=Table, hypers=P, n_hypers=I64, formats=I64 * 5,
+    inputs=StepInputsStruct, stats=P, ticket=P,
 )  # fmt: skip
 NormArgs = struct("NormArgs", table=Table, grad=I64, partials=P, sum=P, ticket=P)
 Device = struct("Device", seed=ctypes.c_uint, launches=ctypes.c_int, last_grid=ctypes.c_int)
@@ -145,7 +145,8 @@ def table_of(t: Tables) -> ctypes.Structure:
 def update_args(t: Tables, inputs: StepInputs) -> ctypes.Structure:
     record = StepInputsStruct.from_buffer_copy(inputs.record.numpy())
     hypers = (t.hypers.data_ptr(), len(t.hypers))
-    return UpdateArgs(table_of(t), *hypers, (I64 * 4)(*t.formats), record, t.workspace.data_ptr())
+    stats = t.stats.data_ptr() if len(t.stats) else 0
+    return UpdateArgs(table_of(t), *hypers, (I64 * 5)(*t.formats), record, stats, t.workspace.data_ptr())
 
 
 def build_cuda(folder: Path, *flags: str) -> ctypes.CDLL:

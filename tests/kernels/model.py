@@ -9,15 +9,27 @@ from dataclasses import dataclass, replace
 import numpy as np
 import oracle
 import torch
-from format_codes import BF16, F32, F64, TAKES_NOISE, has_codes, takes_noise
+from format_codes import BF16, F32, F64, NONE, SPLIT, STOCHASTIC, TAKES_NOISE, has_codes, takes_noise
 from formats.oracle import noise_pair
 
-from fused_adamw.tables import RowStruct, StepInputs, Tables, chunk_table, hyper_table, row_table, word_of
+from fused_adamw.tables import (
+    NO_AVERAGING,
+    NO_SPIKES,
+    RowStruct,
+    StepInputs,
+    Tables,
+    chunk_table,
+    hyper_table,
+    row_table,
+    word_of,
+)
 
+from . import besides
 from .buffers import Buffer
+from .outcomes import Outcomes
 
-NAMES = ("p", "g", "m", "v", "v_max", "step")
-FIELDS = {"param": 0, "exp_avg": 2, "exp_avg_sq": 3, "max_exp_avg_sq": 4}  # whose they are
+NAMES = ("p", "g", "m", "v", "v_max", "step", "average")
+FIELDS = {"param": 0, "exp_avg": 2, "exp_avg_sq": 3, "max_exp_avg_sq": 4, "average": 6}  # whose they are
 
 
 @dataclass
@@ -58,6 +70,8 @@ class Param:
         whole_columns: The same in the whole tensor.
         offset: Where its first element lies there.
         ordinal: Its number among all parameters; None: one that is no other number of its row.
+        average: Whether it has one, where the model has a format for it.
+        average_shift: Of the average, in elements.
     """
 
     n: int
@@ -71,6 +85,8 @@ class Param:
     whole_columns: int | None = None
     offset: int = 0
     ordinal: int | None = None
+    average: bool = True
+    average_shift: int = 0
 
     def index(self) -> np.ndarray:
         """The place of each element in the whole tensor."""
@@ -83,21 +99,28 @@ class Model:
     """What kernels are called with; they mutate it, and every byte of it is compared.
 
     Where they take a `grid`, it is one of `kernels.grids`.
+
+    Attributes:
+        averaging: How averages follow their parameters, if there are any.
     """
 
     noise_seed = 0xFEDCBA9876543210
 
     def __init__(
         self, kernels, params: Sequence[Param], formats=(F32, F32, F32, F32), groups=PLAIN, chunk_size=None,
-        seed=0, grad_scale=1.0,
+        seed=0, grad_scale=1.0, average=NONE, averaging=NO_AVERAGING, spikes=NO_SPIKES, stats=False,
     ):  # fmt: skip
         self.kernels, self.formats, self.groups = kernels, formats, groups
-        self.params = [complete(param, i, formats) for i, param in enumerate(params)]
+        self.average, self.averaging, self.spikes = average, averaging, spikes
+        self.params = [complete(param, i, formats, average) for i, param in enumerate(params)]
         random = np.random.default_rng(seed)
-        self.buffers = [draw(random, param, formats, grad_scale) for param in self.params]
+        self.buffers = [draw(random, param, formats, grad_scale, average) for param in self.params]
         self.lrs = [Buffer([group.lr], F32) for group in groups]
         chunks = chunk_table([x.n for x in params], chunk_size or kernels.chunk)
         self.workspace = Buffer([0.0] + [5.0] * len(chunks), F64)
+        self.outcomes = Outcomes(spikes)
+        self.status = Buffer(self.outcomes.words(), F64)
+        self.stats = Buffer([5.0] * besides.STATS * len(chunks) * stats, F64)
         slots = list(reversed(range(len(params))))  # not those of the rows
         grads = [self.buffers[slot][1].address * params[slot].grad for slot in slots]
         self.tables = Tables(
@@ -106,15 +129,17 @@ class Model:
             chunks=chunks,
             chunk_size=chunk_size or kernels.chunk,
             hypers=hyper_table([fields(*pair) for pair in zip(groups, self.lrs, strict=True)]),
-            formats=formats,
+            formats=(*formats, average),
             workspace=self.workspace.tensor,
+            stats=self.stats.tensor.view(-1, besides.STATS),
         )
 
     def rows(self, slots: Sequence[int]) -> torch.Tensor:
         """The table of rows."""
 
         def there(name: str) -> list[bool]:
-            return [param.amsgrad or name != "max_exp_avg_sq" for param in self.params]
+            absent = {"max_exp_avg_sq": "amsgrad", "average": "average"}
+            return [name not in absent or getattr(param, absent[name]) for param in self.params]
 
         def addresses(name: str, of: str) -> list[int]:
             tensors = [getattr(buffers[FIELDS[name]], of) for buffers in self.buffers]
@@ -153,60 +178,123 @@ class Model:
         return total.values[0], self.workspace.values[1:]
 
     def update(
-        self, grid=None, sums=None, max_grad_norm=1.0, loss_scale=None, found_inf=None, skip_nonfinite=False
+        self,
+        grid=None,
+        sums=None,
+        max_grad_norm=1.0,
+        loss_scale=None,
+        found_inf=None,
+        skip_nonfinite=False,
+        loss=None,
     ):
-        """Step, and compare every byte. Returns the status."""
-        norm, grad_scale = 0.0, 1.0 / (loss_scale or 1.0)
-        if sums is not None:
-            norm = math.sqrt(sum(sums)) / (loss_scale or 1.0)
-            grad_scale *= oracle.clip_coefficient(norm, max_grad_norm)
-        skip = bool(found_inf) or (skip_nonfinite and not math.isfinite(norm))
+        """Step, and compare every byte. Returns what the status says, as `Found`."""
+        norm = None if sums is None else math.sqrt(sum(sums)) / (loss_scale or 1.0)
+        skip, grad_scale = self.outcomes.step(
+            norm, max_grad_norm, loss_scale or 1.0, found_inf, skip_nonfinite, loss
+        )
         expected = [
             self.expected(*row, grad_scale) if row[0].grad and not skip else [b.snapshot() for b in row[1]]
             for row in zip(self.params, self.buffers, strict=True)
         ]
+        stats = self.stats.values
+        if len(stats) and not skip:
+            stats = self.expected_stats(grad_scale).ravel()
 
-        status = Buffer([math.nan, 5.0], F64)
-        given = [
-            None if values is None else Buffer(values, dtype).tensor
-            for values, dtype in (
-                (sums, F64),
-                (None if loss_scale is None else [loss_scale], F32),
-                (None if found_inf is None else [found_inf], F32),
-            )
-        ]
-        scalars = (given[0], max_grad_norm, *given[1:], skip_nonfinite, self.noise_seed)
-        self.kernels.update(self.tables, StepInputs(status.tensor, *scalars), self.grid(grid))
-        status.check([norm, 5.0 + skip], "status")
+        def given(values, dtype: int) -> torch.Tensor | None:
+            return None if values is None else Buffer(values, dtype).tensor
+
+        inputs = StepInputs(
+            status=self.status.tensor,
+            sums=given(sums, F64),
+            max_grad_norm=max_grad_norm,
+            grad_scale=given(None if loss_scale is None else [loss_scale], F32),
+            found_inf=given(None if found_inf is None else [found_inf], F32),
+            skip_nonfinite=skip_nonfinite,
+            seed=self.noise_seed,
+            loss=given(None if loss is None else [loss], F64),
+            spikes=self.spikes,
+            averaging=self.averaging,
+        )
+        self.kernels.update(self.tables, inputs, self.grid(grid))
+        self.check_status()
         self.check_workspace()
         rtol = self.kernels.rtol(self.formats)
         for i, (buffers, values) in enumerate(zip(self.buffers, expected, strict=True)):
             for buffer, value, name in zip(buffers, values, NAMES, strict=True):
                 exact = name in ("g", "step")
                 buffer.check_stored(value, f"{name} of row {i}, {self.params[i]}", 0.0 if exact else rtol)
-        return status.values
+        self.stats.check(stats, "stats", rtol=1e-12 + 1e3 * rtol)  # of differences
+        return self.outcomes.found
+
+    def check_status(self) -> None:
+        """The status is as expected, exactly, and what follows it but for the order of sums."""
+        expected, first = np.array(self.outcomes.words()), 3 + len(self.outcomes.counts)
+        np.testing.assert_array_equal(self.status.values[:first], expected[:first], err_msg="status")
+        self.status.check(expected, "history", rtol=1e-12)
 
     def expected(self, param: Param, buffers, grad_scale: float):
         """What a step makes of a row: the bits of each buffer."""
-        p, g, m, v, v_max, step = buffers
+        p, g, m, v, v_max, step, average = buffers
+        count = step.values[0] + 1
+        low, high = self.noise(param, int(count))
+
+        def stored(x: np.ndarray, buffer: Buffer, noise: np.ndarray | None):
+            rounded = self.kernels.rounded(x, buffer.format)
+            return buffer.stored(rounded, noise if buffer.format in TAKES_NOISE else None)
+
+        new = self.numbers(param, buffers, grad_scale)
+        p_stored, m, v, new_max = (
+            stored(*what) for what in zip(new, (p, m, v, v_max), (low, low, high, None), strict=True)
+        )
+        v_max = new_max if param.amsgrad else v_max.snapshot()
+        weight = besides.average_weight(self.averaging, int(count)) if param.average else 0.0
+        new_average = average.snapshot()
+        if weight:
+            kept = p.loaded(*p_stored).astype(self.wide)
+            new_average = stored(besides.lerp(average.values, kept, weight), average, low)
+        return p_stored, g.snapshot(), m, v, v_max, step.stored([count]), new_average
+
+    @property
+    def wide(self) -> type[np.floating]:
+        """Of the arithmetic."""
+        return np.float64 if self.formats[0] == F64 else np.float32
+
+    def numbers(self, param: Param, buffers, grad_scale: float):
+        """What a step makes of the numbers of a row, before they are stored: p, m, v, v_max."""
+        p, g, m, v, v_max, step, _ = buffers
         group = replace(self.groups[param.group], amsgrad=param.amsgrad)
         if group.lr_tensor:
             group.lr = float(self.lrs[param.group].values[0])
-        wide = np.float64 if self.formats[0] == F64 else np.float32
-        count = step.values[0] + 1
-        numbers = (b.values.astype(wide) for b in (p, g, m, v, v_max))
-        new = oracle.adamw(*numbers, group, float(count), grad_scale)
-        low, high = self.noise(param, int(count))
-        p, m, v, new_max = (
-            b.stored(self.kernels.rounded(x, b.format), noise if b.format in TAKES_NOISE else None)
-            for x, b, noise in zip(new, (p, m, v, v_max), (low, low, high, None), strict=True)
-        )
-        v_max = new_max if param.amsgrad else v_max.snapshot()
-        return p, g.snapshot(), m, v, v_max, step.stored([count])
+        numbers = (b.values.astype(self.wide) for b in (p, g, m, v, v_max))
+        return oracle.adamw(*numbers, group, float(step.values[0] + 1), grad_scale)
+
+    def expected_stats(self, grad_scale: float) -> np.ndarray:
+        """What an update must leave of each chunk; of those of rows without a gradient, what is there."""
+        size, stats, first = self.tables.chunk_size, self.stats.values.reshape(-1, besides.STATS), 0
+        for param, buffers in zip(self.params, self.buffers, strict=True):
+            n_chunks = -(-param.n // size)
+            if param.grad:
+                p, g = (b.values.astype(self.wide) for b in buffers[:2])
+                chunk_of = self.chunks_of(param)
+                after = self.numbers(param, buffers, grad_scale)[0]
+                for chunk in range(n_chunks):
+                    here = chunk_of == chunk
+                    stats[first + chunk] = besides.chunk_stats(
+                        p[here], after[here], g[here], is_bfloat16(buffers[0])
+                    )
+            first += n_chunks
+        return stats
+
+    def chunks_of(self, param: Param) -> np.ndarray:
+        """The chunk that each element of a row is stepped with: of codes, that of its block's first one."""
+        i = np.arange(param.n)
+        if has_codes(self.formats):
+            i -= i % param.columns % 128
+        return i // self.tables.chunk_size
 
     def noise(self, param: Param, step: int):
         """That of parameter and exp_avg, and that of exp_avg_sq, where any is drawn."""
-        if not takes_noise(self.formats):
+        if not takes_noise((*self.formats, self.average)):
             return None, None
         return noise_pair(self.noise_seed, param.ordinal, step, param.index())
 
@@ -234,16 +322,22 @@ class Model:
         return self
 
 
-def complete(param: Param, i: int, formats) -> Param:
+def is_bfloat16(buffer: Buffer) -> bool:
+    """Whether a parameter is kept in 16 bits that are those of a bfloat16."""
+    return buffer.format in (BF16, STOCHASTIC, SPLIT)
+
+
+def complete(param: Param, i: int, formats, average: int) -> Param:
     """Row i, with what follows from the formats and from the rest."""
     coded = has_codes(formats)
     columns = max(1, param.n) if param.columns is None and coded else param.columns
     ordinal = 1000 + 7 * i if param.ordinal is None else param.ordinal
-    return replace(param, columns=columns, ordinal=ordinal, amsgrad=param.amsgrad and not coded)
+    amsgrad, has_average = param.amsgrad and not coded, param.average and average != NONE
+    return replace(param, columns=columns, ordinal=ordinal, amsgrad=amsgrad, average=has_average)
 
 
-def draw(random, param: Param, formats, grad_scale: float) -> tuple[Buffer, ...]:
-    """Parameter, gradient, moments, maximum, step. Moments are 0 before the first step."""
+def draw(random, param: Param, formats, grad_scale: float, average: int) -> tuple[Buffer, ...]:
+    """Parameter, gradient, moments, maximum, step, average. Moments are 0 before the first step."""
     max_format = F32 if has_codes(formats) else formats[2]
     started = param.step > 0
 
@@ -254,7 +348,8 @@ def draw(random, param: Param, formats, grad_scale: float) -> tuple[Buffer, ...]
     numbers = [normal(1.0), normal(grad_scale), normal(0.1) * started, v * started]
     numbers.append(v * random.uniform(0.5, 2.0, param.n))
     kept = zip(numbers, (*formats, max_format), param.shifts, param.side_shifts, strict=True)
-    return (*(Buffer(*what, columns=param.columns) for what in kept), Buffer([param.step], F32))
+    averaged = Buffer(normal(1.0), F32 if average == NONE else average, param.average_shift)
+    return (*(Buffer(*what, columns=param.columns) for what in kept), Buffer([param.step], F32), averaged)
 
 
 def fields(group: Group, lr: Buffer) -> dict[str, float | int]:

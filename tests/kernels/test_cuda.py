@@ -1,7 +1,7 @@
 """What only the CUDA kernels have: switches, grids, hypers as kernel parameters, errors they return."""
 
 import pytest
-from format_codes import CUDA_LAYOUTS, F32, F64
+from format_codes import BF16, CUDA_LAYOUTS, F32, F64, NONE
 
 from .backends import Cuda
 from .model import Group, Model, Param
@@ -41,8 +41,8 @@ def test_as_many_hypers_as_fit_inline(cuda, cuda_library):
     model = Model(cuda, [Param(5, group=i) for i in range(61)], groups=groups)
     with pytest.raises(RuntimeError, match="too many hypers"):
         model.update()
-    model.kernels = Cuda(cuda_library, hypers_on_host=False)
-    model.update()
+    on_device = Cuda(cuda_library, hypers_on_host=False)
+    Model(on_device, model.params, groups=groups).update()
 
 
 def test_grid(cuda):
@@ -63,12 +63,12 @@ def test_errors_are_returned_and_the_current_device_restored(cuda):
     with pytest.raises(RuntimeError, match="invalid device"):
         model.update(9)
     assert cuda.library.current_device() == 0
-    for formats in ((F64, F32, F32, F32), (F32, 7, F32, F32)):
+    for formats in ((F64, F32, F32, F32, NONE), (F32, F32, F32, F32, BF16), (F32, 7, F32, F32, NONE)):
         model.tables.formats = formats
         with pytest.raises(RuntimeError, match="not built for these formats"):
             model.update()
     with pytest.raises(RuntimeError, match="not built for this dtype"):
         model.norm()
-    model.tables.formats, model.tables.chunk_size = (F32, F32, F32, F32), 1 << 31
+    model.tables.formats, model.tables.chunk_size = (F32, F32, F32, F32, NONE), 1 << 31
     with pytest.raises(RuntimeError, match="chunk_size is out of range"):
         model.update()

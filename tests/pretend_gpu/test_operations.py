@@ -4,6 +4,7 @@ import pytest
 import torch
 from common import Target, give_grads, parameters
 
+from fused_adamw import EMA, SpikeGuard
 from pretend_gpu import device
 
 pytestmark = [
@@ -48,10 +49,12 @@ def move_gradients(optimizer, step):
     give_grads([p for group in optimizer.param_groups for p in group["params"]], step)
 
 
+BESIDES = {"ema": EMA(decay=0.9), "guard": SpikeGuard(), "stats": True}
+
 with_and_without_clip = pytest.mark.parametrize(
     ("options", "launches"),
-    [({"max_grad_norm": 0.5}, [NORM, UPDATE]), ({}, [UPDATE])],
-    ids=["clip", "no clip"],
+    [({"max_grad_norm": 0.5}, [NORM, UPDATE]), ({}, [UPDATE]), (BESIDES, [NORM, UPDATE])],
+    ids=["clip", "no clip", "with all besides"],
 )
 
 

@@ -12,9 +12,18 @@ triton = pytest.importorskip("triton", minversion="3.6")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fused_adamw.backends import triton as backend  # noqa: E402
-from fused_adamw.tables import HyperStruct, RowStruct, StepInputs, Tables, words  # noqa: E402
+from fused_adamw.tables import (  # noqa: E402
+    ChunkStatsStruct,
+    HyperStruct,
+    RowStruct,
+    SpikeOptions,
+    StepInputs,
+    Tables,
+    status_words,
+    words,
+)
 
-F32, BF16, F16, F64, STOCHASTIC, SPLIT, SIGNED, UNSIGNED = range(8)  # enum FormatCode
+NONE, F32, BF16, F16, F64, STOCHASTIC, SPLIT, SIGNED, UNSIGNED = range(-1, 8)  # enum FormatCode
 
 
 class Launches:
@@ -53,7 +62,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float64, shift: int = 0) -> to
     return torch.zeros(size + shift, dtype=dtype)[shift:].view(shape)
 
 
-def tables(formats, n_chunks, shift) -> Tables:
+def tables(formats, n_chunks, shift, average=NONE, stats=False) -> Tables:
     """Tables whose tensors are `shift` elements off an aligned address."""
     return Tables(
         rows=zeros(5, words(RowStruct), dtype=torch.int64, shift=shift),
@@ -61,17 +70,26 @@ def tables(formats, n_chunks, shift) -> Tables:
         chunks=zeros(n_chunks, 2, dtype=torch.int32, shift=shift),
         chunk_size=backend.CHUNK_SIZE,
         hypers=zeros(2, words(HyperStruct), shift=shift),
-        formats=formats,
+        formats=(*formats, average),
         workspace=zeros(1 + n_chunks, shift=shift),
+        stats=zeros(n_chunks * stats, words(ChunkStatsStruct), shift=shift),
     )
 
 
-def update(gpu, formats, n_chunks=3, shift=0, n_sums=1, given=True, skip_nonfinite=True):
+def update(gpu, formats, n_chunks=3, shift=0, n_sums=1, given=True, skip_nonfinite=True, window=0, **besides):
     """The compiled update kernel. `shift`: how many elements tensors are off an aligned address."""
     optional = zeros(1, dtype=torch.float32, shift=shift) if given else None
-    sums = zeros(n_sums, shift=shift) if given else None
-    inputs = StepInputs(zeros(2, shift=shift), sums, 1.0, optional, optional, skip_nonfinite)
-    backend.update(tables(formats, n_chunks, shift), inputs)
+    inputs = StepInputs(
+        status=zeros(status_words(window), shift=shift),
+        sums=zeros(n_sums, shift=shift) if given else None,
+        max_grad_norm=1.0,
+        grad_scale=optional,
+        found_inf=optional,
+        skip_nonfinite=skip_nonfinite,
+        loss=zeros(1, shift=shift) if given and window else None,
+        spikes=SpikeOptions(6.0, window, min(window, 10), clips=False),
+    )
+    backend.update(tables(formats, n_chunks, shift, **besides), inputs)
     return gpu.kernels[-1]
 
 
@@ -172,6 +190,48 @@ def test_special_formats_fit_their_registers(gpu, formats, tmp_path):
     assert names == {"div.rn.f32", "sqrt.rn.f32"}
 
 
+BESIDES = {
+    "stats": {"stats": True},
+    "average": {"average": F32},
+    "both": {"average": STOCHASTIC, "stats": True},
+    "guard": {"window": 100},
+}
+
+
+@pytest.mark.parametrize("besides", BESIDES.values(), ids=BESIDES.keys())
+@pytest.mark.parametrize("formats", [(F32,) * 4, (BF16,) * 4, (SPLIT, BF16, SIGNED, UNSIGNED)], ids=str)
+def test_besides_fit_their_registers(gpu, formats, besides, tmp_path):
+    kernel = update(gpu, formats, **besides)
+    used = resources(kernel, tmp_path)
+    special = (SIGNED in formats) + ("window" not in besides)
+    most = (backend._REGISTERS, backend._SPECIAL_REGISTERS, backend._MOST_REGISTERS)[special]
+    assert used["REG"] <= most
+    assert used["LOCAL"] == 0
+    assert used["STACK"] <= 32
+    for body in block_loops(kernel, tmp_path):
+        assert accesses_of(body, "LDL", "STL") == 0, "spilled"
+
+
+def test_the_average_moves_16_bytes_per_access(gpu):
+    kernel = update(gpu, (F32,) * 4, average=F32)
+    assert accesses(kernel, "ld.global.v4.b32") == 4 + 5 + 2
+    assert accesses(kernel, "st.global.v4.b32") == 3 + 4 + 2
+
+
+def test_float64_has_stats_and_averages(gpu):
+    update(gpu, (F64,) * 4, average=F64, stats=True, window=5)
+
+
+@pytest.mark.parametrize("formats", SAME, ids=["float32", "bfloat16"])
+def test_a_guard_costs_the_loops_nothing(gpu, formats, tmp_path):
+    """It is the last program's."""
+    with_guard, without = (
+        [len(body) for body in block_loops(update(gpu, formats, window=window), tmp_path)]
+        for window in (100, 0)
+    )
+    assert with_guard == without
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_norm_fits_its_registers(gpu, dtype, tmp_path):
     used = resources(norm(gpu, dtype), tmp_path)
@@ -196,6 +256,10 @@ def test_one_binary_serves_all_tables(gpu):
     first = update(gpu, (F32,) * 4)
     for changes in ({"n_chunks": 1}, {"n_chunks": 16}, {"shift": 1}, {"n_sums": 5}):
         assert update(gpu, (F32,) * 4, **changes) is first
+    besides = {"average": F32, "stats": True}
+    first = update(gpu, (F32,) * 4, window=100, **besides)
+    for changes in ({"window": 1}, {"window": 16}, {"shift": 1}, {"n_chunks": 1}):
+        assert update(gpu, (F32,) * 4, **{"window": 100, **besides, **changes}) is first
     first = norm(gpu, F32)
     assert norm(gpu, F32, n_chunks=1) is norm(gpu, F32, n_chunks=16) is norm(gpu, F32, shift=1) is first
 

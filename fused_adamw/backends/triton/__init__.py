@@ -13,7 +13,7 @@ import triton
 
 from ...device import NO_GPU, has_gpu, is_capturing, is_gpu, multiprocessors_of, on_gpu
 from ...formats import Formats
-from ...tables import FORMAT_CODE, StepInputs, Tables
+from ...tables import StepInputs, Tables, format_codes
 from . import formats as kept
 from .kernels import norm_kernel, update_kernel
 
@@ -27,8 +27,8 @@ _LARGE_CHUNK_SIZE = 1 << 16
 _NUM_WARPS = 4
 _THREADS = 32 * _NUM_WARPS
 # A persistent grid, all of which an SM of 65,536 registers holds at once. Noise, and codes that wait for the
-# maximum of their block, take more registers.
-_REGISTERS, _SPECIAL_REGISTERS = 72, 160
+# maximum of their block, take more registers; so do stats and averages, and both take more than either.
+_REGISTERS, _SPECIAL_REGISTERS, _MOST_REGISTERS = 72, 160, 224
 _PROGRAMS_PER_SM = 65536 // (_REGISTERS * _THREADS)
 _INTERPRETED_PROGRAMS = 3  # enough to walk with a stride and to have a last one
 
@@ -37,20 +37,22 @@ _INTERPRETED = not isinstance(update_kernel, triton.JITFunction)
 _OPTIONS = {"num_warps": _NUM_WARPS, "enable_fp_fusion": False}
 
 
-def _block(*formats: Any) -> int:
+def _block(*formats: Any, is_special: bool = False) -> int:
     """Elements that a program's threads access at once, 16 bytes of the widest type each.
 
     With more, the compiler passes values between threads before it stores that type.
     """
     bits: int = max(kept.values_of(format).primitive_bitwidth for format in formats)
-    if not all(map(kept.is_plain, formats)):
-        bits = max(bits, 32)  # four elements: noise and codes take the registers of the others
+    if is_special:
+        bits = max(bits, 32)  # four elements: what is special takes the registers of the others
     return 16 * 8 * _THREADS // bits
 
 
-def _registers(formats: tuple[int, ...]) -> int:
-    """Of a thread."""
-    return _REGISTERS if all(map(kept.is_plain, kept.Formats.of(formats))) else _SPECIAL_REGISTERS
+def _registers(formats: kept.Formats, stats: torch.Tensor) -> int:
+    """Of a thread of an update."""
+    has_special_formats = not all(map(kept.is_plain, formats[:4]))
+    has_besides = len(stats) > 0 or formats.average is not None
+    return (_REGISTERS, _SPECIAL_REGISTERS, _MOST_REGISTERS)[has_special_formats + has_besides]
 
 
 @functools.cache
@@ -70,14 +72,14 @@ def _check_compiled(kernel: Any, device: torch.device, arguments: dict[str, Any]
     if is_capturing(device):
         raise RuntimeError(
             "Triton compiles a kernel when it is first launched, which is impossible while a CUDA graph is "
-            "captured: run a step without capture first, with max_grad_norm, skip_nonfinite, grad_scale and "
-            "found_inf set where they are set now"
+            "captured: run a step without capture first, with max_grad_norm, skip_nonfinite, guard, stats, "
+            "grad_scale and found_inf set where they are set now"
         )
     _launched.add(binary)
 
 
-def _launch(kernel: Any, t: Tables, chunks: torch.Tensor, **arguments: object) -> None:
-    """Run a kernel over these chunks of the tables."""
+def _launch(kernel: Any, t: Tables, chunks: torch.Tensor, registers: int, **arguments: object) -> None:
+    """Run a kernel over these chunks of the tables, in so many registers of a thread."""
     n_chunks = chunks.shape[0]
     given = {
         "rows": t.rows,
@@ -93,7 +95,6 @@ def _launch(kernel: Any, t: Tables, chunks: torch.Tensor, **arguments: object) -
         kernel[(max(1, min(n_chunks, _INTERPRETED_PROGRAMS)),)](**given)
         return
     device = t.rows.get_device()
-    registers = _registers(t.formats)
     grid = (max(1, min(n_chunks, 65536 // (registers * _THREADS) * _multiprocessors(device))),)
     with on_gpu(device):  # Triton launches on the current device, on its current stream
         kernel[grid](**given, **_OPTIONS, maxnreg=registers)
@@ -116,7 +117,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 def supports(device: torch.device, formats: Formats) -> bool:
     """Whether a kernel can be compiled for a parameter that is kept so, with its gradient and moments."""
-    return kept.Formats.of([FORMAT_CODE[format.name] for format in formats]).fit_together()
+    return kept.Formats.of(format_codes(formats)).fit_together()
 
 
 def chunk_size(device: torch.device, numel: int = 0) -> int:
@@ -138,16 +139,19 @@ def sum_of_squares(t: Tables, chunks: torch.Tensor, out: torch.Tensor) -> None:
     One launch, deterministic, no sync. Mutates the workspace.
     """
     grad = kept.Formats.of(t.formats).grad
-    _launch(norm_kernel, t, chunks, sum=out, F=grad, BLOCK=2 * _block(grad))
+    _launch(norm_kernel, t, chunks, _REGISTERS, sum=out, F=grad, BLOCK=2 * _block(grad))
 
 
 def update(t: Tables, inputs: StepInputs) -> None:
     """Step in place the parameters, moments and step counts of all rows with a gradient. One launch."""
     formats = kept.Formats.of(t.formats)
+    registers = _registers(formats, t.stats)
+    spikes, averaging = inputs.spikes, inputs.averaging
     _launch(
         update_kernel,
         t,
         t.chunks,
+        registers,
         n_rows=t.rows.shape[0],
         hypers=t.hypers,
         sums=inputs.sums,
@@ -157,7 +161,18 @@ def update(t: Tables, inputs: StepInputs) -> None:
         found_inf=inputs.found_inf,
         seed=inputs.seed,
         status=inputs.status,
+        loss=inputs.loss,
+        spike_sigmas=spikes.sigmas,
+        spike_window=spikes.window,
+        spike_warmup=spikes.warmup,
+        average_decay=averaging.decay,
+        average_warmup=averaging.warmup,
+        average_start=averaging.start_step,
+        average_every=averaging.every,
+        stats=t.stats if len(t.stats) else None,
         SKIP_NONFINITE=inputs.skip_nonfinite,
+        SPIKES=spikes.window > 0,
+        CLIPS=spikes.clips,
         F=formats,
-        BLOCK=_block(*formats),
+        BLOCK=_block(*formats.present, is_special=registers != _REGISTERS),
     )

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...formats import BLOCK, PLAIN, Format, RootCode
 from ...formats import FORMATS as DEFINITIONS
-from ...tables import FORMAT_CODE
+from ...tables import FORMAT_CODE, NO_FORMAT
 
 CODE_BLOCK = tl.constexpr(BLOCK)
 
@@ -54,17 +54,23 @@ FORMATS: dict[int, Any] = {
 
 
 class Formats(NamedTuple):
-    """Of the tensors of one launch."""
+    """Of the tensors of one launch; `average` is None where there is none."""
 
     param: Any
     grad: Any
     exp_avg: Any
     exp_avg_sq: Any
+    average: Any = None
 
     @staticmethod
     def of(codes: Sequence[int]) -> "Formats":
         """From `Tables.formats`."""
-        return Formats(*(FORMATS[code] for code in codes))
+        return Formats(*(None if code == NO_FORMAT else FORMATS[code] for code in codes))
+
+    @property
+    def present(self) -> list[Any]:
+        """The formats of those tensors that there are."""
+        return [format for format in self if format is not None]
 
     def fit_together(self) -> bool:
         """Whether the walks can step tensors that are kept so: each in its place, codes both or neither."""
@@ -79,7 +85,13 @@ class Formats(NamedTuple):
             {root_signed},
             {stochastic, root_unsigned},
         )
-        return all(is_plain(format) or format in known for format, known in zip(self, known_in, strict=True))
+        averages = (
+            {None, tl.float64} if register_of(self.param) == tl.float64 else {None, tl.float32, stochastic}
+        )
+        known = zip(self, known_in, strict=False)
+        return (
+            all(is_plain(format) or format in known for format, known in known) and self.average in averages
+        )
 
 
 class Kept(NamedTuple):
@@ -111,6 +123,18 @@ def register_of(F):
 def is_plain(F):
     """Whether torch has it."""
     return not isinstance(F, Special)
+
+
+@triton.constexpr_function
+def is_bfloat16(F):
+    """Whether a parameter is kept in 16 bits that are those of a bfloat16."""
+    return values_of(F) in (tl.bfloat16, tl.uint16)
+
+
+@triton.constexpr_function
+def has_average(F):
+    """Whether there is an average of the parameters, by `Formats`."""
+    return F[4] is not None
 
 
 @triton.constexpr_function
@@ -196,18 +220,36 @@ def store(kept, i, mask, x, noise, F: tl.constexpr):
     if is_plain(F):
         tl.store(kept.at + i, x.to(F), mask=mask)
     else:
-        bits = bits_of(x)
-        magnitude = bits & 0x7FFFFFFF
-        sign = bits & 0x80000000
         if takes_noise(F):
-            upper = tl.minimum((magnitude + noise) >> 16, 0x7F7F)  # a finite number stays finite
-            upper = tl.where(magnitude < 0x7F800000, upper, 0x7F80)
-            upper = tl.where(magnitude > 0x7F800000, 0x7FC0, upper) | (sign >> 16)
+            upper = stochastic_upper(x, noise)
         else:
-            bits = tl.where(magnitude > 0x7F800000, sign | 0x7FC00000, bits)
+            bits = bits_of(x)
+            bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits & 0x80000000) | 0x7FC00000, bits)
             upper = (bits + 0x8000) >> 16
             tl.store(kept.side + i, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
         tl.store(kept.at + i, upper.to(tl.uint16), mask=mask)
+
+
+@triton.jit
+def stochastic_upper(x, noise):
+    """The upper 16 bits of x, rounded by 16 bits of noise each."""
+    bits = bits_of(x)
+    magnitude = bits & 0x7FFFFFFF
+    upper = tl.minimum((magnitude + noise) >> 16, 0x7F7F)  # a finite number stays finite
+    upper = tl.where(magnitude < 0x7F800000, upper, 0x7F80)
+    return tl.where(magnitude > 0x7F800000, 0x7FC0, upper) | ((bits & 0x80000000) >> 16)
+
+
+@triton.jit
+def as_kept(x, noise, F: tl.constexpr):
+    """What loading would give of x, once it is stored."""
+    if is_plain(F):
+        kept = x.to(F).to(x.dtype)
+    elif takes_noise(F):
+        kept = (stochastic_upper(x, noise) << 16).to(tl.float32, bitcast=True)
+    else:
+        kept = x  # in two halves, whole
+    return kept
 
 
 # ---- Codes: tiles of (blocks, CODE_BLOCK)

@@ -7,11 +7,23 @@ import triton
 import triton.language as tl
 
 from ...tables import ChunkStruct, HyperStruct, RowStruct, word_of, words
+from .besides import (
+    Averaging,
+    average_step,
+    average_update,
+    no_stats,
+    observe,
+    of_both,
+    over_lanes,
+    write_stats,
+)
 from .formats import (
     CODE_BLOCK,
     advance,
     any_noise,
+    as_kept,
     elements,
+    has_average,
     has_residual,
     is_code,
     kept_as,
@@ -22,12 +34,16 @@ from .formats import (
     store_codes,
 )
 from .noise import noise_bits, noise_of, places
-from .rule import Hyper, StepInputs, adamw_update, coefficients, step_scalars
+from .outcome import Spikes, StepInputs, record, step_scalars
+from .rule import Hyper, adamw_update, coefficients
 
 # Where the fields of the tables are, in their words.
-_PARAM, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _STEP, _NUMEL, _ORDINAL, _OFFSET = (
+_PARAM, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _AVERAGE = (
     tl.constexpr(word_of(RowStruct, name))
-    for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "numel", "ordinal", "offset")
+    for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "average")
+)
+_STEP, _NUMEL, _ORDINAL, _OFFSET = (
+    tl.constexpr(word_of(RowStruct, name)) for name in ("step", "numel", "ordinal", "offset")
 )
 _HYPER, _SLOT, _LOCAL_COLUMNS, _COLUMNS = (
     tl.constexpr(getattr(RowStruct, name).offset // 4)  # 32 bits
@@ -132,16 +148,39 @@ def noise_of_row(row, seed, step):
 
 
 @triton.jit
+def move_average(at, i, mask, p, c, noise, F: tl.constexpr):
+    """Move elements i of the average, if it moves, towards what is kept of the parameter p."""
+    if c.moves:
+        average = load(at, i, mask, kept_as(F, 4), p.dtype)
+        moved = average_update(average, as_kept(p, noise, kept_as(F, 0)), c)
+        store(at, i, mask, moved, noise, kept_as(F, 4))
+
+
+@triton.jit
 def update_vectors(
-    span, c, noise, F: tl.constexpr, AMSGRAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+    span,
+    c,
+    average,
+    noise,
+    F: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    STATS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Step a span. VECTOR: it is whole blocks at aligned addresses, so that no access is masked."""
+    """Step a span. VECTOR: it is whole blocks at aligned addresses, so that no access is masked.
+
+    Returns: What was found out, under STATS.
+    """
     p_at = elements(span.row + _PARAM, span.start, kept_as(F, 0), VECTOR)
     g_at = elements(span.grad, span.start, kept_as(F, 1), VECTOR)
     m_at = elements(span.row + _EXP_AVG, span.start, kept_as(F, 2), VECTOR)
     v_at = elements(span.row + _EXP_AVG_SQ, span.start, kept_as(F, 3), VECTOR)
     v_max_at = elements(span.row + _MAX_EXP_AVG_SQ, span.start, kept_as(F, 2), VECTOR)
+    if has_average(F):
+        average_at = elements(span.row + _AVERAGE, span.start, kept_as(F, 4), VECTOR)
     T: tl.constexpr = c.eps.dtype
+    stats = no_stats([BLOCK], T) if STATS else None
     i = tl.arange(0, BLOCK)
     first = span.start
     n = span.n
@@ -152,13 +191,19 @@ def update_vectors(
         m = load(m_at, i, mask, kept_as(F, 2), T)
         v = load(v_at, i, mask, kept_as(F, 3), T)
         v_max = load(v_max_at, i, mask, kept_as(F, 2), T) if AMSGRAD else tl.zeros([BLOCK], T)
+        before = p
         p, m, v, v_max = adamw_update(p, g, m, v, v_max, c)
+        if STATS:
+            stats = observe(stats, before, p, g, mask, kept_as(F, 0))
         bits = noise_bits(noise, places(noise, first + i)) if any_noise(F) else tl.zeros([BLOCK], tl.uint32)
         store(m_at, i, mask, m, bits & 0xFFFF, kept_as(F, 2))
         store(v_at, i, mask, v, bits >> 16, kept_as(F, 3))
         if AMSGRAD:
             store(v_max_at, i, mask, v_max, bits, kept_as(F, 2))
         store(p_at, i, mask, p, bits & 0xFFFF, kept_as(F, 0))
+        if has_average(F):
+            move_average(average_at, i, mask, p, average, bits & 0xFFFF, F)
+            average_at = advance(average_at, BLOCK, kept_as(F, 4))
         p_at = advance(p_at, BLOCK, kept_as(F, 0))
         g_at = advance(g_at, BLOCK, kept_as(F, 1))
         m_at = advance(m_at, BLOCK, kept_as(F, 2))
@@ -166,6 +211,7 @@ def update_vectors(
         v_max_at = advance(v_max_at, BLOCK, kept_as(F, 2))
         first += BLOCK
         n -= BLOCK
+    return over_lanes(stats) if STATS else no_stats([], T)
 
 
 @triton.jit
@@ -176,17 +222,30 @@ def addresses_of(span, F: tl.constexpr):
     addresses |= tl.load(row + _EXP_AVG_SQ) | tl.load(row + _MAX_EXP_AVG_SQ)
     if has_residual(kept_as(F, 0)):
         addresses |= tl.load(row + _PARAM + 1)
+    if has_average(F):
+        addresses |= tl.load(row + _AVERAGE)
     return addresses
 
 
 @triton.jit
-def update_span(span, c, noise, F: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Step a span, as far as possible in whole blocks."""
+def update_span(
+    span,
+    c,
+    average,
+    noise,
+    F: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Step a span, as far as possible in whole blocks. Returns what was found out, under STATS."""
     row, grad, start, n = span
     whole = whole_blocks(addresses_of(span, F), span, BLOCK)
-    update_vectors(Span(row, grad, start, whole), c, noise, F, AMSGRAD, True, BLOCK)
+    blocks, rest = Span(row, grad, start, whole), Span(row, grad, start + whole, n - whole)
+    of_blocks = update_vectors(blocks, c, average, noise, F, AMSGRAD, STATS, True, BLOCK)
     # In blocks of another size, lest the compiler share one layout, and shuffle values through it.
-    update_vectors(Span(row, grad, start + whole, n - whole), c, noise, F, AMSGRAD, False, BLOCK // 2)
+    of_rest = update_vectors(rest, c, average, noise, F, AMSGRAD, STATS, False, BLOCK // 2)
+    return of_both(of_blocks, of_rest) if STATS else of_rest
 
 
 @triton.jit
@@ -197,13 +256,28 @@ def starting_before(column, columns, per_row):
 
 
 @triton.jit
-def update_code_blocks(span, c, noise, F: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Step the blocks of codes that start in a span. VECTOR: they are whole, and addresses aligned."""
+def update_code_blocks(
+    span,
+    c,
+    average,
+    noise,
+    F: tl.constexpr,
+    STATS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Step the blocks of codes that start in a span. VECTOR: they are whole, and addresses aligned.
+
+    Returns: What was found out, under STATS.
+    """
     p_at = elements(span.row + _PARAM, 0, kept_as(F, 0), VECTOR)
     g_at = elements(span.grad, 0, kept_as(F, 1), VECTOR)
     m_at = elements(span.row + _EXP_AVG, 0, kept_as(F, 2), VECTOR)
     v_at = elements(span.row + _EXP_AVG_SQ, 0, kept_as(F, 3), VECTOR)
+    if has_average(F):
+        average_at = elements(span.row + _AVERAGE, 0, kept_as(F, 4), VECTOR)
     T: tl.constexpr = c.eps.dtype
+    stats = no_stats([BLOCK // CODE_BLOCK, CODE_BLOCK], T) if STATS else None
     columns = noise.local_columns
     per_row = tl.cdiv(columns, CODE_BLOCK).to(tl.int32)
     first_row = span.start // columns
@@ -229,22 +303,29 @@ def update_code_blocks(span, c, noise, F: tl.constexpr, VECTOR: tl.constexpr, BL
         g = load(g_at, i, mask, kept_as(F, 1), T)
         m = load_codes(m_at, i, mask, blocks, is_block, kept_as(F, 2))
         v = load_codes(v_at, i, mask, blocks, is_block, kept_as(F, 3))
+        before = p
         p, m, v, _ = adamw_update(p, g, m, v, tl.zeros_like(v), c)
+        if STATS:
+            stats = observe(stats, before, p, g, mask, kept_as(F, 0))
         place = (noise.offset + row * noise.columns + from_column)[:, None] + j
         bits = noise_bits(noise, place)
         store(p_at, i, mask, p, bits & 0xFFFF, kept_as(F, 0))
         store_codes(m_at, i, mask, blocks, is_block, m, bits & 0xFFFF, kept_as(F, 2))
         store_codes(v_at, i, mask, blocks, is_block, v, bits >> 16, kept_as(F, 3))
+        if has_average(F):
+            move_average(average_at, i, mask, p, average, bits & 0xFFFF, F)
         block += BLOCK // CODE_BLOCK
+    return over_lanes(stats) if STATS else no_stats([], T)
 
 
 @triton.jit
-def update_coded_span(span, c, noise, F: tl.constexpr, BLOCK: tl.constexpr):
-    """Step the blocks of codes that start in a span."""
+def update_coded_span(span, c, average, noise, F: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr):
+    """Step the blocks of codes that start in a span. Returns what was found out, under STATS."""
     if (addresses_of(span, F) % 16 == 0) & (noise.local_columns % CODE_BLOCK == 0):
-        update_code_blocks(span, c, noise, F, True, BLOCK)
+        stats = update_code_blocks(span, c, average, noise, F, STATS, True, BLOCK)
     else:
-        update_code_blocks(span, c, noise, F, False, BLOCK)
+        stats = update_code_blocks(span, c, average, noise, F, STATS, False, BLOCK)
+    return stats
 
 
 @triton.jit
@@ -264,10 +345,14 @@ def advance_steps(rows, grads, n_rows, BLOCK: tl.constexpr):
 # One binary for any counts, and for any alignment of the small tensors. Triton applies neither to members of
 # a tuple, nor a type: so arguments come one by one, and are put in named tuples here.
 _kernel = triton.jit(
-    do_not_specialize=["n_rows", "n_chunks", "chunk_size", "n_sums", "seed"],
-    do_not_specialize_on_alignment=(
-        ["rows", "grads", "chunks", "hypers", "sums", "sum", "grad_scale", "found_inf", "status", "workspace"]
-    ),
+    do_not_specialize=[
+        *("n_rows", "n_chunks", "chunk_size", "n_sums", "seed", "spike_window", "spike_warmup"),
+        *("average_warmup", "average_start", "average_every"),
+    ],
+    do_not_specialize_on_alignment=[
+        *("rows", "grads", "chunks", "hypers", "sums", "sum", "grad_scale", "found_inf", "status", "loss"),
+        *("stats", "workspace"),
+    ],
 )
 
 
@@ -287,37 +372,56 @@ def update_kernel(
     found_inf,
     seed: tl.uint64,
     status,
+    loss,
+    spike_sigmas: tl.float64,
+    spike_window,
+    spike_warmup,
+    average_decay: tl.float64,
+    average_warmup,
+    average_start,
+    average_every,
+    stats,
     workspace,
     SKIP_NONFINITE: tl.constexpr,
+    SPIKES: tl.constexpr,
+    CLIPS: tl.constexpr,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Step all chunks, unless the step is skipped; the last program then counts it."""
+    """Step all chunks, unless the step is skipped; the last program then counts it, and says what it was."""
     T: tl.constexpr = register_of(kept_as(F, 0))
+    STATS: tl.constexpr = stats is not None
     table = Table(rows, grads, chunks, chunk_size)
-    inputs = StepInputs(sums, n_sums, max_grad_norm, grad_scale, found_inf)
-    norm, scale, skip = step_scalars(inputs, SKIP_NONFINITE)
-    if tl.program_id(0) == 0:
-        tl.store(status, norm)
-        tl.store(status + 1, tl.load(status + 1) + tl.where(skip, 1.0, 0.0))
-    n_chunks = tl.where(skip, 0, n_chunks)
+    spikes = Spikes(spike_sigmas, spike_window, spike_warmup, loss)
+    inputs = StepInputs(sums, n_sums, max_grad_norm, grad_scale, found_inf, status, spikes)
+    averaging = Averaging(average_decay, average_warmup, average_start, average_every)
+    scalars = step_scalars(inputs, SKIP_NONFINITE, SPIKES, CLIPS)
+    n_chunks = tl.where(scalars.skip, 0, n_chunks)
     chunk = tl.program_id(0)
     while chunk < n_chunks:
         span = span_of(table, chunk)
         if tl.load(span.grad) != 0:
             step = tl.load(tl.load(span.row + _STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
-            c = coefficients(hyper_of(span.row, hypers), step, scale, T)
+            c = coefficients(hyper_of(span.row, hypers), step, scalars.grad_scale, T)
             noise = noise_of_row(span.row, seed, step) if any_noise(F) else None
+            average = (
+                average_step(averaging, tl.load(span.row + _AVERAGE), step, T) if has_average(F) else None
+            )
             if is_code(kept_as(F, 2)):
-                update_coded_span(span, c, noise, F, BLOCK)
+                found = update_coded_span(span, c, average, noise, F, STATS, BLOCK)
+                if STATS:
+                    write_stats(stats, chunk, found, T)
             else:
                 if tl.load(span.row + _MAX_EXP_AVG_SQ) == 0:
-                    update_span(span, c, noise, F, False, BLOCK)
+                    found = update_span(span, c, average, noise, F, False, STATS, BLOCK)
                 else:
-                    update_span(span, c, noise, F, True, BLOCK)
+                    found = update_span(span, c, average, noise, F, True, STATS, BLOCK)
+                if STATS:
+                    write_stats(stats, chunk, found, T)
         chunk += tl.num_programs(0)
     if last_program(workspace):
-        advance_steps(rows, grads, tl.where(skip, 0, n_rows), BLOCK // 2)
+        record(inputs, scalars, SPIKES)
+        advance_steps(rows, grads, tl.where(scalars.skip, 0, n_rows), BLOCK // 2)
 
 
 @triton.jit

@@ -21,16 +21,6 @@ class Hyper(NamedTuple):
     grad_sign: tl.tensor
 
 
-class StepInputs(NamedTuple):
-    """What is known only when the step runs; None, for a pointer, is a constexpr."""
-
-    sums: tl.tensor
-    n_sums: tl.tensor
-    max_grad_norm: tl.tensor
-    grad_scale: tl.tensor
-    found_inf: tl.tensor
-
-
 class Coefficients(NamedTuple):
     """The numbers that one parameter's update needs: see csrc/adamw.h."""
 
@@ -49,32 +39,8 @@ class Coefficients(NamedTuple):
 
 
 @triton.jit
-def step_scalars(inputs, SKIP_NONFINITE: tl.constexpr):
-    """Gradient norm, what gradients are multiplied by, whether to skip the step."""
-    norm = tl.full([], 0.0, tl.float64)
-    skip = tl.full([], 0, tl.int1)
-    loss_scale = tl.full([], 1.0, tl.float64)
-    if inputs.grad_scale is not None:
-        loss_scale = tl.load(inputs.grad_scale).to(tl.float64)
-    if inputs.found_inf is not None:
-        skip = tl.load(inputs.found_inf) != 0.0
-    scale = 1.0 / loss_scale
-    if inputs.sums is not None:
-        i = 0
-        while i < inputs.n_sums:
-            norm += tl.load(inputs.sums + i)
-            i += 1
-        norm = tl.sqrt(norm) / loss_scale
-        clip_coef = inputs.max_grad_norm / (norm + 1e-6)
-        scale *= tl.where(clip_coef > 1.0, 1.0, clip_coef)  # NaN stays NaN
-        if SKIP_NONFINITE:
-            skip = skip | (norm != norm) | (norm == float("inf"))
-    return norm, scale, skip
-
-
-@triton.jit
 def power(x, n):
-    """`x ** n` in float64 for n >= 1. log(0) is -inf, so 0 ** n is 0."""
+    """`x ** n` in float64 for x > 0, or 0 and n >= 1: log(0) is -inf, so 0 ** n is 0."""
     return tl.exp(n * tl.log(x))
 
 

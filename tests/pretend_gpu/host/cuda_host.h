@@ -61,6 +61,7 @@ class Bounds {
       tensor(row.exp_avg, formats.exp_avg, row, "exp_avg");
       tensor(row.exp_avg_sq, formats.exp_avg_sq, row, "exp_avg_sq");
       if (row.max_exp_avg_sq.values) tensor(row.max_exp_avg_sq, formats.exp_avg, row, "max_exp_avg_sq");
+      if (row.average.values) tensor(row.average, formats.average, row, "average");
     }
   }
 
@@ -122,7 +123,12 @@ bool in_bounds(const Params& params, const char* kernel) {
   if (inputs.sums) bounds.needs(inputs.sums, inputs.n_sums * sizeof(double), "sums");
   if (inputs.grad_scale) bounds.needs(inputs.grad_scale, sizeof(float), "grad_scale");
   if (inputs.found_inf) bounds.needs(inputs.found_inf, sizeof(float), "found_inf");
-  bounds.needs(inputs.status, 2 * sizeof(double), "status");
+  if (inputs.loss) bounds.needs(inputs.loss, sizeof(double), "loss");
+  // With a history of spikes, and two series that have a value in their structs.
+  const size_t series = sizeof(fused_adamw::Series) + (inputs.spikes.window - 1) * sizeof(double);
+  const size_t history = inputs.spikes.window ? sizeof(fused_adamw::SpikeHistory) + 2 * series : 0;
+  bounds.needs(inputs.status, sizeof(fused_adamw::Status) + history, "status");
+  if (args.stats) bounds.needs(args.stats, args.table.n_chunks * sizeof(fused_adamw::ChunkStats), "stats");
   bounds.needs(args.ticket, sizeof(uint32_t), "ticket");
   return bounds.hold();
 }
