@@ -9,7 +9,7 @@ DOCS_VENV := .venv-docs
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all sdist wheel test-wheel test-pretend-gpu dry-run-acceptance bench docs lint format clean
+.PHONY: help train test test-all sdist wheel test-wheel hub test-pretend-gpu dry-run-acceptance bench docs lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ test-all: $(BUILT) ## all tests, with those of real models from other libraries
 sdist: $(READY) ## the source distribution that is released, in dist/
 	rm -f dist/*.tar.gz
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+
+hub: ## the project for Hugging Face's kernel-builder, in build/hub
+	rm -rf build/hub
+	$(PYTHON) hub/make.py build/hub
 
 wheel: $(READY) ## the wheel that is released, in dist/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-wheel.txt

@@ -11,6 +11,6 @@ from types import ModuleType
 def load_extension() -> ModuleType | str:
     """Load the extension, once, which registers `torch.ops.fused_adamw`; or why it does not load."""
     try:
-        return importlib.import_module("fused_adamw._C")
+        return importlib.import_module("._C", __package__)
     except ImportError as error:
         return f"the extension is not built or does not load ({error})"

@@ -126,9 +126,7 @@ class ParamGroupReport:
         return report_table(title, self.decisions, len(self.groups), self.lints)
 
     def __str__(self) -> str:
-        from .render import plain
-
-        return plain(self)
+        return _as_text(self, self.decisions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,9 +182,16 @@ class PolicyDiff:
         return diff_table(title, ours, theirs, self.pairs)
 
     def __str__(self) -> str:
-        from .render import plain
+        return _as_text(self, [decision for pair in self.pairs for decision in pair])
 
-        return plain(self)
+
+def _as_text(report: ParamGroupReport | PolicyDiff, decisions: Sequence[Decision]) -> str:
+    """Draw a table as text; without rich, which a copy of the package may lack, a sentence per decision."""
+    try:
+        from .render import plain
+    except ImportError:
+        return "\n".join(map(str, decisions))
+    return plain(report)
 
 
 def explain_param_groups(

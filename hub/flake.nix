@@ -1,0 +1,11 @@
+{
+  description = "FusedHygieneAdamW, an AdamW for PyTorch";
+
+  inputs.kernel-builder.url = "github:huggingface/kernels";
+
+  outputs = { self, kernel-builder, ... }:
+    kernel-builder.lib.genKernelFlakeOutputs {
+      inherit self;
+      path = ./.;
+    };
+}
