@@ -35,7 +35,7 @@ PASSES = {
 }
 # Bytes per value of the peers where ours keeps bfloat16 in low precision. A float32 step moves 40 or 28, its
 # copy to bfloat16 reads 4 and writes 2.
-LOW_PRECISION_BYTES = {"fused": (20, 14), "float32+copy": (46, 34)}
+LOW_PRECISION_BYTES = {"plain": (16, 14), "fused": (20, 14), "float32+copy": (46, 34)}
 LR, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 0.1
 
 
@@ -179,9 +179,11 @@ class Peer:
             state["step"].zero_()
 
 
-def ours(problem: Problem, *, clip: bool, backend: str = "auto", name: str = "ours") -> Peer:
-    """FusedHygieneAdamW, in the precision of the case."""
-    precision = problem.case.precision
+def ours(
+    problem: Problem, *, clip: bool, backend: str = "auto", name: str = "ours", in_precision: bool = True
+) -> Peer:
+    """FusedHygieneAdamW, in the precision of the case if it has one."""
+    precision = problem.case.precision if in_precision else None
     optimizer = FusedHygieneAdamW(
         problem.param_groups(),
         betas=BETAS,
@@ -198,6 +200,11 @@ def ours(problem: Problem, *, clip: bool, backend: str = "auto", name: str = "ou
         return [w.float() for w in found.values()]
 
     return Peer(name, optimizer.step, optimizer, clip, has_own_state=True, weights=weights)
+
+
+def plain(problem: Problem, *, clip: bool) -> Peer:
+    """Ours in the formats that torch has, to nearest."""
+    return ours(problem, clip=clip, name="plain", in_precision=False)
 
 
 def one_thread(problem: Problem, *, clip: bool) -> Peer:
@@ -298,6 +305,7 @@ def bitsandbytes(problem: Problem, *, clip: bool) -> Peer:
 
 
 LOW_PRECISION_PEERS = {
+    "plain": plain,
     "fused": fused,
     "float32+copy": float32_and_copy,
     "torchao": torchao,

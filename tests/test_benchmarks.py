@@ -149,7 +149,7 @@ def test_peers_in_low_precision_are_those_that_are_installed(monkeypatch: pytest
     problem = Problem(LOW_PRECISION[0].tiny(), CPU)
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     names = [peer.name for peer in make_peers(problem, ("foreach", "one-thread"), clip=True)]
-    assert names == ["ours", "fused", "float32+copy", "one-thread"]
+    assert names == ["ours", "plain", "fused", "float32+copy", "one-thread"]
 
 
 @pytest.mark.parametrize(

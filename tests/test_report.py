@@ -65,6 +65,8 @@ def test_the_table_shows_first_steps_in_brackets(capsys: pytest.CaptureFixture[s
     [
         ({"target_copy_fraction": 0.1}, True),
         ({"target_copy_fraction": 0.99}, False),
+        ({"target_stream_fraction": 0.05}, True),
+        ({"target_stream_fraction": 0.99}, False),
         ({"target_ms": 999.0}, False),
     ],
     ids=str,

@@ -42,6 +42,7 @@ class Result:
         target_ms: The time to stay below.
         copy_gbps: Bandwidth of a copy, measured in the same run.
         stream_gbps: Bandwidth of four reads and three writes, measured in the same run; None: it was not.
+        target_stream_fraction: The share of that bandwidth to reach.
     """
 
     race: str
@@ -66,6 +67,7 @@ class Result:
     target_ms: float | None
     copy_gbps: float
     stream_gbps: float | None
+    target_stream_fraction: float | None = None  # files of before do not have it
 
     @property
     def name(self) -> str:
@@ -110,6 +112,8 @@ class Result:
             verdicts.append(self.ratio >= self.target_ratio)
         if self.target_copy_fraction is not None:
             verdicts.append(self.copy_fraction >= self.target_copy_fraction)
+        if self.target_stream_fraction is not None and self.stream_fraction is not None:
+            verdicts.append(self.stream_fraction >= self.target_stream_fraction)
         if self.target_ms is not None:
             verdicts.append(self.ours_ms <= self.target_ms)
         return all(verdicts) if verdicts else None
@@ -171,6 +175,7 @@ def evaluate(
                 target_ms=race.target_ms,
                 copy_gbps=bandwidth.copy / 1e9,
                 stream_gbps=bandwidth.stream and bandwidth.stream / 1e9,
+                target_stream_fraction=race.target_stream_fraction,
             )
         )
     return results
@@ -191,6 +196,13 @@ def _verdict(value: float, target: float | None, spec: str, unit: str = "") -> T
         text.append(f" ≥{target:g}{unit}")
         text.stylize("green" if value >= target else "bold red")
     return text
+
+
+def _share(value: float | None, target: float | None) -> Text:
+    """A share of bandwidth, if it is known, as a percentage."""
+    if value is None:
+        return Text("")
+    return _verdict(100 * value, None if target is None else 100 * target, ".0f", "%")
 
 
 def _ratio(result: Result) -> Text:
@@ -216,13 +228,12 @@ def print_table(results: Sequence[Result], title: str) -> None:
         if one.target_ms is not None:
             ms.append(f" ≤{one.target_ms:g}")
             ms.stylize("green" if one.ours_ms <= one.target_ms else "bold red")
-        target = one.target_copy_fraction
         table.add_row(
             entry,
             ms,
             f"{one.gbps:.1f}",
-            _verdict(100 * one.copy_fraction, None if target is None else 100 * target, ".0f", "%"),
-            "" if one.stream_fraction is None else f"{100 * one.stream_fraction:.0f}%",
+            _share(one.copy_fraction, one.target_copy_fraction),
+            _share(one.stream_fraction, one.target_stream_fraction),
             *(_ratio(by_peer[peer]) if peer in by_peer else "" for peer in peers),
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
