@@ -42,6 +42,8 @@ struct FastMath {
     return x == 0.0f ? x : __fmaf_rn(__fmaf_rn(-y, q, x), r, q);  // the residual of -0 is +0
   }
 
+  __device__ __forceinline__ float divide_by_coefficient(float x, float y) { return divide(x, y); }
+
   // Exact for zero and for x in [2^-100, 2^100].
   __device__ __forceinline__ float square_root(float x) {
     exact &= (x == 0.0f) | within<-100, 100>(as_bits(x));
