@@ -154,7 +154,7 @@ __device__ __forceinline__ void update_coded_span(const Row& row, uint64_t grad,
   }
 }
 
-// Not inlined, as it is called once a step: each kernel would be a third longer, and take more registers.
+// Not inlined, as it is called once a step: kernels are shorter.
 __device__ __attribute__((noinline)) void record_step(const StepInputs& inputs, const StepScalars& scalars) {
   record(inputs, scalars);
 }
@@ -192,8 +192,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<L>)
   __syncthreads();
 
   Coefficients<T> c{};
-  const int64_t n_chunks = scalars.skip ? 0 : args.table.n_chunks;
-  for (int64_t i = blockIdx.x; i < n_chunks; i += gridDim.x) {
+  for (int64_t i = scalars.skip ? args.table.n_chunks : blockIdx.x; i < args.table.n_chunks; i += gridDim.x) {
     const int64_t number = FUSED_ADAMW_REVERSE_UPDATE ? args.table.n_chunks - 1 - i : i;
     const Chunk chunk = args.table.chunks[number];
     const Row& row = args.table.rows[chunk.row];
