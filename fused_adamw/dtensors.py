@@ -129,6 +129,12 @@ def is_flattened(p: Tensor) -> bool:
     return bool(getattr(p, "_fsdp_flattened", False))
 
 
+def is_fsdp2(module: object) -> bool:
+    """Whether FSDP2 shards the parameters of a module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def has_peers() -> bool:
     """Whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from ..dtensors import local_tensors
+from ..dtensors import is_fsdp2, local_tensors
 from ..fields import AVERAGE
 from .masters import Mastered
 
@@ -50,13 +50,17 @@ class Averaged(Mastered):
     _is_swapped: bool = False
 
     @contextmanager
-    def swap_ema(self) -> Iterator[None]:
+    def swap_ema(self, model: nn.Module | None = None) -> Iterator[None]:
         """Evaluate with the averages: exchanges parameters and averages for the time of a `with` block.
 
         Parameters are as they were afterwards, bit for bit, whatever is raised inside, also in the optimizer
         itself. Of DTensors the local shards are exchanged. Where an average has another dtype than its
         parameter, a copy of the parameter is held meanwhile. Parameters that have had no gradient stay as
         they are.
+
+        Args:
+            model: Its FSDP2 modules, which hold on to whole parameters after a forward pass, let go of them
+                before and after. None: the model that the optimizer was built from.
 
         Raises:
             ValueError: The optimizer was built without `ema`.
@@ -65,9 +69,12 @@ class Averaged(Mastered):
         """
         self._check_ema()
         self._check_not_swapped("swap_ema()")
+        if model is None and self._model is not None:
+            model = self._model()
         done: list[_Exchange] = []
         try:
             self._is_swapped = True
+            _reshard(model)
             with torch.no_grad():
                 for p, average in self._local_averages():
                     done.append(_Exchange(p, average))
@@ -76,6 +83,7 @@ class Averaged(Mastered):
         finally:
             _undo(done)
             self._is_swapped = False
+            _reshard(model)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -132,6 +140,13 @@ class Averaged(Mastered):
     def load_master(self, state_dict: Mapping[str, Any]) -> None:
         self._check_not_swapped("load_master()")
         super().load_master(state_dict)
+
+
+def _reshard(model: nn.Module | None) -> None:
+    """Let the FSDP2 modules of a model gather their parameters anew."""
+    for module in () if model is None else model.modules():
+        if is_fsdp2(module):
+            module.reshard()  # type: ignore[operator]
 
 
 @torch.no_grad()
