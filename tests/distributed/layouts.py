@@ -108,6 +108,13 @@ def place(t, where):
     return t if where is None else distribute_tensor(t, *where)
 
 
+def placed_like(whole, p):
+    """A whole tensor, the same in all processes, distributed as a parameter is."""
+    if not isinstance(p, DTensor):
+        return whole
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+
+
 def placed_params(layout, device="cpu"):
     """The parameters, laid out."""
     return [

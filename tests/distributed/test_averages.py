@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from fused_adamw import EMA, FusedHygieneAdamW
 
 from . import layouts
-from .layouts import LAYOUTS, values
+from .layouts import LAYOUTS, placed_like, values
 from .ranks import run
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -59,13 +59,6 @@ def net(dtype):
         fully_shard(model.up, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model
-
-
-def placed_like(whole, p):
-    """A whole tensor, distributed as a parameter is."""
-    if not isinstance(p, DTensor):
-        return whole
-    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def train(model, optimizer, first, steps=STEPS):
