@@ -52,10 +52,10 @@ class Timing:
         return self.optimizer_ms / self.step_ms
 
 
-def best_validation(rows: Sequence[Row]) -> Row:
-    """Return the row with the lowest validation loss."""
-    validated = [row for row in rows if row["val_loss"] is not None]
-    return min(validated, key=lambda row: row["val_loss"] if math.isfinite(row["val_loss"]) else math.inf)
+def best_validation(rows: Sequence[Row], loss: str = "val_loss") -> Row:
+    """Return the row with the lowest validation loss, or with the lowest of another name."""
+    validated = [row for row in rows if row[loss] is not None]
+    return min(validated, key=lambda row: row[loss] if math.isfinite(row[loss]) else math.inf)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LRScheduler
 
+from fused_adamw import EMA, FusedHygieneAdamW, SpikeGuard
+
 #: The metrics of one step. Those of a validation are None at steps without one.
 Row = dict[str, Any]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+STATS_ENTRIES = 100
+STATS_PARAMETERS = 3  # that an entry names, those with the largest gradients
 
 #: A checkpoint holds whole tensors under their names, so that any number of ranks can continue it.
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -44,14 +49,34 @@ class Settings:
     label_smoothing: float = 0.0
     amp: str | None = None
     patience: int | None = None
+    ema: float | None = None
+    guard: float | None = None
+    stats: bool = False
     gradient_checkpointing: bool = False
     device: str = "cpu"
     backend: str = "auto"
 
     #: What a resumed run may change: how long it goes on, how it is watched, where and how it is computed.
     CHANGEABLE: ClassVar = frozenset(
-        ("max_steps", "warmup", "eval_every", "patience", "gradient_checkpointing", "device", "backend")
+        (
+            *("max_steps", "warmup", "eval_every", "patience", "stats"),
+            *("gradient_checkpointing", "device", "backend"),
+        )
     )
+
+    @property
+    def besides(self) -> dict[str, Any]:
+        """What FusedHygieneAdamW is asked for that torch's AdamW does not have."""
+        return {
+            "ema": None if self.ema is None else EMA(self.ema, warmup="timm"),
+            "guard": None if self.guard is None else SpikeGuard(self.guard),
+            "stats": self.stats,
+        }
+
+    @property
+    def stats_every(self) -> int:
+        """Steps from one entry of statistics to the next, so that there are about a hundred."""
+        return max(1, self.max_steps // STATS_ENTRIES)
 
 
 @dataclass(frozen=True)
@@ -112,8 +137,16 @@ class Trainer:
         self.model = task.build_model(settings.gradient_checkpointing).to(self.device, dtype_of(run))
         self.forward = self.ranks.wrap(self.model)
         self.recipe = build_recipe(
-            run, self.model, settings.lr, settings.weight_decay, settings.clip, settings.backend
+            run,
+            self.model,
+            settings.lr,
+            settings.weight_decay,
+            settings.clip,
+            settings.backend,
+            **settings.besides,
         )
+        optimizer = self.recipe.optimizer
+        self.ours = optimizer if isinstance(optimizer, FusedHygieneAdamW) else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
         self.scheduler = self._scheduler(start=0)
         self.batches = Batches(task.data.train, settings.batch_size, seed)
@@ -161,6 +194,7 @@ class Trainer:
             "best_loss": self.best_loss,
             "evaluations_since_best": self.evaluations_since_best,
             "history": self.history,
+            "guard": self.ours.guard_state_dict() if self.ours and self.ours.guard else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -172,6 +206,8 @@ class Trainer:
             optim_state_dict=state["optimizer"],
             options=GATHERED,
         )
+        if self.ours and self.ours.guard:  # after the rest, whose loading takes an empty step
+            self.ours.load_guard_state_dict(state["guard"])
         # The schedules are functions of the step: drawn anew, they also fit a run made longer or shorter.
         self.scheduler = self._scheduler(start=state["scheduler"]["last_epoch"])
         self.scaler.load_state_dict(state["scaler"])
@@ -224,8 +260,9 @@ class Trainer:
             loss = self._loss(logits, targets, settings.label_smoothing) / settings.accumulate
             self.scaler.scale(loss).backward()
             losses.append(loss.detach())
+        loss = torch.stack(losses).sum()
         before = self._now()
-        grad_norm = self.recipe.step(self.scaler)
+        grad_norm = self.recipe.step(self.scaler, loss)
         after = self._now()
         optimizer.zero_grad()
         self.scheduler.step()
@@ -235,8 +272,8 @@ class Trainer:
             "step": self.step,
             "run": self.run,
             "seed": self.seed,
-            "train_loss": float(self.ranks.mean(torch.stack(losses).sum())),
-            **self.task.validation_metrics(None, None),
+            "train_loss": float(self.ranks.mean(loss)),
+            **self._validation_metrics(),
             "bytes_per_parameter": None,
             "learning_rate": learning_rate,
             "grad_norm": float(whole(grad_norm)),
@@ -244,18 +281,41 @@ class Trainer:
             "seconds": (self.history[-1]["seconds"] if self.history else 0.0) + finished - started,
             "step_ms": (finished - started) * 1e3,
             "optimizer_ms": (after - before) * 1e3,
+            **self._observations(),
         }
 
+    def _observations(self) -> Row:
+        """Return what the optimizer has found, as far as it was asked for."""
+        found: Row = {}
+        if self.ours and self.ours.guard:
+            found["skipped_steps"] = int(self.ours.skipped_steps)
+        if self.ours and self.ours.stats and self.step % self.settings.stats_every == 0:
+            found |= self.ours.log_dict(top_k=STATS_PARAMETERS)
+        return found
+
+    def _validation_metrics(self) -> Row:
+        """Return the names of what a validation measures, with None: there was none."""
+        metrics = self.task.validation_metrics(None, None)
+        return metrics | ({f"ema_{name}": None for name in metrics} if self.ours and self.ours.ema else {})
+
     def _validate(self) -> Row:
-        """Evaluate on all validation examples, and keep the account that early stopping goes by."""
+        """Evaluate on all validation examples, and keep the account that early stopping goes by.
+
+        Where there are averages of the weights, evaluate with them too. The statistics of BatchNorm are those
+        of the weights, not of their averages, in both.
+        """
         loss, accuracy = self._evaluate(self.task.data.validation)
         if loss < self.best_loss:
             self.best_loss = loss
             self.evaluations_since_best = 0
         else:
             self.evaluations_since_best += 1
-        measured = {"bytes_per_parameter": self.bytes_per_parameter()}
-        return self.task.validation_metrics(loss, accuracy) | measured
+        measured = self.task.validation_metrics(loss, accuracy)
+        if self.ours and self.ours.ema:
+            with self.ours.swap_ema(self.model):
+                averaged = self.task.validation_metrics(*self._evaluate(self.task.data.validation))
+            measured |= {f"ema_{name}": value for name, value in averaged.items()}
+        return measured | {"bytes_per_parameter": self.bytes_per_parameter()}
 
     @torch.no_grad()
     def _evaluate(self, split: Split) -> tuple[float, float]:

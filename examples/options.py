@@ -23,6 +23,8 @@ QUICK_STEPS = 60
 SEEDS = 3
 WARMUP = 50  # a shorter one parts equal optimizers by rounding: early on, steps are large and erratic
 CHECKPOINT_EVERY = 100
+EMA_DECAY = 0.99  # for hundreds of steps; where there are many more, 0.999 or 0.9999
+GUARD_SIGMAS = 6.0
 
 CONFIGS = {"gpt": GPTConfig, "cnn": ResNetConfig}
 SIZES = {"gpt": ("layers", "heads", "width", "context"), "cnn": ("blocks", "channels")}
@@ -186,6 +188,28 @@ def build_parser() -> argparse.ArgumentParser:
         "--patience", type=count, metavar="N", help="stop after N validations without a lower loss"
     )
 
+    besides = parser.add_argument_group("what FusedHygieneAdamW does besides")
+    besides.add_argument(
+        "--ema",
+        type=share,
+        nargs="?",
+        const=EMA_DECAY,
+        metavar="DECAY",
+        help=f"average the weights, and validate with the averages too ({EMA_DECAY} if not said)",
+    )
+    besides.add_argument(
+        "--guard",
+        type=positive,
+        nargs="?",
+        const=GUARD_SIGMAS,
+        metavar="SIGMAS",
+        help="skip a step whose gradient norm or loss is so many standard deviations above those before "
+        f"({GUARD_SIGMAS:g} if not said)",
+    )
+    besides.add_argument(
+        "--stats", action="store_true", help="log and draw how large updates are beside the weights, by role"
+    )
+
     machine = parser.add_argument_group("how it is computed")
     machine.add_argument(
         "--device",
@@ -290,6 +314,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         label_smoothing=args.label_smoothing,
         amp=args.amp,
         patience=args.patience,
+        ema=args.ema,
+        guard=args.guard,
+        stats=args.stats,
         gradient_checkpointing=args.gradient_checkpointing,
         device=args.device,
         backend=args.backend,

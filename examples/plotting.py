@@ -1,4 +1,4 @@
-"""The picture of a comparison: losses, their difference, gradient norm and learning rate."""
+"""The pictures: of a comparison (losses, difference, gradient norm, learning rate), and of update ratios."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from compare import SAME_PATH_STEPS, loss_differences
 from loop import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from recipes import TITLES
 
@@ -133,4 +134,42 @@ def draw_picture(
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         figure.align_ylabels()
+        figure.savefig(path, dpi=150)
+
+
+#: Of update ratios by role, in the metrics of a run.
+RATIO = "optim/update_ratio/role "
+ROLE_COLORS = mpl.colormaps["tab10"].colors
+
+
+def ratios_by_role(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[float]]]:
+    """Find the update ratios in the rows of a run: steps and values by role."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        for name, ratio in row.items():
+            if name.startswith(RATIO):
+                steps, ratios = found.setdefault(name.removeprefix(RATIO), ([], []))
+                steps.append(row["step"])
+                ratios.append(ratio)
+    return found
+
+
+def draw_ratios(runs: Mapping[str, Sequence[Row]], title: str, path: Path) -> None:
+    """Draw how large updates were beside the parameters, by role, into a PNG; an axes for each run."""
+    found = {run: ratios_by_role(rows) for run, rows in runs.items()}
+    roles = list(dict.fromkeys(role for by_role in found.values() for role in by_role))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(7.5, 4.5 * len(found)), 4.6), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13)
+        handles: dict[str, Line2D] = {}
+        (all_axes,) = figure.subplots(1, len(found), sharey=True, squeeze=False)
+        for axes, (run, by_role) in zip(all_axes, found.items(), strict=True):
+            for role, (steps, ratios) in by_role.items():
+                color = ROLE_COLORS[roles.index(role) % len(ROLE_COLORS)]
+                axes.plot(steps, ratios, color=color, linewidth=1.5, label=role)
+            handles |= dict(zip(by_role, axes.lines, strict=True))
+            axes.set(title=run, xlabel="step", yscale="log")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        figure.legend(handles.values(), handles, loc="outside right center", title="role")
+        all_axes[0].set_ylabel("norm of the update / norm of the parameters")
         figure.savefig(path, dpi=150)

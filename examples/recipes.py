@@ -61,8 +61,8 @@ class Recipe(Protocol):
     @property
     def optimizer(self) -> Optimizer: ...
 
-    def step(self, scaler: GradScaler) -> Tensor:
-        """Clip the gradients, step, and return the gradient norm from before the clip."""
+    def step(self, scaler: GradScaler, loss: Tensor) -> Tensor:
+        """Clip the gradients of a loss, step, and return the gradient norm from before the clip."""
         ...
 
 
@@ -74,7 +74,7 @@ class TorchRecipe:
         self.parameters = list(model.parameters())
         self.clip = clip
 
-    def step(self, scaler: GradScaler) -> Tensor:
+    def step(self, scaler: GradScaler, loss: Tensor) -> Tensor:
         scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         scaler.step(self.optimizer)
@@ -104,7 +104,9 @@ class FusedRecipe:
             **options,
         )
 
-    def step(self, scaler: GradScaler) -> Tensor:
+    def step(self, scaler: GradScaler, loss: Tensor) -> Tensor:
+        if self.optimizer.guard is not None:
+            self.optimizer.observe(loss)
         scaler.step(self.optimizer)
         scaler.update()
         assert self.optimizer.grad_norm is not None  # there is a clip, so there is a norm
@@ -112,11 +114,11 @@ class FusedRecipe:
 
 
 def build_recipe(
-    run: str, model: nn.Module, lr: float, weight_decay: float, clip: float, backend: str
+    run: str, model: nn.Module, lr: float, weight_decay: float, clip: float, backend: str, **options: Any
 ) -> Recipe:
-    """Build the recipe of one of the runs in `TITLES` and `PRECISIONS`."""
+    """Build the recipe of one of the runs in `TITLES` and `PRECISIONS`; `options` are what torch's lacks."""
     if run == "torch":
         return TorchRecipe(model, lr, weight_decay, clip)
     params = model.parameters() if run == "uniform" else model
-    options = PRECISIONS[run].options if run in PRECISIONS else {}
+    options |= PRECISIONS[run].options if run in PRECISIONS else {}
     return FusedRecipe(params, lr, weight_decay, clip, backend, **options)

@@ -4,7 +4,8 @@ From one seed: (1) torch's AdamW with `clip_grad_norm_`, (2) FusedHygieneAdamW, 
 curve, (3) FusedHygieneAdamW with uniform decay, to see what hygiene is worth. More seeds repeat (2) and (3).
 The metrics go to `runs/<model>/metrics.jsonl`, the picture to `runs/<model>/curves.png`. Under torchrun, with
 `--distributed`, several processes share each batch and follow the curves of one. With `--precision` the runs
-are in several precisions instead, all with FusedHygieneAdamW.
+are in several precisions instead, all with FusedHygieneAdamW. `--ema`, `--guard` and `--stats` show what it
+does besides; with `--stats` there is `ratios.png`, too.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from data import Batches, digits_data, text_data
 from loop import Row, Task, Trainer, identity
 from models import GPTConfig
 from options import Options, parse
-from plotting import draw_picture
+from plotting import draw_picture, draw_ratios, ratios_by_role
 from ranks import joined
 from recipes import PRECISIONS, TITLES
 from rich.console import Console
@@ -233,6 +234,40 @@ def report_precisions(results: Results, options: Options, score: str, console: C
     )
 
 
+def report_averages(results: Results, score: str, console: Console) -> None:
+    """Print the validation score with the weights and with their averages, each at its lowest loss."""
+    table = Table(title=f"Validation {score} at the lowest validation loss of each", title_justify="left")
+    for heading in ("run", "seed"):
+        table.add_column(heading)
+    for heading in ("weights", "averages"):
+        table.add_column(heading, justify="right")
+    for (run, seed), rows in results.items():
+        if "ema_val_loss" in rows[0]:
+            plain, averaged = best_validation(rows)[score], best_validation(rows, "ema_val_loss")
+            table.add_row(run, str(seed), f"{plain:.3f}", f"{averaged[f'ema_{score}']:.3f}")
+    console.print(table)
+
+
+def report_besides(results: Results, options: Options, score: str, console: Console) -> None:
+    """Print, and draw, what was asked for of averages, guard and statistics."""
+    settings = options.settings
+    if settings.ema is not None:
+        console.print()
+        report_averages(results, score, console)
+    if settings.guard is not None:
+        skipped = {key: rows[-1].get("skipped_steps", 0) for key, rows in results.items()}
+        told = [f"{n} of {run}, seed {seed}" for (run, seed), n in skipped.items() if n]
+        console.print(f"\nSteps skipped by the guard: {', '.join(told) or 'none'}.")
+    if settings.stats:
+        first = {run: rows for (run, seed), rows in results.items() if seed == options.seeds[0]}
+        drawn = {run: rows for run, rows in first.items() if ratios_by_role(rows)}
+        picture = options.out / "ratios.png"
+        if options.ranks.first:
+            title = f"How large updates are beside the parameters: {options.model}, seed {options.seeds[0]}"
+            draw_ratios(drawn, title, picture)
+        console.print(f"\npicture: {picture}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     logging.basicConfig(format="%(message)s")
@@ -277,6 +312,7 @@ def compare_runs(options: Options) -> int:
         status = 0
     else:
         status = report_optimizers(results, options, task, console)
+    report_besides(results, options, task.score, console)
     console.print(f"\nmetrics: {metrics.name}")
     return status
 
