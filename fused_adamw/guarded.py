@@ -12,8 +12,9 @@ from torch._compile import _disable_dynamo
 
 from .backends.outcome import history_of, series_of
 from .device import scalar_dtype
-from .dtensors import full_tensor
+from .dtensors import full_tensor, has_peers
 from .state.averages import Averaged
+from .step.norm import NormGroup
 from .step.plan import Plan
 from .tables import HISTORY_WORDS, NO_SPIKES, STATUS_WORDS, SpikeOptions, status_words
 
@@ -46,10 +47,10 @@ class Guarded(Averaged):
                 raise ValueError(f"loss must have one element, got a tensor of shape {tuple(loss.shape)}")
             loss = full_tensor(loss.detach())
             loss = loss.to(scalar_dtype(loss.device)).reshape(())
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            loss = torch.as_tensor(loss, dtype=torch.float64).clone()
-            dist.all_reduce(loss)
-            loss = loss / dist.get_world_size()
+        if has_peers():
+            mine, world = torch.as_tensor(loss, dtype=torch.float64), dist.group.WORLD
+            assert world is not None
+            loss = NormGroup(world)(mine, mine.device) / dist.get_world_size()
         self._loss = loss
 
     def _spike_options(self) -> SpikeOptions:
