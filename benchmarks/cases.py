@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from fused_adamw import EMA, SpikeGuard
+
 from .training import Training, gpt, linear_layers, resnet
 
 Shape = tuple[int, ...]
@@ -37,6 +39,24 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Besides:
+    """What ours does besides stepping.
+
+    Attributes:
+        options: Of FusedHygieneAdamW, as pairs.
+        passes: How often it passes over memory the size of the parameters.
+    """
+
+    options: tuple[tuple[str, Any], ...]
+    passes: int = 0
+
+    @property
+    def ema(self) -> EMA | None:
+        """The averages that are kept."""
+        return dict(self.options).get("ema")
+
+
+@dataclass(frozen=True)
 class Case:
     """The parameters of one model.
 
@@ -48,6 +68,7 @@ class Case:
         training: Builds a model with these parameters from its depth and width; None: there are only tensors.
         size: Depth and width of the model.
         precision: How ours keeps them; None: as `dtype` says, as torch does.
+        besides: What ours does besides; None: nothing.
     """
 
     name: str
@@ -57,6 +78,7 @@ class Case:
     training: Callable[[int, int], Training] | None = None
     size: tuple[int, int] = (0, 0)
     precision: Precision | None = None
+    besides: Besides | None = None
 
     @property
     def numel(self) -> int:
@@ -169,6 +191,20 @@ def low_precision_cases(name: str, shapes: tuple[Shape, ...]) -> list[Case]:
 
 
 LOW_PRECISION = low_precision_cases("50m", ((12_207, 4_096),))
+BESIDES = {
+    "stats": Besides((("stats", True),)),
+    "guard": Besides((("guard", SpikeGuard()),)),
+    "ema": Besides((("ema", EMA(0.999)),), passes=2),
+}
+
+
+def besides_cases(case: Case) -> list[Case]:
+    """The same tensors, where ours does something besides."""
+    return [replace(case, name=f"{case.name}-{key}", besides=besides) for key, besides in BESIDES.items()]
+
+
+WITH_BESIDES = besides_cases(Case("50m-fp32", ((50_000_000,),)))
+GPT2_WITH_BESIDES = besides_cases(GPT2)
 GPT2_XL = Case("gpt2-1.5b", tuple(_gpt2_shapes(48, 1600)))
 GPT2_XL_BF16 = replace(GPT2_XL, name="gpt2-1.5b-bf16", dtype=torch.bfloat16)
 GPT2_XL_LOW_PRECISION = low_precision_cases("gpt2-1.5b", GPT2_XL.shapes)
@@ -192,6 +228,8 @@ CASES = {
             TRAIN_GPT,
             *LOW_PRECISION,
             *GPT2_XL_LOW_PRECISION,
+            *WITH_BESIDES,
+            *GPT2_WITH_BESIDES,
         ),
     )
 }
@@ -243,6 +281,8 @@ _STEP = {"clip": False, "target_ratios": {"fused": 1.0}}
 _TWO = {"one-thread": 1.0}
 # Of 20 bytes moved against 16, a step may take as much more time.
 _LOW_PRECISION_TARGETS = {"50m-split-fp32": {"float32+copy": 1.5}, "50m-split-bf16": {"plain": 16 / 20}}
+# 10 passes over memory, against 13 and 11.
+_EMA = {"fused+average": 1.25, "fused+timm": 1.25, "plain+average": 1.05}
 
 # Races of one case are neighbours: its tensors are made once.
 CPU_RACES = (
@@ -277,5 +317,10 @@ CPU_RACES = (
     *(
         Race(case, 2, target_ratios=_TWO | _LOW_PRECISION_TARGETS.get(case.name, {}))
         for case in LOW_PRECISION
+    ),
+    *(
+        Race(case, threads, target_ratios=targets | (_TWO if threads == 2 else {}))
+        for case, targets in zip(WITH_BESIDES, ({"plain": 0.97}, {"plain": 0.97}, _EMA), strict=True)
+        for threads in (1, 2)
     ),
 )

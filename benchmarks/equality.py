@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from fused_adamw import FusedHygieneAdamW
+from fused_adamw import EMA, FusedHygieneAdamW
 
 from .cases import Precision
 from .peers import Peer, Problem, float32_and_copy
@@ -46,12 +46,20 @@ def _results(problem: Problem) -> dict[str, list[Tensor]]:
     }
 
 
-def _run(problem: Problem, peer: Peer) -> None:
+def _run(problem: Problem, peer: Peer, ema: EMA | None = None) -> list[Tensor]:
+    """Step from the start; what averages of the parameters are then, if any are asked for."""
     problem.reset()
     peer.restart()
+    averages: list[Tensor] = []
     for scale in GRADIENT_SCALES:
         problem.set_gradients(scale)
         peer.step()
+        if ema is not None and not averages:
+            averages = [p.detach().clone() for p in problem.params]
+        elif ema is not None:
+            for average, p in zip(averages, problem.params, strict=True):
+                average.lerp_(p.detach(), 1.0 - ema.averaging.decay)
+    return averages
 
 
 def _largest_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, int]:
@@ -83,14 +91,18 @@ def check_equal_results(problem: Problem, peers: Sequence[Peer], reference: str 
     slack = {"param": error, "exp_avg": 2 * error, "exp_avg_sq": 4 * error}
 
     first = next(peer for peer in peers if peer.name == reference)
-    _run(problem, first)
+    averages = _run(problem, first, problem.case.besides and problem.case.besides.ema)
     expected = {key: [t.clone() for t in tensors] for key, tensors in _results(problem).items()}
     for peer in peers:
         if peer is first:
             continue
         _run(problem, peer)
-        for key, tensors in _results(problem).items():
-            allowed = TOLERANCE[problem.case.dtype][key] + slack[key]
+        results = _results(problem)
+        if peer.averages is not None:
+            results["average"], expected["average"] = peer.averages(), averages
+        for key, tensors in results.items():
+            kind = "param" if key == "average" else key
+            allowed = TOLERANCE[problem.case.dtype][kind] + slack[kind]
             difference, index = _largest_difference(tensors, expected[key])
             if not difference <= allowed:  # not `>`: false for NaN
                 raise AssertionError(

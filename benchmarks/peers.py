@@ -6,6 +6,7 @@ place than another, and a race needs the memory of one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fused_adamw import FusedHygieneAdamW
 
@@ -32,6 +34,11 @@ PASSES = {
     "fused+grad_scale": (9, 7),
     "foreach": (23, 20),
     "for-loop": (23, 20),
+    # Where ours does something besides. An average after the step reads it and the parameter, and writes it.
+    "plain": (8, 7),
+    "plain+average": (11, 10),
+    "fused+average": (13, 10),
+    "fused+timm": (13, 10),
 }
 # Bytes per value of the peers where ours keeps bfloat16 in low precision. A float32 step moves 40 or 28, its
 # copy to bfloat16 reads 4 and writes 2.
@@ -43,7 +50,9 @@ def bytes_moved(case: Case, name: str, clip: bool) -> int | None:
     """Bytes that a step of a peer moves; None where nobody counted."""
     if case.precision is None:
         passes = PASSES.get(name)
-        return None if passes is None else case.bytes_moved(passes[not clip])
+        is_ours = case.besides is not None and name in ("ours", "one-thread")
+        more = case.besides.passes if case.besides is not None and is_ours else 0
+        return None if passes is None else case.bytes_moved(passes[not clip] + more)
     if name in ("torchao", "bitsandbytes"):
         return None
     return round(LOW_PRECISION_BYTES.get(name, case.precision.moved)[not clip] * case.numel)
@@ -160,6 +169,8 @@ class Peer:
         threads: CPU threads that it uses; None: those of the race.
         has_own_state: Whether its state is not the problem's.
         weights: What it has made of the parameters, in float32; None: what the parameters are.
+        averages: The averages of the parameters that it keeps; None: it keeps none.
+        forget: Lets averages begin anew; None: step counts do so.
     """
 
     name: str
@@ -169,9 +180,13 @@ class Peer:
     threads: int | None = None
     has_own_state: bool = False
     weights: Callable[[], list[Tensor]] | None = None
+    averages: Callable[[], list[Tensor]] | None = None
+    forget: Callable[[], object] | None = None
 
     def restart(self) -> None:
         """Set the step counts to zero; drop a state that is no other's."""
+        if self.forget is not None:
+            self.forget()
         if self.has_own_state:
             self.optimizer.state.clear()
             return
@@ -180,20 +195,25 @@ class Peer:
 
 
 def ours(
-    problem: Problem, *, clip: bool, backend: str = "auto", name: str = "ours", in_precision: bool = True
+    problem: Problem, *, clip: bool, backend: str = "auto", name: str = "ours", is_plain: bool = False
 ) -> Peer:
-    """FusedHygieneAdamW, in the precision of the case if it has one."""
-    precision = problem.case.precision if in_precision else None
+    """FusedHygieneAdamW, in the precision of the case and with what it does besides, unless `is_plain`."""
+    precision = None if is_plain else problem.case.precision
+    besides = None if is_plain else problem.case.besides
     optimizer = FusedHygieneAdamW(
         problem.param_groups(),
         betas=BETAS,
         max_grad_norm=problem.max_norm if clip else None,
         backend=backend,
         **({"stochastic_rounding": False} if precision is None else dict(precision.options)),
+        **({} if besides is None else dict(besides.options)),
     )
     if precision is None:
         problem.share_state(optimizer, step_on_device=True)
-        return Peer(name, optimizer.step, optimizer, clip)
+        peer = Peer(name, optimizer.step, optimizer, clip)
+        if besides is None or besides.ema is None:
+            return peer
+        return replace(peer, averages=lambda: [optimizer.state[p]["ema"] for p in problem.params])
 
     def weights() -> list[Tensor]:
         found = optimizer.master_state_dict(nn.ParameterList(problem.params))
@@ -203,8 +223,8 @@ def ours(
 
 
 def plain(problem: Problem, *, clip: bool) -> Peer:
-    """Ours in the formats that torch has, to nearest."""
-    return ours(problem, clip=clip, name="plain", in_precision=False)
+    """Ours in the formats that torch has, to nearest, and nothing besides."""
+    return ours(problem, clip=clip, name="plain", is_plain=True)
 
 
 def one_thread(problem: Problem, *, clip: bool) -> Peer:
@@ -304,6 +324,65 @@ def bitsandbytes(problem: Problem, *, clip: bool) -> Peer:
     return Peer("bitsandbytes", step, optimizer, clip, has_own_state=True)
 
 
+def _averaged(problem: Problem, peer: Peer) -> Peer:
+    """A peer whose parameters torch averages after each step."""
+    ema = problem.case.besides and problem.case.besides.ema
+    assert ema
+    update = get_ema_multi_avg_fn(ema.averaging.decay)
+    averages = AveragedModel(model := nn.ParameterList(problem.params), multi_avg_fn=update)
+
+    def step() -> None:
+        peer.step()
+        averages.update_parameters(model)
+
+    return replace(
+        peer,
+        name=f"{peer.name}+average",
+        step=step,
+        averages=lambda: [p.detach() for p in averages.parameters()],
+        forget=averages.n_averaged.zero_,
+    )
+
+
+def fused_and_average(problem: Problem, *, clip: bool) -> Peer:
+    """torch.optim.AdamW(fused=True), and torch's AveragedModel."""
+    return _averaged(problem, fused(problem, clip=clip))
+
+
+def plain_and_average(problem: Problem, *, clip: bool) -> Peer:
+    """Ours without averages, and torch's AveragedModel."""
+    return _averaged(problem, plain(problem, clip=clip))
+
+
+def fused_and_timm(problem: Problem, *, clip: bool) -> Peer:
+    """torch.optim.AdamW(fused=True), and the ModelEmaV3 of timm."""
+    ema = problem.case.besides and problem.case.besides.ema
+    assert ema
+    peer, model = fused(problem, clip=clip), nn.ParameterList(problem.params)
+    averages = import_module("timm.utils").ModelEmaV3(model, decay=ema.averaging.decay)
+    n_updates = itertools.count(1)
+
+    def step() -> None:
+        peer.step()
+        averages.update(model, step=next(n_updates))
+
+    def forget() -> None:
+        nonlocal n_updates
+        n_updates = itertools.count(1)
+
+    def kept() -> list[Tensor]:
+        return [p.detach() for p in averages.module.parameters()]
+
+    return replace(peer, name="fused+timm", step=step, averages=kept, forget=forget)
+
+
+BESIDES_PEERS = {
+    "plain": plain,
+    "fused": fused,
+    "plain+average": plain_and_average,
+    "fused+average": fused_and_average,
+    "fused+timm": fused_and_timm,
+}
 LOW_PRECISION_PEERS = {
     "plain": plain,
     "fused": fused,
@@ -327,17 +406,27 @@ def make_peers(
     """Ours, once per backend, then the named peers.
 
     With one backend ours is called "ours", otherwise by the backend. Without a clip nothing is handed to
-    `grad_scale`, and that peer is left out. A case in low precision has peers of its own, those that are
-    installed; of the named ones it has one thread of ours.
+    `grad_scale`, and that peer is left out. A case in low precision, or in which ours does something besides,
+    has peers of its own, those that are installed; of the named ones it has one thread of ours.
     """
     if problem.case.precision is not None:
         names = (*filter(_is_installed, LOW_PRECISION_PEERS), *({"one-thread"} & set(names)))
+    if problem.case.besides is not None:
+        peers = BESIDES_PEERS if problem.case.besides.ema is not None else ("plain", "fused")
+        names = (*filter(_is_installed, peers), *({"one-thread"} & set(names)))
     for backend in backends:
         yield ours(problem, clip=clip, backend=backend, name="ours" if len(backends) == 1 else backend)
     for name in names:
         if clip or name != "fused+grad_scale":
-            yield (PEERS | LOW_PRECISION_PEERS)[name](problem, clip=clip)
+            yield (PEERS | LOW_PRECISION_PEERS | BESIDES_PEERS)[name](problem, clip=clip)
+
+
+_NEEDED = {
+    "torchao": ["torchao"],
+    "bitsandbytes": ["bitsandbytes"],
+    "fused+timm": ["timm", "torchvision"],  # which timm imports
+}
 
 
 def _is_installed(name: str) -> bool:
-    return name not in ("torchao", "bitsandbytes") or find_spec(name) is not None
+    return all(find_spec(module) is not None for module in _NEEDED.get(name, ()))

@@ -31,6 +31,7 @@ from benchmarks.cases import (
     TRAIN_MANY,
     TRAIN_RESNET,
     VIT_B,
+    WITH_BESIDES,
     Case,
     Gradients,
 )
@@ -39,6 +40,7 @@ from benchmarks.gpu.races import GPU_RACES
 from benchmarks.peers import (
     PASSES,
     PEERS,
+    Peer,
     Problem,
     bytes_moved,
     float32_and_copy,
@@ -143,6 +145,42 @@ def test_low_precision_is_close_to_float32(case: Case, clip: bool) -> None:
     all_peers[0].optimizer.param_groups[0]["lr"] *= 1.1
     with pytest.raises(AssertionError, match="ours and float32 differ after 3 steps: updates by"):
         check_equal_results(problem, all_peers)
+
+
+@pytest.mark.parametrize("case", WITH_BESIDES, ids=lambda case: case.name)
+def test_what_is_done_besides_changes_nothing_else(case: Case) -> None:
+    problem = Problem(case.tiny(), CPU)
+    all_peers = list(make_peers(problem, ("foreach", "one-thread"), clip=True))
+    names = {peer.name for peer in all_peers}
+    assert {"ours", "plain", "fused", "one-thread"} <= names
+    assert ("fused+average" in names) == ("plain+average" in names) == case.name.endswith("-ema")
+    assert "foreach" not in names
+    asked = {"stats": "stats", "guard": "guard", "ema": "ema"}[case.name.rpartition("-")[2]]
+    has = {peer.name: bool(getattr(peer.optimizer, asked, None)) for peer in all_peers}
+    assert has == {name: name in ("ours", "one-thread") for name in names}
+    check_equal_results(problem, all_peers)
+
+
+def test_averages_are_compared() -> None:
+    problem = Problem(WITH_BESIDES[-1].tiny(), CPU)
+    for peer in (p for p in make_peers(problem, (), clip=True) if p.averages is not None):
+        reference = fused(problem, clip=True)
+        check_equal_results(problem, [peer, reference])
+
+        def spoil(peer: Peer = peer) -> None:
+            peer.step()
+            peer.averages()[0].view(-1)[3] *= 1.001
+
+        with pytest.raises(AssertionError, match=r"differ after 3 steps: average of tensor 0 by"):
+            check_equal_results(problem, [replace(peer, step=spoil), reference])
+
+
+def test_bytes_of_averages() -> None:
+    """Read and written in the step; after it, the parameter is read once more."""
+    *others, ema = WITH_BESIDES
+    assert all(bytes_moved(case, "ours", clip=True) == 32 * case.numel for case in others)
+    expected = {"ours": 40, "plain": 32, "plain+average": 44, "fused": 40, "fused+average": 52}
+    assert {name: bytes_moved(ema, name, clip=True) / ema.numel for name in expected} == expected
 
 
 def test_peers_in_low_precision_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:

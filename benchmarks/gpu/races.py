@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..cases import GPT2, GPT2_XL, GPT2_XL_BF16, GPT2_XL_LOW_PRECISION, MANY, RESNET50, VIT_B, Case, Race
+from ..cases import (
+    GPT2,
+    GPT2_WITH_BESIDES,
+    GPT2_XL,
+    GPT2_XL_BF16,
+    GPT2_XL_LOW_PRECISION,
+    MANY,
+    RESNET50,
+    VIT_B,
+    Case,
+    Race,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,15 @@ def _low_precision(case: Case) -> GpuRace:
     return GpuRace(Race(case), targets, targets, why)
 
 
+def _besides(case: Case) -> GpuRace:
+    """What needs no memory is to cost next to nothing; an average less than one that is made afterwards."""
+    assert case.besides is not None
+    if case.besides.ema is None:
+        return GpuRace(Race(case), **_both(plain=0.97), why="equal bytes, and arithmetic that memory hides")
+    averages = {"fused+average": 1.2, "fused+timm": 1.2, "plain+average": 1.05}
+    return GpuRace(Race(case), **_both(**averages), why="bytes: 52 and 44 against 40 per parameter")
+
+
 # Races of one case are neighbours: its tensors are made once.
 GPU_RACES = (
     GpuRace(
@@ -86,6 +106,7 @@ GPU_RACES = (
     *map(_low_precision, GPT2_XL_LOW_PRECISION),
     GpuRace(Race(GPT2), **_both(fused=1.2), why="4 GB per step: bytes, less what launches cost both"),
     GpuRace(Race(GPT2, clip=False), **_STEP),
+    *map(_besides, GPT2_WITH_BESIDES),
     GpuRace(
         Race(RESNET50),
         **_ratios(1.4, 1.8),
