@@ -145,7 +145,7 @@ struct FormatCodes {
 
 // What the update finds out about a chunk, where it is asked to: see stats.h.
 struct ChunkStats {
-  double grad_squares;    // the sum of squares of the gradient as it is stored
+  double grad_squares;    // of the gradient as it is stored; not said where the norm pass has found it
   double grad_max;        // its largest magnitude; NaN if there is one
   double update_squares;  // of what the step added to the parameter, decay included
   double param_squares;   // of the parameter after it

@@ -27,6 +27,7 @@ struct SquareSum {
 
 // What is found out about a chunk.
 struct Stats {
+  bool sums_grad;  // not where the norm pass has: widening to double is what takes time
   SquareSum grad, update, param;
   uint64_t largest = 0;  // magnitude of the gradient, by its bits
   int64_t lost = 0;
@@ -85,8 +86,9 @@ void observe_block(Stats& stats, T* before, const T* p, const T* g, int64_t n, b
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) before[i] = p[i] - before[i];
   Stats sums = stats;  // in registers
+  const bool sums_grad = stats.sums_grad;
   const auto add = [&](const T* g, const T* update, const T* p) __attribute__((always_inline)) {
-    add_squares(sums.grad, g);
+    if (sums_grad) add_squares(sums.grad, g);
     add_squares(sums.update, update);
     add_squares(sums.param, p);
   };

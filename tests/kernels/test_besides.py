@@ -52,8 +52,9 @@ def rows(kernels) -> list[Param]:
 def test_update_of_every_size(kernels, formats, average):
     """With stats and an average, and twice, so that averages that were the parameter move on."""
     model = Model(kernels, rows(kernels), formats, GROUPS, average=average, averaging=LERP, stats=True)
-    for grid in kernels.grids[: 1 if kernels.is_slow else 2]:
-        model.update(grid, sums=[9.0, 16.0], max_grad_norm=2.5)
+    model.update(kernels.grids[0], sums=[9.0, 16.0], max_grad_norm=2.5)
+    if not kernels.is_slow:
+        model.update(kernels.grids[1])  # and squares of gradients, which no norm pass has found
 
 
 @pytest.mark.parametrize("average", [F32, STOCHASTIC])
