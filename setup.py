@@ -142,6 +142,7 @@ def ninja_file(output: Path, build: Path) -> str:
 
     jobs = [
         ("bindings.o", "cxx", CSRC / "torch" / "bindings.cpp", torch_flags),
+        ("direct.o", "cxx", CSRC / "torch" / "direct.cpp", torch_flags),
         ("guard.o", "cxx", CSRC / "python" / "guard.cpp", python_flags),  # of torch's headers only DLPack's
         ("survey.o", "cxx", CSRC / "python" / "survey.cpp", python_flags),
     ]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fused_adamw.step.guard import Found
 from fused_adamw.step.launch import TableBucket
 from fused_adamw.step.plan import Plan
 
@@ -31,7 +32,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "gradient addresses, hyper-parameters": (Plan, "prepare"),
     "norm": (Plan, "sum_of_squares"),
     "update": (TableBucket, "update"),
-    "version counters": (torch.autograd.graph, "increment_version"),
+    "version counters": (Found, "count_changes"),
 }
 WHOLE, PEER = "the whole step, with torch's hooks around it", "torch: `clip_grad_norm_` + fused AdamW"
 COLUMNS: dict[str, tuple[Case, Gradients]] = {

@@ -102,10 +102,17 @@ def dispatch_keys(t: Tensor) -> int:
 
 @functools.cache
 def probes() -> tuple[tuple[Tensor, int], ...]:
-    """Tensors that differ in their dispatch keys, which show C++ where those are kept."""
+    """Tensors that differ in all that C++ reads of tensors, which show it where that is kept.
+
+    Returns:
+        Each with its dispatch keys.
+    """
     with torch.inference_mode():
         born_in_inference = torch.zeros(1, device="cpu")
     with torch.inference_mode(False):
         plain = torch.zeros(1, dtype=torch.complex64, device="cpu")
-        tensors = (plain, plain.conj(), plain.conj().imag, torch.zeros((), device="cpu"), born_in_inference)
+        far = torch.zeros(99, device="cpu")[77:80]
+        tensors = [plain, plain.conj(), plain.conj().imag, torch.zeros((), device="cpu"), born_in_inference]
+        tensors += [far, far.double(), far.bfloat16(), far.half(), torch.zeros(3, 2, 4, device="cpu")]
+        tensors += [torch.zeros(3, device="meta")]
         return tuple((t, dispatch_keys(t)) for t in tensors)

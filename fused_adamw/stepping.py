@@ -83,7 +83,8 @@ class Stepping(EagerHooks, Observed):
             if plan is not self._plan:
                 self._adopt(plan, state)
 
-        plan.run(Tensors(self.param_groups, state, found.grads), found, hypers, request, before_updates)
+        tensors = Tensors(self.param_groups, state, found.grads or ())
+        plan.run(tensors, found, hypers, request, before_updates)
         self._has_norm, self._loss = request.needs_norm, None
         return loss
 

@@ -118,13 +118,17 @@ ALLOWED_INCLUDES = {
     "python/guard.h": set(),
     "python/survey.h": set(),
     "python/survey.cpp": {"python/dispatch_keys.h", "python/survey.h"},
-    "python/guard.cpp": {"python/dispatch_keys.h", "python/guard.h"},
+    "python/tensor_memory.h": {"python/dispatch_keys.h"},
+    "python/records.h": {"python/tensor_memory.h", "torch/direct.h"},
+    "python/guard.cpp": {"python/guard.h", "python/records.h"},
+    "torch/direct.h": set(),
+    "torch/direct.cpp": {"torch/direct.h"},
     "torch/bindings.cpp": {"outcome.h", "cpu/kernels.h", "cuda/kernels.h", "tables.h"}
     | {"python/guard.h", "python/survey.h"},
 }
-SEES_TORCH = {"torch/bindings.cpp": ".*"} | dict.fromkeys(
-    ("python/dispatch_keys.h", "python/guard.cpp"), "ATen/dlpack.h"
-)
+SEES_TORCH = {"torch/bindings.cpp": ".*", "python/dispatch_keys.h": "ATen/dlpack.h"} | {
+    "torch/direct.cpp": "torch/csrc/inductor/aoti_torch/c/shim.h"
+}
 SOURCES = sorted(str(p.relative_to(CSRC)) for p in CSRC.rglob("*") if p.is_file())
 
 

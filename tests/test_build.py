@@ -120,15 +120,15 @@ def test_library_asks_nothing_of_torch_that_2_10_has_not():
 
 def test_python_api_is_a_part_of_the_stable_one():
     undefined = run("nm", "-D", "--undefined-only", str(LIBRARY))
-    module = (
-        "Module_Create2 Capsule_New Capsule_GetPointer _NoneStruct _TrueStruct _IncRef _DecRef Type_GetFlags"
-    )
+    module = "Module_Create2 Capsule_New Capsule_GetPointer Capsule_GetContext Capsule_SetContext"
+    module += " _NoneStruct _TrueStruct _IncRef _DecRef Type_GetFlags"
     errors = "Err_Occurred Err_Clear Err_Format Err_SetString Err_NoMemory Err_ExceptionMatches"
-    errors += " Exc_Exception Exc_TypeError Exc_ValueError Exc_NotImplementedError"
-    values = "Long_AsLongLong Long_AsVoidPtr Unicode_InternFromString"
-    values += " Bytes_FromStringAndSize Bytes_AsString Bytes_Size"
-    containers = "Dict_Next List_New List_Size List_GetItem List_SetItem Tuple_Size Tuple_GetItem Tuple_Pack"
-    objects = "GetAttr GetAttrString HasAttr CallMethod CallMethodObjArgs RichCompareBool"
+    errors += " Exc_Exception Exc_RuntimeError Exc_TypeError Exc_ValueError Exc_NotImplementedError"
+    values = "Long_AsLongLong Long_FromLongLong Long_AsUnsignedLongLongMask Long_AsVoidPtr"
+    values += " Unicode_InternFromString Bytes_FromStringAndSize Bytes_AsString Bytes_Size"
+    containers = "Dict_Next List_New List_Size List_GetItem List_SetItem List_Append"
+    containers += " Tuple_Size Tuple_GetItem Tuple_Pack"
+    objects = "GetAttr GetAttrString HasAttr CallMethod CallMethodObjArgs RichCompareBool IsTrue"
     known = {*module.split(), *errors.split(), *values.split(), *containers.split()}
     known |= {f"Object_{name}" for name in objects.split()}
     assert set(re.findall(r"\b_?Py(\w+)", undefined)) <= known

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fused_adamw import layout
 from fused_adamw.extension import load_extension
@@ -48,34 +49,55 @@ def python_guard(held):
         grads = [p.grad for p in held.params]
         now = snapshot.Snapshot(held.params, grads, held.state)
         is_same = now.matches(before, before.grads) and now.addresses == before.addresses
-        return guard.Found.of(held.params, grads).addresses if is_same else None
+        return bytes_of(guard.Found.of(held.params, grads), held) if is_same else None
 
     return check
 
 
-def new_guard(held):
+def bytes_of(found, held):
+    assert list(found.present) == [p.grad is not None for p in held.params]
+    return bytes(memoryview(found.addresses.numpy())[: len(held.params)])
+
+
+def new_guard(held, **options):
     seen = snapshot.Snapshot(held.params, held.known_grads, held.state)
-    return guard.Guard(held.params, seen.grads, seen)
+    return guard.Guard(held.params, seen.grads, seen, **options)
 
 
-def native_guard(held):
+def versions(held):
+    return [p._version for p in held.params]
+
+
+def native_guard(held, **options):
     if isinstance(load_extension(), str):
         pytest.skip("the extension is not built")
-    native = new_guard(held)
+    native = new_guard(held, **options)
+    seen = {}
 
     def check(held):
         found = native.check(held.groups, held.state)
         if found is None or found.moved is not None:
             return None
-        present = [p for p in held.params if p.grad is not None]
-        assert list(map(id, found.grads)) == [id(p.grad) for p in held.params]
-        assert list(map(id, found.stepped)) == list(map(id, present))
-        return found.addresses
+        addresses, before = bytes_of(found, held), versions(held)
+        assert seen.setdefault(found.version, addresses) == addresses
+        found.count_changes()
+        has_grad = [p.grad is not None for p in held.params]
+        assert versions(held) == [n + has for n, has in zip(before, has_grad, strict=True)]
+        if found.grads is not None:
+            assert list(map(id, found.grads)) == [id(p.grad) for p in held.params]
+            assert list(map(id, found.stepped)) == [id(p) for p in held.params if p.grad is not None]
+        return addresses
 
     return check
 
 
-@pytest.fixture(params=[python_guard, native_guard], ids=["python", "c++"])
+def guard_of_objects(held):
+    return native_guard(held, by_objects=True)
+
+
+@pytest.fixture(
+    params=[python_guard, guard_of_objects, native_guard], ids=["python", "c++ with objects", "c++"]
+)
 def guarded(request):
     """Guards what is held; returns its check: the addresses of the gradients, None if it changed."""
     return request.param
@@ -336,6 +358,62 @@ def test_an_empty_gradient_is_not_an_absent_one(guarded):
     assert array("q", check(held))[-1] == 1
 
 
+def test_a_gradient_that_a_subclass_keeps_elsewhere(guarded):
+    class Parameter(torch.nn.Parameter):
+        @property
+        def grad(self):
+            return self.main_grad
+
+        @grad.setter
+        def grad(self, value):
+            self.main_grad = value
+
+    held = Held()
+    held.groups.append([Parameter(torch.zeros(3))])
+    held.state[held.params[-1]] = {}
+    held.params[-1].grad = torch.zeros(3)
+    check = guarded(held)
+    assert check(held) == held.addresses()
+    held.params[-1].grad = None
+    assert check(held) == held.addresses()
+
+
+def test_gradients_of_many_dimensions(guarded):
+    """More than torch keeps in the tensor itself."""
+    held = Held()
+    p = torch.nn.Parameter(torch.zeros(2, 1, 2, 1, 2, 3, 2))
+    held.groups.append([p])
+    held.state[p] = {"exp_avg": torch.zeros_like(p)}
+    p.grad = torch.zeros_like(p)
+    check = guarded(held)
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        assert check(held) == held.addresses()
+    moment = held.state[p]["exp_avg"]
+    p.grad = torch.zeros(2, 1, 2, 1, 2, 2, 3).transpose(-1, -2)
+    assert check(held) is None
+    p.grad = torch.zeros_like(p)
+    moment.as_strided_(moment.shape, (*moment.stride()[:-2], 1, 3))
+    assert check(held) is None
+
+
+@pytest.mark.parametrize("by_objects", [False, True])
+def test_gradients_and_parameters_stay_while_a_step_has_them(by_objects):
+    if isinstance(load_extension(), str):
+        pytest.skip("the extension is not built")
+    held = Held()
+    native = new_guard(held, by_objects=by_objects)
+    found = native.check(held.groups, held.state)
+    memory = [StorageWeakRef(t.untyped_storage()) for t in (held.p.grad, held.p.detach())]
+    held.groups[0][0] = held.p = held.s = None
+    held.state.clear()
+    gc.collect()
+    assert not any(storage.expired() for storage in memory)
+    del found
+    gc.collect()
+    assert all(storage.expired() for storage in memory)
+
+
 def test_nothing_is_held(guarded):
     held = Held()
     held.groups, held.state = [], {}
@@ -427,11 +505,12 @@ def test_functions_of_the_extension_refuse_other_types():
     if isinstance(extension, str):
         pytest.skip("the extension is not built")
     probes = layout.probes()
-    guard = extension.make_guard(torch.Tensor, (), (), (), (), probes)
-    assert extension.check_guard(guard, [], {}) == (b"", [], [], None)
+    rest = (probes, torch.zeros(1, dtype=torch.int64).data_ptr(), True)
+    guard = extension.make_guard(torch.Tensor, (), (), (), (), *rest)
+    assert extension.check_guard(guard, [], {}) == (0, b"", [], [], None)
     assert extension.check_guard(guard, [()], {}) is None  # only lists are walked
     assert extension.check_guard(guard, [[1]], {}) is None
-    assert extension.check_guard(guard, [], {1: 2}) == (b"", [], [], None)  # not the optimizer's
+    assert extension.check_guard(guard, [], {1: 2}) == (0, b"", [], [], None)  # not the optimizer's
     assert extension.check_guard(guard, [], ()) is None
     for args in [(), (guard,), (guard, (), {}), (guard, [], {}, 1)]:
         with pytest.raises(TypeError, match="a capsule, a list and a mapping"):
@@ -441,15 +520,20 @@ def test_functions_of_the_extension_refuse_other_types():
     t = torch.zeros(2)
     for args in [([], (), ()), ((1,), (None,), ()), ((t,), (), ()), ((t,), ((t, ()),), ()), ((), (), (1,))]:
         with pytest.raises((IndexError, RuntimeError, SystemError)):
-            extension.make_guard(torch.Tensor, *args, (), probes)
+            extension.make_guard(torch.Tensor, *args, (), *rest)
     with pytest.raises(SystemError):
-        extension.make_guard(torch.Tensor, (), (), (), ["step"], probes)
+        extension.make_guard(torch.Tensor, (), (), (), ["step"], *rest)
     with pytest.raises(NotImplementedError, match="another layout"):
-        extension.make_guard(torch.Tensor, (), (), (), (), ((t, 12345),))
-    with pytest.raises(TypeError, match="6 arguments"):
+        extension.make_guard(torch.Tensor, (), (), (), (), ((t, 12345),), *rest[1:])
+    with pytest.raises(TypeError, match="8 arguments"):
         extension.make_guard(torch.Tensor)
     with pytest.raises(AttributeError, match="dlpack"):
-        extension.make_guard(int, (), (), (), (), probes)
+        extension.make_guard(int, (), (), (), (), *rest)
+    for args in [(), (guard, guard)]:
+        with pytest.raises(TypeError, match="what check_guard returned"):
+            extension.count_changes(*args)
+    with pytest.raises(ValueError, match="PyCapsule"):
+        extension.count_changes(guard)
     assert extension.move_guard(guard, b"") is None
     with pytest.raises(ValueError, match="0 bytes, got 8"):
         extension.move_guard(guard, bytes(8))
@@ -553,7 +637,7 @@ def test_a_guard_follows_what_has_moved():
     native = new_guard(held)
     held.s["exp_avg"], held.p.data = held.s["exp_avg"].clone(), held.p.detach().clone()
     found = native.check(held.groups, held.state)
-    assert found.addresses == held.addresses()
+    assert bytes_of(found, held) == held.addresses()
     here = snapshot.Snapshot(held.params, held.known_grads, held.state)
     assert found.moved == here.addresses.tobytes()
     assert native.check(held.groups, held.state).moved == found.moved  # until it is told

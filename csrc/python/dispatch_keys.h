@@ -124,6 +124,10 @@ class KeyReader {
     return t.ndim > kInlineDims || reinterpret_cast<const char*>(t.shape) - sizes_ == cdata_of(tensor);
   }
 
+  // Where in a tensor sizes and keys are.
+  int64_t sizes() const { return sizes_; }
+  int64_t keys() const { return keys_; }
+
   static int64_t as_keys(PyObject* number) {
     const int64_t keys = PyLong_AsLongLong(number);
     if (PyErr_Occurred()) throw PythonError();

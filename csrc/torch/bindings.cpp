@@ -1,4 +1,4 @@
-// The only file that sees torch, through its stable ABI: one build serves torch >= 2.10 and every Python
+// What sees torch, through its stable ABI: one build serves torch >= 2.10 and every Python
 // >= 3.10. Schemas, checks, the current stream, the thread pool. No arithmetic.
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -268,9 +268,10 @@ PyMODINIT_FUNC PyInit__C(void) {
   };
   static PyMethodDef methods[] = {
       {"make_guard", fastcall(&fused_adamw::make_guard), METH_FASTCALL,
-       "make_guard(tensor_type, params, grads, state, read, probes)"},
+       "make_guard(tensor_type, params, grads, state, read, probes, table, by_objects)"},
       {"check_guard", fastcall(&fused_adamw::check_guard), METH_FASTCALL,
-       "check_guard(guard, params, state) -> (bytes, list, list, bytes | None) | None"},
+       "check_guard(guard, params, state) -> (int, bytes, list | None, list | capsule, bytes | None) | None"},
+      {"count_changes", fastcall(&fused_adamw::count_changes), METH_FASTCALL, "count_changes(held)"},
       {"move_guard", fastcall(&fused_adamw::move_guard), METH_FASTCALL, "move_guard(guard, addresses)"},
       {"survey", fastcall(&fused_adamw::survey), METH_FASTCALL,
        "survey(tensor_type, tensors, probes) -> (bytes, bytes)"},

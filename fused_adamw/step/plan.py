@@ -141,7 +141,7 @@ class Plan:
         self.flattened = [slot for slot, p in enumerate(params) if is_flattened(p)]
         self._reduction = Reduction(params)
         self._structure = self._structure_of(groups)
-        self._grad_addresses: bytes | None = None
+        self._grads_version: int | None = None  # of the table that the launches have
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
         self._tables_are_of_graph = False
@@ -179,7 +179,10 @@ class Plan:
     def _new_guard(self, params: Sequence[Tensor]) -> Guard | None:
         """The check in C++, where there is one for these tensors."""
         try:
-            return Guard(params, self._expected, self._snapshot)
+            by_objects = any(
+                isinstance(bucket, TensorBucket) and bucket.slots for bucket, _, _ in self.launches
+            )
+            return Guard(params, self._expected, self._snapshot, by_objects=by_objects)
         except RuntimeError:
             return None
 
@@ -355,10 +358,10 @@ class Plan:
         """
         self.prepare(hypers, found)
         if request.needs_norm:
-            self.sum_of_squares(found.grads)
+            self.sum_of_squares(found.grads or ())
         sums, found_inf = self._sums.totals(request.needs_norm, request.found_inf, request.norm_group)
         runs = self._runs(request, sums, found_inf)
-        self._last = LastStep(found.addresses, request.needs_norm, request.stats)
+        self._last = LastStep(found.present, request.needs_norm, request.stats)
         for bucket, _ in runs:
             bucket.record_stats(request.stats)
         if not self._has_run:
@@ -371,7 +374,7 @@ class Plan:
             self._has_run = True
             for bucket, inputs in runs:
                 bucket.update(tensors, inputs)
-            torch.autograd.graph.increment_version(found.stepped)
+            found.count_changes()
 
     def observe(self) -> dict[int, ParamStats] | None:
         """What the last step found, by the id of each parameter that had a gradient.
@@ -413,16 +416,14 @@ class Plan:
         uploads its own.
         """
         if self._tables_are_of_graph:
-            self._grad_addresses = self._hyper_keys = None
-        if found.addresses != self._grad_addresses:
-            self._grad_addresses = None  # until all buckets have them
-            addresses = array("q", found.addresses)
-            table = torch.frombuffer(addresses or array("q", [0]), dtype=torch.int64)
-            on_device = {device: tables.upload(table) for device, tables in self._grad_tables.items()}
+            self._grads_version = self._hyper_keys = None
+        if found.version is None or found.version != self._grads_version:
+            self._grads_version = None  # until all buckets have them
+            on_device = {device: table.upload(found.addresses) for device, table in self._grad_tables.items()}
             for bucket, _, _ in self.launches:
                 if isinstance(bucket, TableBucket):
                     bucket.set_grads(on_device[bucket.device])
-            self._grad_addresses = found.addresses
+            self._grads_version = found.version
         keys = [hyper.key() for hyper in hypers]
         if keys != self._hyper_keys or self._reads_lr_of_another_device(hypers):
             self._hyper_keys = None

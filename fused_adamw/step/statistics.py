@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,12 +41,12 @@ class LastStep(NamedTuple):
     """What is known of the last step without asking a device.
 
     Attributes:
-        addresses: An int64 for each parameter: 0 where there was no gradient.
+        present: A byte for each parameter: whether it had a gradient.
         has_norm: Whether it had a norm pass.
         has_stats: Whether the update left stats.
     """
 
-    addresses: bytes
+    present: bytes
     has_norm: bool
     has_stats: bool
 
@@ -100,5 +99,5 @@ def param_stats(
             round(row[_LOST]) if last.has_stats else None,
         )
 
-    rows = zip(ids, found.tolist(), array("q", last.addresses), strict=True)
+    rows = zip(ids, found.tolist(), last.present, strict=True)
     return {id_: stats_of(row) for id_, row, address in rows if address}

@@ -49,6 +49,19 @@ def both(target, act, make_params=None, **options):
 # Tensors that share memory, or stand for others
 
 
+def test_copies_that_are_made_when_something_is_written(target):
+    """A lazy clone shares memory with its tensor until either is written to, which a kernel does unseen."""
+    (p,) = parameters([(5,)], device=target.device)
+    optimizer = target.adamw([p])
+    steps(optimizer, [p], 2)
+    tensors = [p.detach(), *(optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq", "step"))]
+    kept = [t.clone() for t in tensors]
+    copies = [torch._lazy_clone(t) for t in tensors]
+    steps(optimizer, [p], 1, first=2)
+    assert all(torch.equal(copy, value) for copy, value in zip(copies, kept, strict=True))
+    assert not any(torch.equal(t, value) for t, value in zip(tensors, kept, strict=True))
+
+
 @pytest.mark.parametrize("part", [slice(0, 40_000), slice(10_000, 30_000)], ids=["whole", "part"])
 def test_parameters_that_share_memory_are_stepped_one_after_the_other(target, part):
     """Tied through `.data`: two rows at the same time would lose updates."""
