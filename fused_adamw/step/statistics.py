@@ -100,4 +100,4 @@ def param_stats(
         )
 
     rows = zip(ids, found.tolist(), last.present, strict=True)
-    return {id_: stats_of(row) for id_, row, address in rows if address}
+    return {id_: stats_of(row) for id_, row, has_grad in rows if has_grad}
