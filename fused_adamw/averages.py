@@ -78,7 +78,11 @@ class EMA:
         return Averaging(decay, WARMUPS.index(self.warmup), self.start_step, self.every)
 
     def format_of(self, p: Tensor) -> Format:
-        """How the average of a parameter is kept."""
+        """How the average of a parameter is kept.
+
+        Args:
+            p: The parameter.
+        """
         if p.is_complex() or p.dtype == torch.float64:
             return plain_format(p.dtype)
         return FORMATS["bfloat16_stochastic" if self.dtype == torch.bfloat16 else "float32"]

@@ -105,6 +105,9 @@ class Guarded(Averaged):
     def load_guard_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on with a history of `guard_state_dict`: with its latest norms, if `window` is smaller now.
 
+        Args:
+            saved: As returned by `guard_state_dict`.
+
         Raises:
             ValueError: The optimizer was built without `guard`, or this is no history.
         """

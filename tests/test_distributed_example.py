@@ -156,6 +156,29 @@ def test_low_precision_is_shared_saved_and_continued(in_one, in_two):
     assert [row["run"] for row in rows(continued) if row["step"] == LONGER] == ["bf16-split", "8bit"]
 
 
+def test_averages_and_the_guard_are_shared_saved_and_continued(in_one, in_two):
+    argv = ["--ema=0.8", "--guard=50", "--stats", f"--max-steps={STEPS}"]
+    (out, said, _), one = in_two("fsdp2", *argv), in_one(*argv)
+    assert_same_curves(rows(out), rows(one))
+    for a, b in zip(rows(out), rows(one), strict=True):
+        assert a.keys() == b.keys()
+        if b.get("ema_val_loss") is not None:
+            assert a["ema_val_loss"] == pytest.approx(b["ema_val_loss"], abs=LOSS_TOLERANCE)
+            assert b["ema_val_loss"] != b["val_loss"]
+        for name in b:
+            if name.startswith("optim/update_ratio/role"):
+                assert a[name] == pytest.approx(b[name], rel=1e-3)
+    assert (out / "ratios.png").exists()
+    assert "Steps skipped by the guard: none." in said
+    histories = [
+        torch.load(folder / "checkpoints" / "fused-seed0.pt", weights_only=True)["guard"]["status"]
+        for folder in (out, one)
+    ]
+    torch.testing.assert_close(*histories, rtol=1e-4, atol=1e-6)
+    longer = [*argv[:-1], f"--max-steps={LONGER}", "--resume"]
+    assert_same_curves(*(rows(in_one(*longer, start=start)) for start in (out, one)))
+
+
 def test_two_processes_continue_what_one_began(alone, in_one, in_two):
     argv = [f"--max-steps={LONGER}", "--resume", "--accumulate=1"]
     out, _, _ = in_two("fsdp2", *argv, start=alone)
