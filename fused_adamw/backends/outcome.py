@@ -92,7 +92,11 @@ def record(inputs: StepInputs, scalars: StepScalars) -> None:
         ("loss_scale", scalars.loss_scale),
         ("outcome", outcome),
     ):
-        status[word_of(StatusStruct, name)] = value
+        word = status[word_of(StatusStruct, name)]
+        if isinstance(value, Tensor):
+            word.copy_(value)
+        else:
+            word.fill_(value)  # an assignment would copy it from the host
     if inputs.spikes.window and scalars.norm is not None:
         _remember(inputs, scalars.norm, outcome)
 

@@ -121,7 +121,7 @@ def update(
     grads: Sequence[Tensor],
     hypers: Sequence[Hyper],
     inputs: StepInputs,
-    stats: Tensor | None = None,
+    stats: Sequence[Tensor] | None = None,
 ) -> None:
     """Step every entry: mutates its parameter, moments, average and step count, unless the step is skipped.
 
@@ -130,7 +130,7 @@ def update(
         grads: Their gradients.
         hypers: How each group is stepped.
         inputs: What else is known.
-        stats: Written: float64 (number of entries, words of struct ChunkStats), unless the step is skipped.
+        stats: Written, unless the step is skipped: of each entry the words of struct ChunkStats, float64.
     """
     scalars = step_scalars(inputs)
     # All of them before any is written: a count that parameters share goes on by one, and by two where one
@@ -143,8 +143,8 @@ def update(
     for i, (entry, grad, step) in enumerate(zip(entries, grads, steps, strict=True)):
         changed = _Changed(entry, grad, step, hypers[entry.group], inputs, scalars.grad_scale, scalars.skip)
         if stats is not None:
-            found = changed.stats().to(stats)
-            stats[i] = found if scalars.skip is None else torch.where(scalars.skip, stats[i], found)
+            found = changed.stats().to(stats[i])
+            stats[i].copy_(found if scalars.skip is None else torch.where(scalars.skip, stats[i], found))
         for old, new in changed.tensors:
             old.copy_(new)
     record(inputs, scalars)

@@ -63,7 +63,7 @@ class ReferenceBackend(Protocol):
         grads: Sequence[Tensor],
         hypers: Sequence[Hyper],
         inputs: StepInputs,
-        stats: Tensor | None = None,
+        stats: Sequence[Tensor] | None = None,
     ) -> None:
         """Step every entry."""
 
@@ -464,11 +464,9 @@ class TensorBucket:
         if self._stats is None:
             self._backend.update(entries, grads, self._hypers, inputs)
             return
-        present = [i for i, m in enumerate(self._members) if tensors.grads[m.slot] is not None]
-        places = torch.tensor(present, dtype=torch.int64, device=self.device)
-        found = self._stats[places]
-        self._backend.update(entries, grads, self._hypers, inputs, found)
-        self._stats[places] = found
+        pairs = zip(self._members, self._stats, strict=True)
+        stats = [found for m, found in pairs if tensors.grads[m.slot] is not None]
+        self._backend.update(entries, grads, self._hypers, inputs, stats)
 
     def _present(self, tensors: Tensors) -> tuple[list[Entry], list[Tensor]]:
         pairs = [(m.entry(tensors), g) for m in self._members if (g := tensors.grads[m.slot]) is not None]
