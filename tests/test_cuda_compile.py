@@ -109,8 +109,11 @@ def accesses(kind: str, formats: list[str]) -> list[str]:
     averages = {"update": [], "update with besides": [8] if formats[0] == "Float64" else [4, 2]}[kind]
     n = 16 // max(p + g + m + v + averages)
     loads, stores = [*p, *g, *m, *v, *averages], [*p, *m, *v, *averages]
-    if m != BYTES["RootCode<signed"]:  # a loop for amsgrad too, with v_max, which is kept as m is
-        loads, stores = 2 * loads + m, 2 * stores + m
+    if (
+        m != BYTES["RootCode<signed"]
+    ):  # amsgrad's v_max, which is kept as m is: in the loop, or in one of its own
+        loops = 1 if averages else 2
+        loads, stores = loops * loads + m, loops * stores + m
     return [f"ld.global.ca.{vector[b * n]}" for b in loads] + [
         f"st.global.wb.{vector[b * n]}" for b in stores
     ]
