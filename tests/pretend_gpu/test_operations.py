@@ -75,12 +75,13 @@ def test_moved_gradients_take_one_copy(options, launches):
         del kept
 
 
-def test_the_norm_of_each_parameter_takes_one_copy():
-    """However often a dictionary for a logger needs it."""
+def test_the_norms_of_all_parameters_take_two_copies():
+    """Of the status, and of what the norm pass left; however often a dictionary for a logger needs them."""
     optimizer = stepped(n_groups=3, max_grad_norm=0.5)
     copy = "copy device to pageable"
-    assert [kind for kind in asked(optimizer, optimizer.param_stats) if "synchronize" not in kind] == [copy]
-    assert asked(optimizer, optimizer.log_dict).count(copy) == 1
+    asked_for = [kind for kind in asked(optimizer, optimizer.param_stats) if "synchronize" not in kind]
+    assert asked_for == [copy, copy]
+    assert asked(optimizer, optimizer.log_dict).count(copy) == 2
 
 
 @with_and_without_clip
