@@ -286,9 +286,9 @@ _EMA = {"fused+average": 1.25, "fused+timm": 1.25, "plain+average": 1.05}
 
 # Races of one case are neighbours: its tensors are made once.
 CPU_RACES = (
-    Race(TRAIN_MANY, 1, gradients="new"),
+    Race(TRAIN_MANY, 1, gradients="new", target_ratios={"fused": 6.0}),
     Race(TRAIN_MANY, 2, gradients="new", target_ratios=_TWO),
-    Race(TRAIN_RESNET, 1, gradients="new"),
+    Race(TRAIN_RESNET, 1, gradients="new", target_ratios={"fused": 2.5}),
     Race(TRAIN_RESNET, 2, gradients="new", target_ratios=_TWO),
     Race(TRAIN_GPT, 1, gradients="new"),
     Race(TRAIN_GPT, 2, gradients="new", target_ratios=_TWO),
@@ -302,10 +302,12 @@ CPU_RACES = (
     Race(MEDIUM, 2, **_STEP),
     Race(SMALL, 1, target_ratios={"fused": 5.0}),
     Race(SMALL, 2, target_ratios={"fused": 7.0, **_TWO}),
-    Race(SMALL, 2, gradients="moved", target_ratios=_TWO),
+    Race(SMALL, 1, gradients="moved", target_ratios={"fused": 5.0}),
+    Race(SMALL, 2, gradients="moved", target_ratios={"fused": 7.0, **_TWO}),
     Race(SMALL, 2, **_STEP),
     Race(SMALL_IN_GROUPS, 2, target_ratios={"fused": 5.0, **_TWO}),
     Race(SCALARS, 2, target_ratios={"fused": 11.0, **_TWO}, target_ms=0.040 + 0.0004 * len(SCALARS.shapes)),
+    Race(SCALARS, 2, gradients="moved", target_ratios={"fused": 11.0, **_TWO}),
     Race(SCALARS, 2, **_STEP),
     Race(ONE_TENSOR, 1, target_ratios={"fused": 1.4}, target_stream_fraction=0.95),
     Race(ONE_TENSOR, 1, **_STEP),
