@@ -9,7 +9,7 @@ DOCS_VENV := .venv-docs
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all sdist wheel test-wheel hub test-pretend-gpu dry-run-acceptance bench docs lint format clean
+.PHONY: help train test test-all sanitize sdist wheel test-wheel hub test-pretend-gpu dry-run-acceptance bench docs lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ test: $(BUILT) ## the tests, without the slow ones (ARGS="-k clip" ...)
 test-all: $(BUILT) ## all tests, with those of real models from other libraries
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-integrations.txt
 	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(MAKE) sanitize
+
+sanitize: $(BUILT) ## tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	$(BIN)/python tests/sanitizers/run.py address
+	$(BIN)/python tests/sanitizers/run.py thread
 
 sdist: $(READY) ## the source distribution that is released, in dist/
 	rm -f dist/*.tar.gz

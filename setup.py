@@ -6,6 +6,7 @@ Environment:
     TORCH_CUDA_ARCH_LIST   architectures as torch spells them, such as "8.0;9.0+PTX"
     FUSED_ADAMW_NVCC_FLAGS more flags for nvcc, such as the -D switches of csrc/cuda/switches.h
     CXX, LDFLAGS           the C++ compiler, and more for the linker
+    FUSED_ADAMW_CXX_FLAGS  more for the C++ compiler, such as -fsanitize=address
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ def ninja_file(output: Path, build: Path) -> str:
 
     torch_dir = Path(torch.__file__).parent
     cxx = os.environ.get("CXX", "c++")
+    more_flags = os.environ.get("FUSED_ADAMW_CXX_FLAGS", "")
     compiler = subprocess.run(
         [cxx, "-dumpversion"], check=True, capture_output=True, text=True
     ).stdout.strip()
@@ -179,7 +181,7 @@ def ninja_file(output: Path, build: Path) -> str:
         "ninja_required_version = 1.5",
         f"builddir = {build}",
         "rule cxx",
-        f"  command = {cxx} -MD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out",
+        f"  command = {cxx} -MD -MF $out.d {CXX_FLAGS} {more_flags} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiler import CXX, MORE_FLAGS
 
 ROOT = Path(__file__).parent
-CXX, NVCC = shutil.which("g++"), shutil.which("nvcc")
+NVCC = shutil.which("nvcc")
 
 # Units in the last place that approximations may be off. PTX promises 1 for reciprocals and 2^-22.9, which is
 # up to 2.2, for those of roots.
@@ -31,7 +32,7 @@ def emulated(tmp_path_factory):
     if CXX is None:
         pytest.skip("needs g++")
     made = tmp_path_factory.mktemp("rounding") / "rounding.so"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-pthread"]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-pthread", *MORE_FLAGS]
     source = ROOT / "cuda_rounding" / "emulated.cpp"
     subprocess.run([CXX, *flags, f"-I{ROOT / 'cuda_emulation'}", "-o", made, source], check=True)
     library = ctypes.CDLL(str(made))

@@ -140,7 +140,7 @@ void for_chunks(const Table& table, const F& body) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
-      for (int64_t i; (i = next.fetch_add(batch)) < table.n_chunks;)
+      for (int64_t i; (i = next.fetch_add(batch, std::memory_order_relaxed)) < table.n_chunks;)
         body(i, std::min(i + batch, table.n_chunks));
     }
   });

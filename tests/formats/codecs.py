@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from compiler import MORE_FLAGS
 
 from fused_adamw.formats import BLOCK, FORMATS, noise_hash, noise_word
 
@@ -74,7 +75,7 @@ class Cpp:
             *isa,
         ]
         source = Path(__file__).with_name("library.cpp")
-        subprocess.run([compiler, *flags, "-o", library, source], check=True)
+        subprocess.run([compiler, *flags, *MORE_FLAGS, "-o", library, source], check=True)
         self.library = ctypes.CDLL(str(library))
         self.library.block.restype = ctypes.c_int64
         self.block = self.library.block()

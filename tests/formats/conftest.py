@@ -1,12 +1,12 @@
 """The codecs under test, and answers that none of them made."""
 
 import functools
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiler import CXX
 from instruction_sets import ISAS, has_isa
 
 from . import oracle
@@ -20,10 +20,9 @@ def one_thread(threads):
 
 
 def compiled(kind, tmp_path_factory, isa=()):
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    return kind(compiler, tmp_path_factory.mktemp("formats"), isa)
+    if CXX is None:
+        pytest.skip("needs g++")
+    return kind(CXX, tmp_path_factory.mktemp("formats"), isa)
 
 
 @pytest.fixture(scope="session")

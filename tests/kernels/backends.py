@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import torch
+from compiler import CXX, MORE_FLAGS
 from format_codes import BF16, CPU_LAYOUTS, CUDA_LAYOUTS, F64
 from instruction_sets import ISAS
 
@@ -16,7 +16,6 @@ from fused_adamw.backends import native
 from fused_adamw.tables import StepInputs, StepInputsStruct, Tables
 
 ROOT = Path(__file__).parents[2]
-CXX = shutil.which("g++")
 
 
 class Kernels:
@@ -153,7 +152,7 @@ def build_cuda(folder: Path, *flags: str) -> ctypes.CDLL:
     """Compile the kernels into a library: an object for each parameter format, as setup.py does."""
     source = ROOT / "tests" / "cuda_emulation"
     flags = ("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", *flags)
-    command = [CXX, *flags, "-pthread", f"-I{source}", f"-I{ROOT / 'csrc'}"]
+    command = [CXX, *flags, *MORE_FLAGS, "-pthread", f"-I{source}", f"-I{ROOT / 'csrc'}"]
     parts = {"library": [source / "library.cpp"]}
     for param in ("Float32", "BFloat16", "Float16", "Float64", "StochasticBFloat16", "SplitBFloat16"):
         define = f"-DFUSED_ADAMW_PARAM={param}"
@@ -211,7 +210,7 @@ class InstructionSet(Native):
         flags = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=off", "-Wall")
         library = folder / f"{name}.so"
         source = Path(__file__).with_name("instruction_set.cpp")
-        subprocess.run([CXX, *flags, *ISAS[name][0], "-o", library, source], check=True)
+        subprocess.run([CXX, *flags, *MORE_FLAGS, *ISAS[name][0], "-o", library, source], check=True)
         self.library = ctypes.CDLL(str(library))
 
     def update(self, t: Tables, inputs: StepInputs, threads: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import weakref
+
 import numpy as np
 import torch
 from format_codes import BF16, F16, F32, F64, NAMES, PLAIN, SIGNED, SPLIT, STOCHASTIC, UNSIGNED
@@ -12,6 +15,21 @@ Stored = tuple[np.ndarray, np.ndarray | None]  # values and side
 VALUES = {F32: np.float32, F64: np.float64, SIGNED: np.int8, UNSIGNED: np.uint8}
 VALUES |= dict.fromkeys((BF16, F16, STOCHASTIC, SPLIT), U16)
 SIDES = {SPLIT: np.int16, SIGNED: np.float32, UNSIGNED: np.float32}
+
+
+PROCESS = ctypes.CDLL(None)
+
+
+def forbid(address: int, size: int) -> None:
+    """Under AddressSanitizer, let no kernel read or write memory, either; else do nothing."""
+    if hasattr(PROCESS, "__asan_poison_memory_region"):
+        PROCESS.__asan_poison_memory_region(ctypes.c_void_p(address), ctypes.c_size_t(size))
+
+
+def allow(address: int, size: int) -> None:
+    """Undo `forbid`."""
+    if hasattr(PROCESS, "__asan_unpoison_memory_region"):
+        PROCESS.__asan_unpoison_memory_region(ctypes.c_void_p(address), ctypes.c_size_t(size))
 
 
 class Memory:
@@ -26,6 +44,10 @@ class Memory:
         self.address = self.raw.ctypes.data + self.start
         self.elements = self.raw[self.start : self.end].view(elements.dtype)
         self.elements[:] = elements
+        base = self.raw.ctypes.data
+        forbid(base, self.start)
+        forbid(base + self.end, self.raw.nbytes - self.end)
+        weakref.finalize(self.raw, allow, base, self.raw.nbytes)  # numpy keeps small blocks to use again
 
     def check_guards(self, what: str) -> None:
         assert (self.raw[: self.start] == 0xA5).all(), f"{what}: written before the first element"

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from compiler import CXX
 
 from fused_adamw.backends import native
 
-from .backends import CXX, Cuda, Native, Triton, build_cuda
+from .backends import Cuda, Native, Triton, build_cuda
 
 
 def build(tmp_path_factory, name, *flags):

@@ -1,10 +1,11 @@
 """The CPU kernels have the bits of the oracle on every instruction set, whichever is chosen here."""
 
 import pytest
+from compiler import CXX
 from format_codes import BF16, F16, F32, F64, LOW_PRECISION
 from instruction_sets import ISAS, has_isa
 
-from .backends import CXX, InstructionSet
+from .backends import InstructionSet
 from .model import GROUPS, Model, Param
 from .test_formats import set_bits
 from .test_kernels import ids, sizes
