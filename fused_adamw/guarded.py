@@ -91,6 +91,9 @@ class Guarded(Averaged):
         `state_dict()` has it as "guard" at the top level, where torch's AdamW ignores it;
         `torch.distributed.checkpoint` drops it.
 
+        Returns:
+            `window`, an int, and `status`, a new float64 tensor.
+
         Raises:
             ValueError: The optimizer was built without `guard`.
         """
@@ -105,8 +108,10 @@ class Guarded(Averaged):
     def load_guard_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on with a history of `guard_state_dict`: with its latest norms, if `window` is smaller now.
 
+        Mutates the guard's history, and the count of skipped steps with it.
+
         Args:
-            saved: As returned by `guard_state_dict`.
+            saved: What `guard_state_dict` returned; its tensor is copied.
 
         Raises:
             ValueError: The optimizer was built without `guard`, or this is no history.
@@ -137,12 +142,22 @@ class Guarded(Averaged):
             each.copy_(status)
 
     def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, with torch's keys: moments kept in 8 bits are float32 there.
+
+        Loading them gives the same 8 bits again. Where bfloat16 parameters have masters, each state has a
+        `master_residual` besides; where there is a guard, `guard` at the top level has its history.
+        """
         saved = super().state_dict()
         if self._guard is not None:
             saved["guard"] = self.guard_state_dict()
         return saved
 
     def state_dict_compact(self) -> dict[str, Any]:
+        """A `state_dict` with moments as they are kept, in 8 bits too: a quarter of the size.
+
+        `load_state_dict` of this class takes it; torch's AdamW does not. Each state that is kept in 8 bits
+        has `exp_avg_code` (int8), `exp_avg_sq_code` (uint8), and for both a `_scale` (float32).
+        """
         saved = super().state_dict_compact()
         if self._guard is not None:
             saved["guard"] = self.guard_state_dict()
@@ -150,6 +165,26 @@ class Guarded(Averaged):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict` of this class or of `torch.optim.AdamW`/`Adam`, whose groups must be the same.
+
+        Moments take the parameter's layout, and `state_dtype` where it is set. Options that a saved group
+        lacks stay as they are, all others replace the optimizer's, as in torch; a warning says where
+        parameters begin or cease to decay by that. A guard goes on with the history that is saved. Nothing is
+        shared with `state_dict` afterwards, and nothing changes if an error is raised.
+
+        To load a file of torch.distributed.checkpoint that was saved without `param_names` into an optimizer
+        that has them, give `dcp.load` a `DefaultLoadPlanner(allow_partial_load=True)`.
+
+        Args:
+            state_dict: As returned by `state_dict`.
+
+        Raises:
+            ValueError: The groups do not match the optimizer's: in number, in size, or, where both have
+                `param_names`, in which parameters they hold; a moment is a DTensor where the parameter is
+                not, or the other way round, or is on another mesh; or `guard` is no history.
+            RuntimeError: A saved state is not AdamW's, a moment is not of its parameter's shape, a group is
+                `differentiable`, or torch's `load_state_dict` has cast what it should have kept.
+        """
         has_history = self._guard is not None and "guard" in state_dict
         status = self._read_history(state_dict["guard"]) if has_history else None
         super().load_state_dict(state_dict)

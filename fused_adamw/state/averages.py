@@ -138,6 +138,23 @@ class Averaged(Mastered):
         super().load_state_dict(state_dict)
 
     def load_master(self, state_dict: Mapping[str, Any]) -> None:
+        """Take masters from the weights of a model in float32, as its `state_dict()` has them.
+
+        Mutates bfloat16 parameters, which become the rounded weights, and their residuals. All else in
+        `state_dict` is left to `model.load_state_dict`. Call it after `load_state_dict` of the optimizer,
+        which loads residuals as well.
+
+        Args:
+            state_dict: Of the model: a tensor of any floating dtype for every parameter that has a master, of
+                its shape, under its name or another of its names if it is tied. DTensors and whole tensors
+                both do for a parameter that is sharded.
+
+        Raises:
+            ValueError: The optimizer was built without `master_weights`; a parameter has no name, or is not
+                in `state_dict`. Nothing has changed then.
+            RuntimeError: A weight has another shape than its parameter, or parameters and averages have
+                traded places. Nothing has changed then.
+        """
         self._check_not_swapped("load_master()")
         super().load_master(state_dict)
 
