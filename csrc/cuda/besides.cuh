@@ -160,7 +160,8 @@ struct Besides<L, true> {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         T a = moved.get(k);
-        average_update(a, x.p.get(k), step);
+        // What is kept of a parameter in two halves is all of it: nothing to decode.
+        average_update(a, L::Param::kSide == kSidePerValue ? change.after[k] : x.p.get(k), step);
         moved.put(k, a, decltype(format)::kTakesNoise ? noise.at(place + k * kStride) & 0xffff : 0);
       }
       store(at, moved);
