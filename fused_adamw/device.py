@@ -33,6 +33,25 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def refusal_of_runtime(version: str) -> str | None:
+    """Why the GPUs here cannot be reached through a CUDA runtime; None: they can, or torch does not say.
+
+    Args:
+        version: That of the runtime, such as "13.0". It asks for a driver of its major version, or a newer
+            one, whichever CUDA torch was built with.
+    """
+    if torch.version.hip is not None:
+        return f"the extension was built with CUDA {version}, this torch with ROCm"
+    driver_version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    served: int = driver_version() if driver_version else 0  # 12040 for CUDA 12.4
+    if 0 < served // 1000 < int(version.partition(".")[0]):
+        return (
+            f"the extension was built with CUDA {version}, the driver serves CUDA {served // 1000}."
+            f"{served % 1000 // 10}: update the driver, or build with CUDA {served // 1000}"
+        )
+    return None
+
+
 def multiprocessors_of(device: int) -> int:
     """The number of multiprocessors of a GPU."""
     count: int = torch.cuda.get_device_properties(device).multi_processor_count

@@ -104,6 +104,44 @@ def test_a_gpu_is_served_by_the_architectures_of_this_build(monkeypatch):
             assert f"built for {archs}, the GPU is sm_{number}" in reason
 
 
+@pytest.mark.parametrize(
+    ("driver", "runtime", "is_served"),
+    [
+        (12040, "13.0", False),
+        (12080, "12.8", True),
+        (12020, "12.8", True),
+        (13010, "12.8", True),
+        (13000, "13.0", True),
+    ],
+)
+def test_a_driver_serves_the_runtimes_of_its_major_version_and_older_ones(
+    monkeypatch, driver, runtime, is_served
+):
+    """The one that is linked into the extension, whatever torch was built with."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(native, "_load_error", lambda: None)
+    monkeypatch.setattr(native, "build_info", lambda: {"cuda_version": runtime, "cuda_archs": "sm_90"})
+    reason = native.unavailable_reason(torch.device("cuda"))
+    if is_served:
+        assert reason is None
+    else:
+        assert reason.startswith(
+            "the extension was built with CUDA 13.0, the driver serves CUDA 12.4: update"
+        )
+
+
+def test_gpus_of_rocm_are_not_taken_for_those_of_cuda(monkeypatch):
+    """To torch, both are cuda, and some have the capability of an H100's successor."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(native, "_load_error", lambda: None)
+    monkeypatch.setattr(native, "build_info", lambda: {"cuda_version": "13.0", "cuda_archs": "sm_90"})
+    assert "this torch with ROCm" in native.unavailable_reason(torch.device("cuda"))
+
+
 # Logging
 
 

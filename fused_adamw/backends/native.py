@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..device import NO_GPU, capability_of, has_gpu, is_gpu
+from ..device import NO_GPU, capability_of, has_gpu, is_gpu, refusal_of_runtime
 from ..extension import load_extension
 from ..formats import Formats
 from ..tables import StepInputs, Tables, format_codes
@@ -79,6 +79,8 @@ def unavailable_reason(device: torch.device) -> str | None:
         return "the extension was built without CUDA: no nvcc was found"
     if not has_gpu():
         return NO_GPU
+    if refusal := refusal_of_runtime(build_info()["cuda_version"]):
+        return refusal
     capability = capability_of(device)
     if not _serves(capability, archs):
         return f"the extension was built for {archs}, the GPU is sm_{capability[0]}{capability[1]}"
