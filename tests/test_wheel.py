@@ -11,7 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,17 +144,24 @@ def environment_with(folder: Path, python: str, torch: str) -> Path:
     return new
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that is removed at once: an environment may take gigabytes."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name).resolve()
+
+
 @pytest.mark.parametrize(("python", "torch"), ENVIRONMENTS)
-def test_the_wheel_works_in_a_new_environment(wheel, tmp_path, python, torch):
+def test_the_wheel_works_in_a_new_environment(wheel, folder, python, torch):
     """Installed as users do, tested from a folder in which there is no source."""
-    new = environment_with(tmp_path / "venv", python, torch)
+    new = environment_with(folder / "venv", python, torch)
     run(new, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel)
     run(new, "-m", "pip", "check")
-    outside = tmp_path / "outside"
+    outside = folder / "outside"
     shutil.copytree(ROOT / "tests", outside / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", outside)
     where = "import fused_adamw, fused_adamw._C as c; print(fused_adamw.__file__, c.__file__)"
-    assert run(new, "-c", where, cwd=outside).count(str(tmp_path / "venv")) == 2
+    assert run(new, "-c", where, cwd=outside).count(str(folder / "venv")) == 2
     assert re.search(r"native +│ +cpu +│ +yes", run(new, "-m", "fused_adamw", "info", cwd=outside))
     files = [f"tests/test_{name}.py" for name in CORE]
     out = run(new, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files, cwd=outside)
