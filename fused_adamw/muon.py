@@ -98,7 +98,8 @@ class MuonWithAdamW(EagerHooks):
         max_grad_norm: Clip to this global norm over both parts; None: no clipping.
         skip_nonfinite: Skip steps whose global norm is not finite, in both parts.
         norm_process_group: As for `FusedHygieneAdamW`.
-        adamw_options: Further arguments of `FusedHygieneAdamW`: `betas`, `eps`, `state_dtype`, ...
+        adamw_options: Further arguments of `FusedHygieneAdamW`: `betas`, `eps`, `state_dtype`, ... Not `ema`,
+            `guard` and `stats`, which would leave out the Muon part.
 
     Raises:
         ValueError: One part is empty, or a part refuses its arguments.
@@ -123,6 +124,11 @@ class MuonWithAdamW(EagerHooks):
         for part, groups in (("Muon", split.muon), ("AdamW", split.adamw)):
             if not groups:
                 raise ValueError(f"no parameter goes to {part} ({split}): use the other optimizer alone")
+        for name in ("ema", "guard", "stats"):
+            if adamw_options.get(name):
+                raise ValueError(
+                    f"{name} is for FusedHygieneAdamW alone: here it would leave out the Muon part"
+                )
         make_muon: Callable[..., torch.optim.Optimizer] = torch.optim.Muon if muon is None else muon
         self._norm_group = None if norm_process_group is None else NormGroup(norm_process_group)
         self._adamw = FusedHygieneAdamW(
@@ -280,7 +286,7 @@ class MuonWithAdamW(EagerHooks):
         if scalars.skip is not None and bool(scalars.skip):
             return
         is_scaled = inputs.sums is not None and inputs.max_grad_norm != float("inf")
-        is_scaled |= inputs.grad_scale is not None or inputs.spikes.clips
+        is_scaled |= inputs.grad_scale is not None
         with self._lent_gradients(factor if is_scaled else None), self._restored_state():
             self._muon.step()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_adamw import FusedHygieneAdamW, MuonWithAdamW, split_for_muon
+from fused_adamw import EMA, FusedHygieneAdamW, MuonWithAdamW, SpikeGuard, split_for_muon
 
 D, V = 8, 16
 IDS = torch.arange(20).view(4, 5) % V
@@ -125,6 +125,16 @@ def test_both_skip(part, value):
     optimizer.step()
     assert optimizer.skipped_steps == 1
     assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"ema": EMA(0.9)}, {"guard": SpikeGuard()}, {"stats": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_would_leave_out_the_muon_part_is_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is for FusedHygieneAdamW alone"):
+        make(**options)
 
 
 @pytest.mark.parametrize(("max_grad_norm", "skips"), [(None, False), (0.5, False), (None, True)])

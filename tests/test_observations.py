@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import NATIVE, give_grads, parameters
+from common import F32, NATIVE, array, give_grads, parameters
 from torch import nn
 
 from fused_adamw import FusedHygieneAdamW
@@ -166,3 +166,122 @@ def test_a_parameter_that_is_listed_twice():
     give_grads([p], 0)
     optimizer.step()
     assert [s.grad_norm for s in optimizer.param_stats().values()] == pytest.approx(norms([p]) * 2)
+
+
+def is_lost(p, update):
+    """Which updates are below half a unit in the last place of bfloat16, which has eight significant bits."""
+    exponent = np.floor(np.log2(np.maximum(np.abs(p.astype(np.float64)), 2.0**-126)))
+    return (np.abs(update) < 2.0 ** (exponent - 8)) & (update != 0)
+
+
+FORMATS = {
+    "float32": (torch.float32, {}),
+    "float64": (torch.float64, {}),
+    "float16": (torch.float16, {}),
+    "bfloat16": (torch.bfloat16, {}),
+    "master": (torch.bfloat16, {"master_weights": "split"}),
+    "8bit": (torch.bfloat16, {"stochastic_rounding": True, "state_dtype": "8bit"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the second moments")
+@pytest.mark.parametrize(("dtype", "options"), FORMATS.values(), ids=FORMATS)
+def test_stats(target, dtype, options, small_chunks):
+    """Against float32 parameters, whose updates are those before rounding; and numpy for the norms."""
+    shapes = [(64, 130), (77,), (0,), ()]
+    params = parameters(shapes, dtype=dtype, device=target.device)
+    optimizer = target.adamw(named(params), lr=1e-3, max_grad_norm=1.0, stats=True, **options)
+    give_grads(params, 0, scale=3.0)
+    wide = [
+        torch.nn.Parameter(p.detach().clone().to(torch.float64 if p.dtype == torch.float64 else F32))
+        for p in params
+    ]
+    peer = target.adamw(named(wide), lr=1e-3, max_grad_norm=1.0)
+    for p, w in zip(params, wide, strict=True):
+        w.grad = p.grad.to(w.dtype)
+    before = [array(w).copy() for w in wide]
+    optimizer.step()
+    peer.step()
+    for i, (name, found) in enumerate(optimizer.param_stats().items()):
+        grad, after = array(params[i].grad).astype(np.float64), array(wide[i]).astype(np.float64)
+        update = (array(wide[i]) - before[i]).astype(np.float64)
+        rtol = 1e-12 if target.device == "cpu" else 1e-6
+        assert found.grad_norm == pytest.approx(np.linalg.norm(grad.ravel()), rel=rtol), name
+        assert found.grad_max == (np.abs(grad).max() if grad.size else 0.0)
+        assert found.update_norm == pytest.approx(np.linalg.norm(update.ravel()), rel=rtol)
+        assert found.param_norm == pytest.approx(np.linalg.norm(after.ravel()), rel=rtol)
+        lost = is_lost(before[i], update).sum() if dtype == torch.bfloat16 else 0
+        assert found.lost_updates == lost
+    if dtype == torch.bfloat16:
+        assert optimizer.param_stats()["p0"].lost_updates > 100
+
+
+def test_stats_without_a_norm_pass_and_at_any_time(target):
+    params = parameters([(300,), (4,)], device=target.device)
+    optimizer = target.adamw(named(params))
+    give_grads(params, 0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="no norms are known"):
+        optimizer.param_stats()
+    optimizer.stats = True
+    optimizer.step()
+    found = optimizer.param_stats()
+    assert [s.grad_norm for s in found.values()] == pytest.approx(norms(params), rel=1e-6)
+    assert all(s.update_norm > 0 for s in found.values())
+    log = optimizer.log_dict()
+    assert log["optim/update_ratio/p0"] == pytest.approx(found["p0"].update_norm / found["p0"].param_norm)
+    assert "optim/grad_norm" not in log
+    optimizer.stats = False
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="no norms are known"):
+        optimizer.param_stats()
+
+
+def test_stats_of_a_skipped_step(target):
+    """Gradients are known from the norm pass; nothing was updated."""
+    params = parameters([(300,), (4,)], device=target.device)
+    optimizer = target.adamw(named(params), skip_nonfinite=True, stats=True)
+    for step in range(2):
+        give_grads(params, step)
+        if step:
+            params[1].grad[2] = math.nan
+        optimizer.step()
+    first, second = optimizer.param_stats().values()
+    assert first.grad_norm == pytest.approx(norms(params)[0], rel=1e-6)
+    assert (first.nonfinite, second.nonfinite) == (False, True)
+    assert (first.update_norm, first.param_norm, first.grad_max, first.lost_updates) == (0.0, None, None, 0)
+
+
+def test_a_nan_among_the_stats(target):
+    params = parameters([(300,), (70,)], device=target.device)
+    optimizer = target.adamw(named(params), stats=True)
+    give_grads(params, 0)
+    params[0].grad[131] = -math.inf
+    params[1].grad[66] = math.nan
+    optimizer.step()
+    first, second = optimizer.param_stats().values()
+    assert first.grad_max == math.inf
+    assert math.isnan(second.grad_max)
+    assert first.nonfinite
+    assert second.nonfinite
+
+
+def test_stats_of_groups_are_those_of_their_parameters():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    optimizer = FusedHygieneAdamW(model, stats=True, max_grad_norm=1.0)
+    give_grads(list(model.parameters()), 0)
+    optimizer.step()
+    of_params, of_groups = optimizer.param_stats(), optimizer.group_stats()
+    for quantity in ("grad_norm", "update_norm", "param_norm"):
+        total = math.sqrt(sum(getattr(s, quantity) ** 2 for s in of_params.values()))
+        both = math.hypot(*(getattr(of_groups[f"group {i}"], quantity) for i in range(2)))
+        assert both == pytest.approx(total)
+    assert max(s.grad_max for s in of_params.values()) == max(
+        of_groups[f"group {i}"].grad_max for i in range(2)
+    )
+
+
+@pytest.mark.parametrize("value", [2, "yes", None])
+def test_stats_is_a_flag(value):
+    with pytest.raises(ValueError, match="stats must be True or False"):
+        FusedHygieneAdamW(parameters([(2,)]), stats=value)

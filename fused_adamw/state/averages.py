@@ -81,9 +81,11 @@ class Averaged(Mastered):
                     done[-1].go()
             yield
         finally:
-            _undo(done)
-            self._is_swapped = False
-            _reshard(model)
+            try:
+                _undo(done)
+            finally:
+                self._is_swapped = False
+                _reshard(model)
 
     @_disable_dynamo
     @torch.no_grad()
