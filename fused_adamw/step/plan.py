@@ -142,6 +142,7 @@ class Plan:
         self._reduction = Reduction(params)
         self._structure = self._structure_of(groups)
         self._grads_version: int | None = None  # of the table that the launches have
+        self._grad_addresses: Tensor | None = None  # in it, where it is a copy
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
         self._tables_are_of_graph = False
@@ -416,13 +417,10 @@ class Plan:
         uploads its own.
         """
         if self._tables_are_of_graph:
-            self._grads_version = self._hyper_keys = None
+            self._grads_version = self._grad_addresses = self._hyper_keys = None
         if found.version is None or found.version != self._grads_version:
             self._grads_version = None  # until all buckets have them
-            on_device = {device: table.upload(found.addresses) for device, table in self._grad_tables.items()}
-            for bucket, _, _ in self.launches:
-                if isinstance(bucket, TableBucket):
-                    bucket.set_grads(on_device[bucket.device])
+            self._set_grads(found.addresses)
             self._grads_version = found.version
         keys = [hyper.key() for hyper in hypers]
         if keys != self._hyper_keys or self._reads_lr_of_another_device(hypers):
@@ -436,6 +434,20 @@ class Plan:
             self.was_captured = True
             for bucket, _, _ in self.launches:
                 bucket.keep_for_graph()
+
+    def _set_grads(self, addresses: Tensor) -> None:
+        """Give the buckets the addresses of gradients. A device that has the same ones keeps its table."""
+        before, self._grad_addresses = self._grad_addresses, None
+        is_same = before is not None and torch.equal(before, addresses[: len(before)])
+        for device, table in self._grad_tables.items():
+            if is_same and device.type != "cpu":
+                continue
+            on_device = table.upload(addresses)
+            for bucket, _, _ in self.launches:
+                if isinstance(bucket, TableBucket) and bucket.device == device:
+                    bucket.set_grads(on_device)
+        if any(device.type != "cpu" for device in self._grad_tables):  # there it is written in place
+            self._grad_addresses = addresses.clone()
 
     def sum_of_squares(self, grads: Sequence[Tensor | None]) -> None:
         """Sum the squares of this process's gradients, one sum for each launch and sum group."""
