@@ -300,9 +300,10 @@ class FusedHygieneAdamW(Stepping):
         self._captured_plans = []
         self._double_clip = DoubleClipDetector()
         self.__dict__.setdefault("_param_names", ParamNames())
+        is_copy = "_variants" in state  # else a state_dict is being loaded, group by group
+        variants = state["_variants"] if is_copy else self._variants.by_position(self.param_groups)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "_variants" in state:  # a copy: else a state_dict is being loaded
-            self._variants = Variants.from_positions(state["_variants"], self.param_groups)
+        self._variants = Variants.from_positions(variants, self.param_groups)
         for group in self.param_groups:
             self._param_names.learn(group)
 

@@ -78,7 +78,10 @@ class _OfGroup(NamedTuple):
 
 
 class Variants:
-    """The variant of each group, known by its first parameter: groups may be replaced or reordered.
+    """The variant of each group.
+
+    A group is known by its dict, whose parameters may be replaced (Accelerate does so for FSDP2), or, where
+    that is another one, by a parameter: groups may be replaced and reordered, too.
 
     Args:
         default: Of groups that say nothing else.
@@ -86,7 +89,9 @@ class Variants:
 
     def __init__(self, default: Variant) -> None:
         self.default = default
-        self._of_param: dict[int, _OfGroup] = {}  # by id, where any option is set
+        self._of_group: dict[int, _OfGroup] = {}  # by id
+        self._of_param: dict[int, _OfGroup] = {}  # by id
+        self._is_plain = True  # all of them are
         self._read: dict[int, tuple[Tensor, float]] = {}  # values of tensors on accelerators
 
     def take(self, group: dict[str, Any], given: Mapping[str, Any], index: int) -> None:
@@ -102,32 +107,39 @@ class Variants:
                 is 0.
             TypeError: `lr_ref` is no number.
         """
-        variant = self.default._replace(**given).checked(f" in parameter group {index}")
-        for p in group["params"]:
-            self._of_param.pop(id(p), None)
-        if variant == Variant() or not group["params"]:
-            return
-        of_group = _OfGroup(variant, self._number(group["lr"]) if variant.needs_lr_ref else 0.0)
-        if variant.needs_lr_ref and not self._lr_ref(of_group, group):
+        of_group = self._new(self.default._replace(**given).checked(f" in parameter group {index}"), group)
+        variant = of_group.variant
+        if variant.needs_lr_ref and group["params"] and not self._lr_ref(of_group, group):
             raise ValueError(
                 f"lr in parameter group {index} is 0, and weight_decay_mode={variant.weight_decay_mode!r} is "
                 "relative to its peak: pass lr_ref=, the largest lr of the schedule"
             )
+        self._note(group, of_group)
+
+    def _new(self, variant: Variant, group: Mapping[str, Any]) -> _OfGroup:
+        return _OfGroup(variant, self._number(group["lr"]) if variant.needs_lr_ref else 0.0)
+
+    def _note(self, group: Mapping[str, Any], of_group: _OfGroup) -> None:
+        self._of_group[id(group)] = of_group
         self._of_param |= dict.fromkeys(map(id, group["params"]), of_group)
+        self._is_plain &= of_group.variant == Variant()
 
     def of(self, group: Mapping[str, Any]) -> Variant:
         """The variant of a group."""
-        found = self._find(group)
-        return Variant() if found is None else found.variant
+        return self._find(group).variant
 
     def applied(self, hypers: list[Hyper], groups: Sequence[Mapping[str, Any]]) -> list[Hyper]:
         """The hyper-parameters of all groups, those of the rule included."""
-        if not self._of_param:
+        if self._is_plain:
             return hypers
-        return [self._applied(*pair) for pair in zip(hypers, groups, strict=True)]
+        applied = [self._applied(*pair) for pair in zip(hypers, groups, strict=True)]
+        if len(self._of_group) > len(groups):  # another dict may come to where one was that is no more
+            self._of_group = {id(group): self._of_group[id(group)] for group in groups}
+        return applied
 
     def _applied(self, hyper: Hyper, group: Mapping[str, Any]) -> Hyper:
-        if (found := self._find(group)) is None:
+        found = self._find(group)
+        if found.variant == Variant():
             return hyper
         is_relative, power = _MODES[found.variant.weight_decay_mode]
         decay = hyper.weight_decay
@@ -140,9 +152,14 @@ class Variants:
             nesterov=found.variant.nesterov,
         )
 
-    def _find(self, group: Mapping[str, Any]) -> _OfGroup | None:
-        params = group["params"]
-        return self._of_param.get(id(params[0])) if self._of_param and params else None
+    def _find(self, group: Mapping[str, Any]) -> _OfGroup:
+        found = self._of_group.get(id(group))
+        if found is None:
+            known = (self._of_param.get(id(p)) for p in group["params"])
+            found = next((each for each in known if each is not None), None)
+            found = self._new(self.default, group) if found is None else found
+            self._note(group, found)
+        return found
 
     def _lr_ref(self, of_group: _OfGroup, group: Mapping[str, Any]) -> float:
         """The peak of a group's lr; 0: not known."""
@@ -159,18 +176,17 @@ class Variants:
             self._read[id(value)] = (value, float(value))
         return self._read[id(value)][1]
 
-    def by_position(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Variant, list[_OfGroup | None]]:
-        """What `from_positions` restores, for a copy of these groups."""
+    def by_position(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Variant, list[_OfGroup]]:
+        """What `from_positions` restores, for groups that take the place of these."""
         return self.default, list(map(self._find, groups))
 
     @classmethod
     def from_positions(
-        cls, saved: tuple[Variant, list[_OfGroup | None]], groups: Sequence[Mapping[str, Any]]
+        cls, saved: tuple[Variant, list[_OfGroup]], groups: Sequence[Mapping[str, Any]]
     ) -> Variants:
-        """The variants of copied groups."""
+        """The variants of groups that were copied or loaded."""
         default, of_groups = saved
         variants = cls(default)
         for group, of_group in zip(groups, of_groups, strict=True):
-            if of_group is not None:
-                variants._of_param |= dict.fromkeys(map(id, group["params"]), of_group)
+            variants._note(group, of_group)
         return variants

@@ -190,6 +190,37 @@ def test_groups_may_be_moved_and_removed():
     assert [(v.cautious_weight_decay, v.nesterov) for v in found] == [(False, False), (True, False)]
 
 
+@pytest.mark.parametrize("how", ["in the list", "by another list", "by another list, then loaded"])
+def test_they_stay_where_parameters_are_replaced(how):
+    """As Accelerate replaces all of them for FSDP2, after the optimizer was built."""
+    _, groups = by_group()
+    optimizer = NATIVE.adamw(groups, lr=0.01)
+    for group in optimizer.param_groups:
+        new = twins(group["params"])
+        if how == "in the list":
+            group["params"][:] = new
+        else:
+            group["params"] = new
+    if "loaded" in how:
+        optimizer.load_state_dict(optimizer.state_dict())
+    found = [optimizer._variants.of(group) for group in optimizer.param_groups]
+    assert [(v.cautious_weight_decay, v.nesterov) for v in found] == [
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
+    hypers = optimizer._hypers()
+    assert [(h.cautious, h.nesterov) for h in hypers] == [(True, False), (False, True), (False, False)]
+
+
+def test_a_group_that_was_not_added_has_those_of_the_optimizer():
+    optimizer = NATIVE.adamw([one()], lr=0.1, weight_decay=0.2, weight_decay_mode="constant", nesterov=True)
+    p = one()
+    optimizer.param_groups[:] = [{**optimizer.param_groups[0], "params": [p]}]
+    assert optimizer._variants.of(optimizer.param_groups[0]).nesterov
+    assert shrinkage(optimizer, p) == pytest.approx(0.2, abs=2e-6)
+
+
 def test_by_overrides_of_a_model():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     overrides = {"2.weight": {"cautious_weight_decay": True}}
