@@ -287,7 +287,8 @@ def test_a_captured_step_leaves_its_tables_to_the_graph(monkeypatch):
         optimizer.step()
         found.append(len(written))
         written.clear()
-    assert found == [2, 0, 0, 2, 0, 0, 2, 2]
+    # On a CPU the second step takes over the table that the guard writes in place.
+    assert found == [2, 1, 0, 2, 0, 0, 2, 2]
 
 
 def test_a_capture_does_not_compile(monkeypatch):
