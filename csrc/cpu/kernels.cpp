@@ -134,15 +134,23 @@ void update_span(const UpdateArgs& args, const Row& row, const Span& span, const
   constexpr int64_t kSize = kNoise ? kNoiseBlock : kBlock;
   using W = Walk<T, kSize, kNoise>;
   const RowUpdate<T> x = update_of<kNoise>(args, row, c, step, stats);  // copies that no store can alias
-  alignas(64) uint32_t noise[kSize];
-  int64_t i = span.begin;
-  const int64_t end = span.end;
-  for (; i + kSize <= end; i += kSize) {
-    if (kNoise) draw(x.noise, i, kSize, noise);
-    update_block<W, kAmsgrad>(x.at, {i, kSize, 0, noise}, x.c, x.math, x.besides);
+  const auto walk = [&](const Besides<T>& besides) __attribute__((always_inline)) {
+    alignas(64) uint32_t noise[kSize];
+    int64_t i = span.begin;
+    const int64_t end = span.end;
+    for (; i + kSize <= end; i += kSize) {
+      if (kNoise) draw(x.noise, i, kSize, noise);
+      update_block<W, kAmsgrad>(x.at, {i, kSize, 0, noise}, x.c, x.math, besides);
+    }
+    if (kNoise) draw(x.noise, i, end - i, noise);
+    update_block<W, kAmsgrad>(x.at, {i, end - i, 0, noise}, x.c, x.math, besides);
+  };
+  // Mostly nothing is asked for: a loop of its own leaves the update its registers.
+  if (x.besides.stats || x.besides.moves_average) {
+    walk(x.besides);
+  } else {
+    walk({});
   }
-  if (kNoise) draw(x.noise, i, end - i, noise);
-  update_block<W, kAmsgrad>(x.at, {i, end - i, 0, noise}, x.c, x.math, x.besides);
 }
 
 // The blocks of codes that start in the span, whole. Each row of the tensor is cut from its start on.
