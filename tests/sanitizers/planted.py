@@ -35,7 +35,9 @@ def race():
     once = model.tables.chunks.reshape(-1, 2, 2)  # a thread takes two at a time
     model.tables.chunks = torch.cat([once, once], dim=1).reshape(-1, 2)
     model.tables.workspace = torch.zeros(1 + 2 * 64, dtype=torch.float64)
-    model.kernels.update(model.tables, StepInputs(torch.zeros(2, dtype=torch.float64)), 4)
+    inputs = StepInputs(torch.zeros(64, dtype=torch.float64))  # the status, and room
+    for _ in range(100):  # on a busy machine, one thread may have taken all chunks before another wakes up
+        model.kernels.update(model.tables, inputs, 4)
 
 
 def leak():
