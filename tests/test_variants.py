@@ -271,3 +271,19 @@ def test_nesterov_is_nadam(target, dtype):
         ours.step()
         theirs.step()
     torch.testing.assert_close(params, peers, rtol=1e-5, atol=1e-6)
+
+
+def test_the_default_dtype_does_not_reach_a_step(target, default_dtype):
+    """Where two Python numbers meet in an operator of torch, it takes the default dtype."""
+    ends = []
+    for dtype in (torch.float64, torch.bfloat16):
+        default_dtype(torch.float32)
+        params = parameters([(65,)], dtype=torch.float64, device=target.device)
+        optimizer = target.adamw(params, lr=0.1, weight_decay=0.3, cautious_weight_decay=True, nesterov=True)
+        for step in range(3):
+            default_dtype(torch.float32)
+            give_grads(params, step)
+            default_dtype(dtype)
+            optimizer.step()
+        ends.append(params[0].detach())
+    assert torch.equal(*ends)

@@ -70,7 +70,8 @@ def adamw_update(
     else:
         numerator = scalar(step_size) * m
     decay = scalar(1 - lr**hyper.decay_power * hyper.weight_decay)
-    p = p * (torch.where(numerator * p < 0, 1.0, decay) if hyper.cautious else decay)
+    decayed = p * decay
+    p = torch.where(numerator * p < 0, p, decayed) if hyper.cautious else decayed
     p = p - numerator / denom
     return p, m, v, v_max
 
@@ -85,7 +86,7 @@ def average_weight(averaging: Averaging, step: Tensor) -> Tensor:
     """
     updates = step - averaging.start_step
     n = updates / averaging.every - 1.0
-    decay: Tensor | float = averaging.decay
+    decay = torch.full_like(n, averaging.decay)
     if WARMUPS[averaging.warmup] == "timm":
         decay = (1.0 - (1.0 + n) ** (-2.0 / 3.0)).clamp(max=averaging.decay)
     elif WARMUPS[averaging.warmup] == "diffusers":
