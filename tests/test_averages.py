@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -168,6 +169,20 @@ def test_swap(dtype, error):
     optimizer.step()
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.bfloat16])
+def test_swap_of_any_shape(shape, dtype):
+    (p,) = parameters([shape], dtype=dtype)
+    optimizer = NATIVE.adamw([p], lr=0.1, ema=EMA(0.9), stochastic_rounding=False)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    before = snapshot(optimizer)
+    with optimizer.swap_ema():
+        assert torch.equal(p, before[0][2]["ema"].to(dtype))
+    assert unchanged_since(optimizer, before)
+
+
 @pytest.mark.parametrize("at", [n / 2 for n in range(44)])
 def test_swap_is_undone_wherever_it_is_interrupted(at, monkeypatch):
     """An interrupt comes before or after any copy, on the way there and on the way back."""
@@ -203,6 +218,10 @@ def test_what_is_refused_inside_of_a_swap():
             optimizer.state_dict_compact,
             lambda: optimizer.load_state_dict(saved),
             lambda: optimizer.ema_state_dict(model),
+            lambda: optimizer.master_state_dict(model),
+            lambda: optimizer.load_master(model.state_dict()),
+            lambda: copy.deepcopy(optimizer),
+            lambda: pickle.dumps(optimizer),
         ):
             with pytest.raises(RuntimeError, match=r"inside of swap_ema\(\)"):
                 call()
@@ -339,3 +358,19 @@ def test_options_out_of_range(options, error, message):
 def test_the_argument_has_to_be_an_ema():
     with pytest.raises(TypeError, match=r"ema must be None or an EMA, such as EMA\(decay=0.9999\), got 0.9"):
         FusedHygieneAdamW(parameters([(2,)]), ema=0.9)
+
+
+@pytest.mark.parametrize("warmup", [None, "timm", "diffusers"])
+def test_the_default_dtype_does_not_reach_an_average(target, default_dtype, warmup):
+    ends = []
+    for dtype in (torch.float64, torch.bfloat16):
+        default_dtype(torch.float32)
+        params = parameters([(65,)], dtype=torch.float64, device=target.device)
+        optimizer = target.adamw(params, lr=0.1, ema=EMA(0.7, warmup=warmup))
+        for step in range(4):
+            default_dtype(torch.float32)
+            give_grads(params, step)
+            default_dtype(dtype)
+            optimizer.step()
+        ends.append(optimizer.state[params[0]]["ema"])
+    assert torch.equal(*ends)

@@ -41,7 +41,7 @@ class _Exchange:
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:
-    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (x, y)))
 
 
 class Averaged(Mastered):
@@ -64,8 +64,8 @@ class Averaged(Mastered):
 
         Raises:
             ValueError: The optimizer was built without `ema`.
-            RuntimeError: Inside of another `swap_ema`. Inside, `step`, `state_dict` and `load_state_dict`
-                raise it too.
+            RuntimeError: Inside of another `swap_ema`. Inside, `step`, `state_dict`, `load_state_dict` and
+                whatever else takes parameters for what they are, such as `copy.deepcopy`, raise it too.
         """
         self._check_ema()
         self._check_not_swapped("swap_ema()")
@@ -159,6 +159,27 @@ class Averaged(Mastered):
         """
         self._check_not_swapped("load_master()")
         super().load_master(state_dict)
+
+    def master_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """The `state_dict` of a model, with its weights in float32: masters where there are any.
+
+        Args:
+            model: The model that the optimizer's parameters belong to.
+
+        Returns:
+            `model.state_dict()` with float32 in the place of bfloat16 and float16 weights, which are new
+            tensors; all else is the model's own. Tied weights are one tensor under all of their names.
+
+        Raises:
+            ValueError: A parameter that has a master is not among the values of `model.state_dict()`.
+            RuntimeError: Inside of `swap_ema`, where parameters are not the upper halves of their masters.
+        """
+        self._check_not_swapped("master_state_dict()")
+        return super().master_state_dict(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_not_swapped("a copy")
+        return super().__getstate__()
 
 
 def _reshard(model: nn.Module | None) -> None:
