@@ -1,5 +1,5 @@
-// What glibc and libstdc++ gained after the versions that manylinux_2_28 allows, and their headers use unasked.
-// Linked into a wheel, and not exported.
+// What glibc and libstdc++ gained after the versions that manylinux_2_28 allows, and their headers use
+// unasked. Linked into a wheel, and not exported.
 #include <new>
 #include <sstream>
 
