@@ -15,6 +15,13 @@ from torch import nn
 REFERENCE = Target("reference", "cpu")
 
 
+@pytest.fixture(autouse=True)
+def grad_mode():
+    """torch.no_grad() that is interrupted on its way out leaves gradients off, in any program."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 def one_launch():
     return NATIVE, parameters([(3, 4), (5,), ()])
 

@@ -98,7 +98,7 @@ def _print_step(args: argparse.Namespace, console: Console) -> None:
         kernels = kernels_for(optimizer.backend, bucket.device)
         formats = getattr(bucket, "formats", None)
         by = "reference" if kernels is None or formats is None else kernels.__name__.rpartition(".")[2]
-        names = ["any"] * 4 if formats is None else [format.name for format in formats]
+        names = ["any"] * 4 if formats is None else [format.name for format in formats.present.values()]
         mine = [decision_of[slot] for slot in bucket.slots]
         table.add_row(
             by,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fused_adamw.backends.reference import adamw_update
-from fused_adamw.formats import FORMATS, NOISE_SHIFT, element_index, noise_bits, noise_hash, noise_word
+from fused_adamw.formats import FORMATS, element_index, noise_bits, noise_hash, noise_word
 from fused_adamw.tables import Hyper
 
 ROWS, COLUMNS = 32, 128
@@ -26,7 +26,7 @@ def step_fields(fields, grad, step, hyper, seed=0, nearest=()):
     Returns:
         The new param, exp_avg and exp_avg_sq before they were stored.
     """
-    p, m, v = (fields[name].load() for name in NOISE_SHIFT)
+    p, m, v = (fields[name].load() for name in ("param", "exp_avg", "exp_avg_sq"))
     step = torch.tensor(step, dtype=torch.float64)
     *new, _ = adamw_update(p, grad.float(), m, v, None, step, hyper, 1.0)
     h = None

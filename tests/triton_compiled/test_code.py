@@ -207,7 +207,7 @@ def test_besides_fit_their_registers(gpu, formats, besides, tmp_path):
     most = (backend._REGISTERS, backend._SPECIAL_REGISTERS, backend._MOST_REGISTERS)[special]
     assert used["REG"] <= most
     assert used["LOCAL"] == 0
-    assert used["STACK"] <= 32
+    assert used["STACK"] <= 40
     for body in block_loops(kernel, tmp_path):
         assert accesses_of(body, "LDL", "STL") == 0, "spilled"
 

@@ -100,20 +100,20 @@ def step_scalars(inputs, SKIP_NONFINITE: tl.constexpr, SPIKES: tl.constexpr, CLI
             norm += tl.load(inputs.sums + i)
             i += 1
         norm = tl.sqrt(norm) / loss_scale
-        max_grad_norm = inputs.max_grad_norm
+        # Not through a name of its own: the interpreter would round it to float32.
+        clip_coef = inputs.max_grad_norm / (norm + 1e-6)
         if SPIKES:
             spikes = inputs.spikes
             limit = limit_of(norms_of(inputs), spikes)
             outcome = tl.where(norm > limit, _CLIPPED_SPIKE if CLIPS else _SPIKE, outcome)
             if CLIPS:
-                max_grad_norm = tl.where(limit < max_grad_norm, limit, max_grad_norm)
+                clip_coef = tl.where(limit < inputs.max_grad_norm, limit / (norm + 1e-6), clip_coef)
             if spikes.loss is not None:
                 loss = tl.load(spikes.loss)
                 outcome = tl.where(loss > limit_of(losses_of(inputs), spikes), _LOSS_SPIKE, outcome)
                 outcome = tl.where(tl.abs(loss) <= _LARGEST, outcome, _NONFINITE)
         if SKIP_NONFINITE or SPIKES:
             outcome = tl.where(norm <= _LARGEST, outcome, _NONFINITE)
-        clip_coef = max_grad_norm / (norm + 1e-6)
         scale *= tl.where(clip_coef > 1.0, 1.0, clip_coef)  # NaN stays NaN
     if inputs.found_inf is not None:
         outcome = tl.where(tl.load(inputs.found_inf) != 0.0, _OVERFLOW, outcome)
