@@ -20,7 +20,7 @@ from .state.checks import check_fused, check_hypers, check_no_transform, check_n
 from .state.contents import is_counted, missing_state
 from .step.double_clip import DoubleClipDetector
 from .step.guard import Found
-from .step.launch import Tensors
+from .step.members import Tensors
 from .step.plan import Plan, Request
 from .step.snapshot import Snapshot
 from .tables import NO_AVERAGING, Hyper, StepInputs

@@ -55,9 +55,11 @@ ALLOWED_WITHIN = {
         "norm": set(),
         "snapshot": set(),
         "guard": {"snapshot"},
-        "launch": {"snapshot"},
+        "protocols": set(),
+        "members": {"protocols", "snapshot"},
+        "launch": {"members", "protocols"},
         "statistics": {"launch", "norm"},
-        "plan": {"guard", "launch", "norm", "snapshot", "statistics"},
+        "plan": {"guard", "launch", "members", "norm", "protocols", "snapshot", "statistics"},
     },
     "state": {
         "__init__": set(),

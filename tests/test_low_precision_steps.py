@@ -26,7 +26,7 @@ from low_precision import (
 
 from fused_adamw.fields import Rounding
 from fused_adamw.formats import FORMATS, Field, element_index, noise_bits, noise_hash, noise_word
-from fused_adamw.step.launch import Kind
+from fused_adamw.step.members import Kind
 from fused_adamw.step.snapshot import Forms
 
 REFERENCE = Target("reference", "cpu")

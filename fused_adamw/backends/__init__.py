@@ -38,7 +38,7 @@ def _triton() -> ModuleType | str:
 
 
 class _Kernels(NamedTuple):
-    load: Callable[[], ModuleType | str]  # a module as step.launch.KernelBackend, or why there is none
+    load: Callable[[], ModuleType | str]  # a module as step.protocols.KernelBackend, or why there is none
     is_automatic_on_cpu: bool
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..device import DeviceTable, scalar_dtype
-from ..dtensors import local_tensors, start_in_whole
-from ..fields import MAXIMUM, SCALES, Keys, Rounding, State, formats_of, keys_of
-from ..formats import Field, Format, Formats, Window, has_dense_rows, plain_format, window_of
-from ..layout import is_plain, same_layout
+from ..fields import MAXIMUM
+from ..formats import Formats
 from ..tables import (
-    FORMAT_CODE,
     ChunkStatsStruct,
     Entry,
     Hyper,
@@ -29,207 +25,8 @@ from ..tables import (
     word_of,
     words,
 )
-from .snapshot import Form
-
-
-class KernelBackend(Protocol):
-    """Kernels that walk the tables: `native` and `triton`."""
-
-    def supports(self, device: torch.device, formats: Formats) -> bool:
-        """Whether kernels can step a parameter that is kept so, with its gradient and moments."""
-
-    def chunk_size(self, device: torch.device, numel: int) -> int:
-        """Elements per chunk that suit the device and the number of elements in all."""
-
-    def max_host_hypers(self, device: torch.device) -> int:
-        """Up to how many hyper rows may stay in host memory."""
-
-    def sum_of_squares(self, tables: Tables, chunks: Tensor, out: Tensor) -> None:
-        """Write the sum of squares of the gradients in these chunks of the tables to `out`."""
-
-    def update(self, tables: Tables, inputs: StepInputs) -> None:
-        """Step every row that has a gradient."""
-
-
-class ReferenceBackend(Protocol):
-    """Plain PyTorch on lists of tensors."""
-
-    def sum_of_squares(self, grads: Sequence[Tensor], out: Tensor) -> list[Tensor]:
-        """Write the sum of squares of all gradients to `out`; returns that of each."""
-
-    def update(
-        self,
-        entries: Sequence[Entry],
-        grads: Sequence[Tensor],
-        hypers: Sequence[Hyper],
-        inputs: StepInputs,
-        stats: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Step every entry."""
-
-    def rehearse(
-        self, entries: Sequence[Entry], grads: Sequence[Tensor], hypers: Sequence[Hyper], inputs: StepInputs
-    ) -> None:
-        """Raise what `update` would raise; change nothing."""
-
-
-class Tensors(NamedTuple):
-    """What an optimizer holds when it steps.
-
-    Attributes:
-        groups: Its `param_groups`.
-        state: Its state.
-        grads: The gradients of all parameters, of DTensors the local ones.
-    """
-
-    groups: Sequence[Mapping[str, Any]]
-    state: State
-    grads: Sequence[Tensor | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A parameter of a plan, and how to find its tensors. It keeps none of them alive."""
-
-    slot: int  # position among all parameters of all groups
-    group: int
-    index: int  # position in the group
-    id: int
-    numel: int
-    sum_group: int  # gradients of one sum group are summed together
-    kind: Kind
-    # Where a snapshot has the parameter, and its state: a position to add to that of each key.
-    place: int
-    place_of_state: int
-    places_in_state: Mapping[str, int]
-
-    def entry(self, tensors: Tensors) -> Entry:
-        """Look up the parameter and its state, as they are now."""
-        p = tensors.groups[self.group]["params"][self.index]
-        state = tensors.state[p]
-
-        keys_of, formats = self.kind.keys, self.kind.formats
-
-        def field(name: str, format: Format) -> Field:
-            keys = keys_of[name]
-            values = state[keys.values] if keys.values else p
-            return Field(format, *local_tensors((values, state[keys.side] if keys.side else None)))
-
-        (step,) = local_tensors((state["step"],))
-        return Entry(
-            self.slot,
-            self.group,
-            self.kind.window,
-            field("param", formats.param),
-            field("exp_avg", formats.exp_avg),
-            field("exp_avg_sq", formats.exp_avg_sq),
-            field(MAXIMUM, plain_format(state[MAXIMUM].dtype)) if MAXIMUM in keys_of else None,
-            step.view(()) if step.dim() else step,  # others may count with it
-            None if formats.average is None else field("average", formats.average),
-        )
-
-    def place_of(self, key: str) -> int:
-        """Where a snapshot has a tensor: of the state under a key, or "" for the parameter."""
-        return self.place_of_state + self.places_in_state[key] if key else self.place
-
-
-class Kind(NamedTuple):
-    """What follows from the forms of a parameter's tensors, and is worked out once for all that are alike.
-
-    Attributes:
-        keys: Under which its state has each field.
-        formats: How it is kept.
-        window: Where its elements lie in the whole parameter.
-        has_kernel: Whether kernels can step it.
-        fallback: Why kernels that serve its device cannot.
-    """
-
-    keys: Mapping[str, Keys]
-    formats: Formats
-    window: Window
-    has_kernel: bool
-    fallback: str | None
-
-    @classmethod
-    def of(cls, forms: Mapping[str, Form], rounding: Rounding, backend: KernelBackend | None) -> Kind | None:
-        """Work it out.
-
-        Args:
-            forms: Of the parameter, its gradient, and what a step reads of its state, each under its name.
-            rounding: What is rounded stochastically.
-            backend: The kernels that serve its device.
-
-        Returns:
-            None if its elements are too irregular a part of the whole to be numbered, and have to be.
-        """
-        formats = formats_of({name: form.dtype for name, form in forms.items()}, rounding)
-        window = window_in_whole(forms["parameter"], formats)
-        reason = None if backend is None else fallback_reason(forms, formats, backend)
-        if window is None:
-            return None
-        if backend is not None and window.whole_columns >= 2**32:  # a row of the table has 32 bits for it
-            reason = f"its rows have {window.whole_columns:,} values"
-        return cls(keys_of(forms), formats, window, backend is not None and reason is None, reason)
-
-
-def window_in_whole(p: Form, formats: Formats) -> Window | None:
-    """Where the elements of a parameter, or of this process's part of it, lie in the whole parameter.
-
-    None: they are not regular enough to be numbered.
-    """
-    if not any(format.stochastic for format in formats.present.values()):  # nothing depends on it
-        return Window(0, 1, 1)
-    t, spec = _like(p.shape, p.stride), p.key[-1]
-    has_scales = formats.exp_avg.side_dtype is not None or formats.exp_avg_sq.side_dtype is not None
-    by_rows = has_scales and has_dense_rows(t)
-    if spec is None:
-        return window_of(t, t, [0] * t.dim(), by_rows=by_rows)
-    start = start_in_whole(spec)
-    whole = _like(spec.shape, spec.stride)
-    return None if start is None else window_of(t, whole, start, by_rows=by_rows)
-
-
-def _like(shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-    return torch.empty_strided(tuple(shape), tuple(stride), device="meta")
-
-
-def fallback_reason(forms: Mapping[str, Form], formats: Formats, backend: KernelBackend) -> str | None:
-    """None if kernels can step a parameter by address and flat index, else the reason.
-
-    Args:
-        forms: Of the parameter, its gradient, and what a step reads of its state, each under its name.
-        formats: How they are kept.
-        backend: The kernels.
-    """
-    for name, form in forms.items():
-        if not is_plain(form.type):
-            return f"{name} is a {form.type.__name__}"
-        if not form.is_plain:
-            return f"{name} is not plain strided memory"
-    if forms["step"].dtype is not torch.float32:
-        return f"step is counted in {forms['step'].dtype}"
-    p = forms["parameter"]
-    for name, form in forms.items():
-        if name == "step":
-            continue
-        if not form.is_dense:
-            return f"{name} is not dense: strides {form.stride} for shape {tuple(form.shape)}"
-        if name in SCALES:
-            if not _like(form.shape, form.stride).is_contiguous():
-                return f"{name} is not contiguous: strides {form.stride} for shape {tuple(form.shape)}"
-            if not has_dense_rows(_like(p.shape, p.stride)):
-                return f"the parameter has strides {p.stride}, and no rows to be cut into blocks"
-        elif form.shape != p.shape or not same_layout(p.shape, form.stride, p.stride):
-            return f"{name} has strides {form.stride}, the parameter {p.stride}"
-    is_known = all(format.name in FORMAT_CODE for format in formats.present.values())
-    maximum = forms.get(MAXIMUM)
-    if maximum is not None and plain_format(maximum.dtype) != formats.exp_avg:
-        is_known = False
-    if not is_known or not backend.supports(p.device, formats):
-        return "no kernel for " + ", ".join(
-            f"{name} of {form.dtype}" for name, form in forms.items() if name != "step"
-        )
-    return None
+from .members import Member, Tensors
+from .protocols import KernelBackend, ReferenceBackend
 
 
 class TableBucket:

@@ -28,17 +28,10 @@ from ..interrupts import InterruptsHeld
 from ..layout import Spans
 from ..tables import Averaging, Hyper, SpikeOptions, StepInputs, status_words
 from .guard import Found, Guard
-from .launch import (
-    Bucket,
-    KernelBackend,
-    Kind,
-    Member,
-    ReferenceBackend,
-    TableBucket,
-    TensorBucket,
-    Tensors,
-)
+from .launch import Bucket, TableBucket, TensorBucket
+from .members import Kind, Member, Tensors
 from .norm import NormGroup, Reduction, Sums
+from .protocols import KernelBackend, ReferenceBackend
 from .snapshot import Form, Snapshot
 from .statistics import LastStep, ParamStats, param_stats
 
