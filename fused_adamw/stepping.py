@@ -78,10 +78,9 @@ class Stepping(EagerHooks, Observed):
             self._stats,
         )
 
-        def before_updates(inputs: StepInputs) -> None:
+        def before_updates(inputs: StepInputs) -> Callable[[], None]:
             self._double_clip.observe(inputs)
-            if plan is not self._plan:
-                self._adopt(plan, state)
+            return _nothing if plan is self._plan else self._adopt(plan, state)
 
         tensors = Tensors(self.param_groups, state, found.grads or ())
         plan.run(tensors, found, hypers, request, before_updates)
@@ -201,19 +200,45 @@ class Stepping(EagerHooks, Observed):
             self._status,
             self._plan,
         )
-        return plan, local, state
-
-    def _adopt(self, plan: Plan, state: Mapping[Any, Any]) -> None:
-        """Make a new plan, and the state that it was made for, those of the optimizer."""
-        for p, of_p in state.items():
-            if of_p is not (mine := self.state.get(p)):
-                if mine is None:
-                    self.state[p] = of_p
-                else:
-                    mine.update(of_p)
-        if self._plan is not None and self._plan.was_captured:
-            self._captured_plans.append(self._plan)
-        self._plan, self._status = plan, plan.status
         names = self._names() if plan.fallbacks else []
         for slot, reason in plan.fallbacks.items():
             logger.debug("parameter %s is stepped by the reference: %s", names[slot], reason)
+        return plan, local, state
+
+    def _adopt(self, plan: Plan, state: Mapping[Any, Any]) -> Callable[[], None]:
+        """Make a new plan, and the state that it was made for, those of the optimizer.
+
+        Returns:
+            What undoes it. If an error is raised, that has been done.
+        """
+        old, old_status, n_captured = self._plan, self._status, len(self._captured_plans)
+        pairs = [(self.state.get(p), of_p) for p, of_p in state.items()]
+        new_params = [p for p in state if p not in self.state]
+        new_names = [(mine, [n for n in of_p if n not in mine]) for mine, of_p in pairs if mine is not None]
+
+        def undo() -> None:
+            self._plan, self._status = old, old_status
+            del self._captured_plans[n_captured:]
+            for p in new_params:
+                self.state.pop(p, None)
+            for mine, names in new_names:
+                for name in names:
+                    mine.pop(name, None)
+
+        try:
+            for p in new_params:
+                self.state[p] = state[p]
+            for mine, of_p in pairs:
+                if mine is not None:
+                    mine.update(of_p)
+            if old is not None and old.was_captured:
+                self._captured_plans.append(old)
+            self._plan, self._status = plan, plan.status
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+
+def _nothing() -> None:
+    """Undoes nothing."""

@@ -159,6 +159,7 @@ class Check {
     std::vector<const char*>& found = guard_.found;
     std::vector<Expected>& known = guard_.grads;
     found.assign(known.size(), nullptr);
+    held_->reserve(known.size());
     for (size_t i = 0; i < known.size(); ++i) {
       if (i + kAhead < known.size()) __builtin_prefetch(known[i + kAhead].place);
       const TensorPlace place = grad_of(memory.tensor_of(guard_.params[i].object));

@@ -80,6 +80,11 @@ struct Held {
   Held(const Held&) = delete;
   Held& operator=(const Held&) = delete;
   ~Held() { let_go(); }
+  // Room for so many: what `hold` takes cannot get lost for want of it.
+  void reserve(size_t n) {
+    grads.reserve(n);
+    params.reserve(n);
+  }
   void hold(PyObject* param, const void* grad) {
     void* const held = fused_adamw::hold(&grad);
     if (!held) throw std::bad_alloc();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -170,11 +171,17 @@ class TableBucket:
             total.index_add_(0, rows, workspace[1:].cpu())
         return total
 
-    def record_stats(self, is_asked: bool) -> None:
-        """Let the updates from now on leave what `stats` reads, or not."""
-        if is_asked and self._stats is None:
+    def prepare(self, inputs: StepInputs, has_stats: bool) -> None:
+        """Do what may fail of an update with these inputs.
+
+        Args:
+            inputs: Of the update.
+            has_stats: Whether it leaves what `stats` reads.
+        """
+        if has_stats and self._stats is None:
             self._stats = new_stats(len(self._tables.chunks), self.device)
-        self._tables.stats = self._no_stats if self._stats is None or not is_asked else self._stats
+        self._tables.stats = self._no_stats if self._stats is None or not has_stats else self._stats
+        inputs.record  # noqa: B018 - made when it is first read
 
     def stats(self) -> Tensor:
         """What the last update found out about each of `slots`, if it stepped them.
@@ -197,6 +204,14 @@ class TableBucket:
     def update(self, tensors: Tensors, inputs: StepInputs) -> None:
         """Step every row that has a gradient: mutates parameters, moments, averages and step counts."""
         self._backend.update(self._tables, inputs)
+
+    def finish(self, tensors: Tensors, inputs: StepInputs) -> None:
+        """As `update`, once a part of the step has run: a launch that fails is tried again."""
+        try:
+            self.update(tensors, inputs)
+        except (MemoryError, RuntimeError):  # it has not run
+            gc.collect()
+            self.update(tensors, inputs)
 
 
 class TensorBucket:
@@ -243,9 +258,9 @@ class TensorBucket:
         """Raise what `update` would raise: a tensor subclass may lack an operator, memory may be short."""
         self._backend.rehearse(*self._present(tensors), self._hypers, inputs)
 
-    def record_stats(self, is_asked: bool) -> None:
-        """As `TableBucket.record_stats`."""
-        if not is_asked:
+    def prepare(self, inputs: StepInputs, has_stats: bool) -> None:
+        """As `TableBucket.prepare`; the update itself still takes memory for one parameter at a time."""
+        if not has_stats:
             self._stats = None
         elif self._stats is None:
             self._stats = new_stats(len(self.slots), self.device)
@@ -264,6 +279,8 @@ class TensorBucket:
         pairs = zip(self._members, self._stats, strict=True)
         stats = [found for m, found in pairs if tensors.grads[m.slot] is not None]
         self._backend.update(entries, grads, self._hypers, inputs, stats)
+
+    finish = update  # it may have stepped some: no second try
 
     def _present(self, tensors: Tensors) -> tuple[list[Entry], list[Tensor]]:
         pairs = [(m.entry(tensors), g) for m in self._members if (g := tensors.grads[m.slot]) is not None]

@@ -338,9 +338,12 @@ class Plan:
         found: Found,
         hypers: list[Hyper],
         request: Request,
-        before_updates: Callable[[StepInputs], None],
+        before_updates: Callable[[StepInputs], Callable[[], None]],
     ) -> None:
         """Step: mutates parameters, moments and step counts.
+
+        What may fail comes before anything is written, as far as it can. A kernel launch that raises has not
+        run; the reference steps one parameter after the other, and memory may run out between them.
 
         Args:
             tensors: What the optimizer holds.
@@ -348,7 +351,7 @@ class Plan:
             hypers: How each group is stepped.
             request: What else the step is asked for.
             before_updates: Called with the first launch's inputs when the norm is known and nothing has
-                changed yet; may raise.
+                changed yet; may raise. What it returns undoes what it has done.
         """
         self.prepare(hypers, found)
         if request.needs_norm:
@@ -356,19 +359,25 @@ class Plan:
         sums, found_inf = self._sums.totals(request.needs_norm, request.found_inf, request.norm_group)
         runs = self._runs(request, sums, found_inf)
         self._last = LastStep(found.present, request.needs_norm, request.stats)
-        for bucket, _ in runs:
-            bucket.record_stats(request.stats)
+        for bucket, inputs in runs:
+            bucket.prepare(inputs, request.stats)
         if not self._has_run:
             for bucket, inputs in runs:
                 bucket.rehearse(tensors, inputs)
         # One launch of kernels that is all there is to do needs no protection: it has run, or it has not.
         is_whole = self._has_run and len(runs) == 1 and isinstance(runs[0][0], TableBucket)
         with nullcontext() if is_whole else InterruptsHeld():
-            before_updates(runs[0][1])
-            self._has_run = True
-            for bucket, inputs in runs:
-                bucket.update(tensors, inputs)
-            found.count_changes()
+            undo = before_updates(runs[0][1])
+            try:
+                found.count_changes()
+                self._has_run = True
+                runs[0][0].update(tensors, runs[0][1])
+            except Exception:
+                if isinstance(runs[0][0], TableBucket):
+                    undo()
+                raise
+            for bucket, inputs in runs[1:]:
+                bucket.finish(tensors, inputs)
 
     def observe(self) -> dict[int, ParamStats] | None:
         """What the last step found, by the id of each parameter that had a gradient.
