@@ -64,6 +64,7 @@ class Case:
         name: What tables call it.
         shapes: One shape per tensor.
         dtype: Of parameters, gradients and moments.
+        grad_dtype: Of gradients, where it is another.
         group_of: The group of each tensor; empty: one group.
         training: Builds a model with these parameters from its depth and width; None: there are only tensors.
         size: Depth and width of the model.
@@ -79,6 +80,7 @@ class Case:
     size: tuple[int, int] = (0, 0)
     precision: Precision | None = None
     besides: Besides | None = None
+    grad_dtype: torch.dtype | None = None
 
     @property
     def numel(self) -> int:
@@ -170,6 +172,8 @@ MEDIUM = Case("500x20k", ((20_000,),) * 500)
 SCALARS = Case("500x1", ((1,),) * 500)
 ONE_TENSOR = Case("100m-fp32", ((100_000_000,),))
 ONE_BF16 = Case("50m-bf16", ((50_000_000,),), torch.bfloat16)
+# Parameters that live on the CPU, of a model that computes in bfloat16 on a GPU.
+OFFLOADED = Case("50m-fp32-bf16-grads", ((50_000_000,),), grad_dtype=torch.bfloat16)
 # 128 divides the rows: a scale of four bytes for so many codes.
 _SPLIT, _STOCHASTIC = ("master_weights", "split"), ("stochastic_rounding", True)
 _CODES = 2 * (1 + 4 / 128)
@@ -218,7 +222,7 @@ TRAIN_GPT = training_case("train-gpt-like", gpt, (6, 256))
 CASES = {
     case.name: case
     for case in (
-        *(GPT2, RESNET50, VIT_B, MEDIUM, SMALL, SMALL_IN_GROUPS, SCALARS, ONE_TENSOR, ONE_BF16),
+        *(GPT2, RESNET50, VIT_B, MEDIUM, SMALL, SMALL_IN_GROUPS, SCALARS, ONE_TENSOR, ONE_BF16, OFFLOADED),
         *(
             GPT2_XL,
             GPT2_XL_BF16,
@@ -248,6 +252,7 @@ class Race:
         clip: Clip + step, or the step alone.
         gradients: At the same addresses in every step ("kept"), at other ones ("moved", as may be after
             `zero_grad(set_to_none=True)`), or made by forward and backward before every step ("new").
+        peers: The peers, where they are not those of all races.
         target_ratios: The ratio to reach over each peer.
         target_copy_fraction: The share of copy bandwidth to reach.
         target_stream_fraction: The share of the bandwidth of four reads and three writes to reach.
@@ -258,6 +263,7 @@ class Race:
     threads: int | None = None
     clip: bool = True
     gradients: Gradients = "kept"
+    peers: tuple[str, ...] = ()
     target_ratios: Mapping[str, float] = field(default_factory=dict)
     target_copy_fraction: float | None = None
     target_stream_fraction: float | None = None
@@ -279,6 +285,7 @@ class Race:
 # The step alone is never to be slower than torch's fused step, nor two threads than one.
 _STEP = {"clip": False, "target_ratios": {"fused": 1.0}}
 _TWO = {"one-thread": 1.0}
+_OFFLOAD = {"clip": False, "peers": ("fused", "deepspeed")}
 # Of 20 bytes moved against 16, a step may take as much more time.
 _LOW_PRECISION_TARGETS = {"50m-split-fp32": {"float32+copy": 1.5}, "50m-split-bf16": {"plain": 16 / 20}}
 # 10 passes over memory, against 13 and 11.
@@ -310,9 +317,11 @@ CPU_RACES = (
     Race(SCALARS, 2, gradients="moved", target_ratios={"fused": 11.0, **_TWO}),
     Race(SCALARS, 2, **_STEP),
     Race(ONE_TENSOR, 1, target_ratios={"fused": 1.4}, target_stream_fraction=0.95),
-    Race(ONE_TENSOR, 1, **_STEP),
+    Race(ONE_TENSOR, 1, **_OFFLOAD, target_ratios={"fused": 1.0, "deepspeed": 1.0}),
     Race(ONE_TENSOR, 2, target_ratios={"fused": 1.6, **_TWO}),
-    Race(ONE_TENSOR, 2, **_STEP),
+    Race(ONE_TENSOR, 2, **_OFFLOAD, target_ratios={"fused": 1.0, "deepspeed": 1.0}),
+    Race(OFFLOADED, 1, **_OFFLOAD, target_ratios={"fused": 1.0, "deepspeed": 1.82}),
+    Race(OFFLOADED, 2, **_OFFLOAD, target_ratios={"fused": 1.0, "deepspeed": 1.82}),
     Race(ONE_BF16, 1, target_ratios={"fused": 2.0}, target_stream_fraction=0.65),
     Race(ONE_BF16, 2, target_ratios={"fused": 2.0, **_TWO}, target_stream_fraction=0.92),
     Race(ONE_BF16, 2, **_STEP),

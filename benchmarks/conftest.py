@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from .peers import not_installed
 from .provenance import provenance
 from .report.pictures import plot_ratios, plot_roofline
 from .report.results import Result, print_table
@@ -40,4 +41,6 @@ def results(pytestconfig: pytest.Config) -> Iterator[list[Result]]:
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print()
         print_table(collected, f"Clip + step on {whence['device']}, torch {whence['torch']}")
+        if missing := not_installed():
+            print(f"Left out, as the packages are not installed: {', '.join(missing)}")
         print(f"{out / stem}.csv, -ratios.png, -roofline.png")

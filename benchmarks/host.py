@@ -21,7 +21,8 @@ from fused_adamw.step.launch import TableBucket
 from fused_adamw.step.plan import Plan
 
 from .cases import SCALARS, TRAIN_MANY, Case, Gradients
-from .peers import Problem, fused, ours
+from .peers import fused, ours
+from .problem import Problem
 from .provenance import provenance
 from .report.sessions import write_csv
 from .timing import threads

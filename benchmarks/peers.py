@@ -1,13 +1,9 @@
-"""One case's tensors, and the optimizers that step them: ours and what torch offers.
-
-All optimizers of a race step the same memory: parameters, gradients and moments. None of them has a luckier
-place than another, and a race needs the memory of one.
-"""
+"""The optimizers that step a problem: ours, torch's, and those of other packages that are installed."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fused_adamw import FusedHygieneAdamW
 
-from .cases import Case, Gradients
-from .training import Training
+from .cases import Case
+from .problem import Problem
 
 # Passes over memory the size of the parameters, with and without the clip. The update reads p, g, m, v and
 # writes p, m, v; a norm reads g; torch's clip reads and writes g; handing grad_scale to torch's fused
@@ -31,6 +27,7 @@ PASSES = {
     "ours": (8, 7),
     "one-thread": (8, 7),
     "fused": (10, 7),
+    "deepspeed": (10, 7),
     "fused+grad_scale": (9, 7),
     "foreach": (23, 20),
     "for-loop": (23, 20),
@@ -42,12 +39,17 @@ PASSES = {
 }
 # Bytes per value of the peers where ours keeps bfloat16 in low precision. A float32 step moves 40 or 28, its
 # copy to bfloat16 reads 4 and writes 2.
+# Where gradients are bfloat16 and all else float32. What takes no such gradients copies them, 2 bytes to 4.
+_ours, _copied = (28, 26), (46, 34)
+OFFLOADED_BYTES = {"ours": _ours, "one-thread": _ours, "fused": _copied, "deepspeed": _copied}
 LOW_PRECISION_BYTES = {"plain": (16, 14), "fused": (20, 14), "float32+copy": (46, 34)}
-LR, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 0.1
+BETAS = (0.9, 0.95)
 
 
 def bytes_moved(case: Case, name: str, clip: bool) -> int | None:
     """Bytes that a step of a peer moves; None where nobody counted."""
+    if case.grad_dtype is not None:
+        return OFFLOADED_BYTES[name][not clip] * case.numel if name in OFFLOADED_BYTES else None
     if case.precision is None:
         passes = PASSES.get(name)
         is_ours = case.besides is not None and name in ("ours", "one-thread")
@@ -56,105 +58,6 @@ def bytes_moved(case: Case, name: str, clip: bool) -> int | None:
     if name in ("torchao", "bitsandbytes"):
         return None
     return round(LOW_PRECISION_BYTES.get(name, case.precision.moved)[not clip] * case.numel)
-
-
-class Problem:
-    """The tensors of one case, with a start that can be gone back to."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case = case
-        self.device = device
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(scale: float) -> list[Tensor]:
-            return [
-                torch.empty(shape, dtype=case.dtype, device=device).normal_(0.0, scale, generator=generator)
-                for shape in case.shapes
-            ]
-
-        self._training: Training | None = None
-        if case.training is None:
-            self.params: list[Tensor] = [nn.Parameter(p) for p in normal(0.02)]
-        else:
-            with torch.device(device):
-                self._training = case.training(*case.size)
-            self.params = list(self._training.model.parameters())
-        self.start = [p.detach().clone() for p in self.params]
-        self.gradients = normal(0.01)
-        self.exp_avgs = [torch.zeros_like(p) for p in self.start]
-        self.exp_avg_sqs = [torch.zeros_like(p) for p in self.start]
-        self._grads = [torch.empty_like(p) for p in self.start]
-        self._spare: list[Tensor] = []
-        self._masters: list[Tensor] = []
-        self.set_gradients(1.0)
-        squares = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in self.gradients)
-        self.norm = float(squares) ** 0.5
-        self.max_norm = 0.5 * self.norm
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Go back to the start."""
-        for p, start, m, v in zip(self.params, self.start, self.exp_avgs, self.exp_avg_sqs, strict=True):
-            p.copy_(start)
-            m.zero_()
-            v.zero_()
-        for master, start in zip(self._masters, self.start, strict=False):
-            master.copy_(start)
-
-    def set_gradients(self, scale: float) -> None:
-        """Fill the gradients anew; torch's clip has changed them."""
-        for p, grad, source in zip(self.params, self._grads, self.gradients, strict=True):
-            torch.mul(source, scale, out=grad)
-            p.grad = grad
-        for master, grad in zip(self._masters, self._grads, strict=False):
-            master.grad = grad.float()
-
-    def masters(self) -> list[Tensor]:
-        """The parameters in float32, with gradients in float32: for peers that train so."""
-        if not self._masters:
-            self._masters = [start.float().requires_grad_() for start in self.start]
-            for master, grad in zip(self._masters, self._grads, strict=True):
-                master.grad = grad.float()
-        return self._masters
-
-    def move_gradients(self) -> None:
-        """Put every gradient at another address."""
-        if not self._spare:
-            self._spare = [grad.clone() for grad in self._grads]
-        self._grads, self._spare = self._spare, self._grads
-        for p, grad in zip(self.params, self._grads, strict=True):
-            p.grad = grad
-
-    def backward(self) -> None:
-        """Make the gradients anew, by a forward and a backward pass of the case's model."""
-        assert self._training is not None
-        self._training.backward()
-
-    def before_step(self, gradients: Gradients) -> Callable[[], None] | None:
-        """What comes before a step whose gradients are so; None: nothing."""
-        return {"kept": None, "moved": self.move_gradients, "new": self.backward}[gradients]
-
-    def param_groups(self, params: Sequence[Tensor] | None = None) -> list[dict[str, Any]]:
-        """The groups: layer-wise learning rates, every other group without weight decay.
-
-        Args:
-            params: What to step in the place of the parameters.
-        """
-        params = self.params if params is None else params
-        return [
-            {
-                "params": [params[i] for i in members],
-                "lr": LR * 0.9 ** (number // 2),
-                "weight_decay": WEIGHT_DECAY * (number % 2 == 0),
-            }
-            for number, members in enumerate(self.case.groups)
-        ]
-
-    def share_state(self, optimizer: torch.optim.Optimizer, *, step_on_device: bool) -> None:
-        """Give an optimizer the problem's moments, and step counts of its own."""
-        for p, m, v in zip(self.params, self.exp_avgs, self.exp_avg_sqs, strict=True):
-            step = torch.zeros((), device=self.device if step_on_device else None)
-            optimizer.state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
 
 
 @dataclass(frozen=True)
@@ -191,7 +94,8 @@ class Peer:
             self.optimizer.state.clear()
             return
         for state in self.optimizer.state.values():
-            state["step"].zero_()
+            step = state["step"]
+            state["step"] = step.zero_() if isinstance(step, Tensor) else 0
 
 
 def ours(
@@ -209,7 +113,7 @@ def ours(
         **({} if besides is None else dict(besides.options)),
     )
     if precision is None:
-        problem.share_state(optimizer, step_on_device=True)
+        problem.share_state(optimizer, problem.new_step)
         peer = Peer(name, optimizer.step, optimizer, clip)
         if besides is None or besides.ema is None:
             return peer
@@ -233,26 +137,48 @@ def one_thread(problem: Problem, *, clip: bool) -> Peer:
 
 
 def _torch_adamw(problem: Problem, **kind: bool) -> torch.optim.AdamW:
-    optimizer = torch.optim.AdamW(problem.param_groups(), betas=BETAS, **kind)
-    problem.share_state(optimizer, step_on_device="fused" in kind or "capturable" in kind)
+    optimizer = torch.optim.AdamW(problem.param_groups(problem.params_alike()), betas=BETAS, **kind)
+    is_on_device = "fused" in kind or "capturable" in kind
+    problem.share_state(optimizer, problem.new_step if is_on_device else lambda: torch.zeros(()))
     return optimizer
 
 
-def _preceded_by_clip(problem: Problem, step: Callable[[], object], clip: bool) -> Callable[[], object]:
-    if not clip:
+def _converted(problem: Problem, step: Callable[[], object]) -> Callable[[], object]:
+    """A step after what makes gradients of the parameters' dtype, where they have another."""
+    if problem.case.grad_dtype is None:
         return step
 
-    def clip_and_step() -> None:
-        clip_grad_norm_(problem.params, problem.max_norm, foreach=True)
+    def convert_and_step() -> None:
+        problem.convert_gradients()
         step()
 
-    return clip_and_step
+    return convert_and_step
+
+
+def _preceded_by_clip(problem: Problem, step: Callable[[], object], clip: bool) -> Callable[[], object]:
+    params = problem.params_alike()
+
+    def clip_and_step() -> None:
+        clip_grad_norm_(params, problem.max_norm, foreach=True)
+        step()
+
+    return _converted(problem, clip_and_step if clip else step)
 
 
 def fused(problem: Problem, *, clip: bool) -> Peer:
     """torch.optim.AdamW(fused=True)."""
     optimizer = _torch_adamw(problem, fused=True)
     return Peer("fused", _preceded_by_clip(problem, optimizer.step, clip), optimizer, clip)
+
+
+def deepspeed(problem: Problem, *, clip: bool) -> Peer:
+    """The CPUAdam of DeepSpeed, which compiles itself. It reads gradients as if of the parameters' dtype."""
+    params = problem.params_alike()
+    optimizer = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(
+        problem.param_groups(params), betas=BETAS
+    )
+    problem.share_state(optimizer, int)
+    return Peer("deepspeed", _preceded_by_clip(problem, optimizer.step, clip), optimizer, clip)
 
 
 def foreach(problem: Problem, *, clip: bool) -> Peer:
@@ -272,11 +198,12 @@ def fused_with_grad_scale(problem: Problem, *, clip: bool) -> Peer:
     optimizer: Any = _torch_adamw(problem, fused=True)
 
     def norm_and_step() -> None:
-        norm = get_total_norm([p.grad for p in problem.params if p.grad is not None], foreach=True)
+        norm = get_total_norm([p.grad for p in problem.params_alike() if p.grad is not None], foreach=True)
         optimizer.grad_scale = ((norm.float() + 1e-6) / problem.max_norm).clamp(min=1.0)
         optimizer.step()
 
-    return Peer("fused+grad_scale", norm_and_step if clip else optimizer.step, optimizer, clip)
+    step = norm_and_step if clip else optimizer.step
+    return Peer("fused+grad_scale", _converted(problem, step), optimizer, clip)
 
 
 def compiled(problem: Problem, *, clip: bool) -> Peer:
@@ -394,6 +321,7 @@ PEERS = {
     "one-thread": one_thread,
     "fused": fused,
     "fused+grad_scale": fused_with_grad_scale,
+    "deepspeed": deepspeed,
     "foreach": foreach,
     "for-loop": for_loop,
     "compiled": compiled,
@@ -405,18 +333,19 @@ def make_peers(
 ) -> Iterator[Peer]:
     """Ours, once per backend, then the named peers.
 
-    With one backend ours is called "ours", otherwise by the backend. Without a clip nothing is handed to
-    `grad_scale`, and that peer is left out. A case in low precision, or in which ours does something besides,
-    has peers of its own, those that are installed; of the named ones it has one thread of ours.
+    With one backend ours is called "ours", otherwise by the backend. Left out are those that are not
+    installed, and without a clip the one of `grad_scale`, to which nothing would be handed. A case in low
+    precision, or in which ours does something besides, has peers of its own; of the named ones it has one
+    thread of ours.
     """
     if problem.case.precision is not None:
-        names = (*filter(_is_installed, LOW_PRECISION_PEERS), *({"one-thread"} & set(names)))
+        names = (*LOW_PRECISION_PEERS, *({"one-thread"} & set(names)))
     if problem.case.besides is not None:
         peers = BESIDES_PEERS if problem.case.besides.ema is not None else ("plain", "fused")
-        names = (*filter(_is_installed, peers), *({"one-thread"} & set(names)))
+        names = (*peers, *({"one-thread"} & set(names)))
     for backend in backends:
         yield ours(problem, clip=clip, backend=backend, name="ours" if len(backends) == 1 else backend)
-    for name in names:
+    for name in filter(_is_installed, names):
         if clip or name != "fused+grad_scale":
             yield (PEERS | LOW_PRECISION_PEERS | BESIDES_PEERS)[name](problem, clip=clip)
 
@@ -424,8 +353,14 @@ def make_peers(
 _NEEDED = {
     "torchao": ["torchao"],
     "bitsandbytes": ["bitsandbytes"],
+    "deepspeed": ["deepspeed"],
     "fused+timm": ["timm", "torchvision"],  # which timm imports
 }
+
+
+def not_installed() -> list[str]:
+    """The peers that races lack here, as their packages are not installed."""
+    return [name for name in _NEEDED if not _is_installed(name)]
 
 
 def _is_installed(name: str) -> bool:

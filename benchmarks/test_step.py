@@ -11,7 +11,8 @@ import torch
 
 from .cases import CPU_RACES, Case, Race
 from .equality import check_equal_results
-from .peers import Peer, Problem, make_peers
+from .peers import Peer, make_peers
+from .problem import Problem
 from .report.results import Result, evaluate
 from .timing import InterleavedTimer, bandwidth, threads
 
@@ -30,9 +31,9 @@ def _problem(case: Case) -> Problem:
 
 
 @functools.lru_cache(maxsize=2)
-def _checked_peers(case: Case, clip: bool) -> tuple[Peer, ...]:
+def _checked_peers(case: Case, clip: bool, names: tuple[str, ...]) -> tuple[Peer, ...]:
     problem = _problem(case)
-    peers = tuple(make_peers(problem, PEERS[clip], clip=clip))
+    peers = tuple(make_peers(problem, names or PEERS[clip], clip=clip))
     check_equal_results(problem, peers)
     return peers
 
@@ -53,7 +54,8 @@ def test_step(
         race = race.tiny()
     with threads(race.threads):
         memory = bandwidth(CPU, 1 << 20 if quick else None)
-        peers = [p for p in _checked_peers(race.case, race.clip) if p.threads != race.threads]
+        checked = _checked_peers(race.case, race.clip, race.peers)
+        peers = [peer for peer in checked if peer.threads != race.threads]
         timer = InterleavedTimer(
             {peer.name: peer.step for peer in peers},
             CPU,

@@ -25,6 +25,7 @@ from benchmarks.cases import (
     GPT2_XL,
     GPT2_XL_BF16,
     LOW_PRECISION,
+    OFFLOADED,
     RESNET50,
     SMALL_IN_GROUPS,
     TRAIN_GPT,
@@ -41,13 +42,13 @@ from benchmarks.peers import (
     PASSES,
     PEERS,
     Peer,
-    Problem,
     bytes_moved,
     float32_and_copy,
     fused,
     make_peers,
     ours,
 )
+from benchmarks.problem import Problem
 from benchmarks.report import sessions
 from benchmarks.timing import InterleavedTimer, Turn, block_medians, interleaved
 
@@ -111,6 +112,46 @@ def test_all_peers_compute_the_same(clip: bool, dtype: torch.dtype) -> None:
     problem = Problem(replace(FEW, dtype=dtype), CPU)
     names = tuple(name for name in PEERS if name != "compiled")
     check_equal_results(problem, list(make_peers(problem, names, clip=clip)))
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_all_peers_take_gradients_of_another_dtype(clip: bool) -> None:
+    problem = Problem(replace(FEW, grad_dtype=torch.bfloat16), CPU)
+    names = tuple(name for name in PEERS if name != "compiled")
+    all_peers = list(make_peers(problem, names, clip=clip))
+    check_equal_results(problem, all_peers)
+    assert [p.grad.dtype for p in problem.params] == [torch.bfloat16] * len(problem.params)
+    for grad in problem.gradients:
+        grad.neg_()  # a peer that does not copy them anew steps the old ones
+    check_equal_results(problem, all_peers)
+
+
+def test_bytes_of_gradients_of_another_dtype() -> None:
+    expected = {"ours": (28, 26), "fused": (46, 34), "deepspeed": (46, 34), "for-loop": (None, None)}
+    for name, (with_clip, without) in expected.items():
+        for clip, per_value in ((True, with_clip), (False, without)):
+            found = bytes_moved(OFFLOADED, name, clip)
+            assert found == (None if per_value is None else per_value * OFFLOADED.numel), name
+
+
+def test_peers_that_are_not_installed_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    problem = Problem(FEW, CPU)
+    assert [peer.name for peer in make_peers(problem, ("fused", "deepspeed"), clip=False)] == [
+        "ours",
+        "fused",
+    ]
+    assert "deepspeed" in peers.not_installed()
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    assert peers.not_installed() == []
+
+
+def test_step_counts_that_are_numbers_begin_anew() -> None:
+    problem = Problem(FEW, CPU)
+    peer = fused(problem, clip=False)
+    problem.share_state(peer.optimizer, lambda: 7)
+    peer.restart()
+    assert {state["step"] for state in peer.optimizer.state.values()} == {0}
 
 
 @pytest.mark.parametrize(

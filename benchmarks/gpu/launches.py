@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..cases import MANY, RESNET50, VIT_B
-from ..peers import Problem, make_peers
+from ..peers import make_peers
+from ..problem import Problem
 from .run import describe
 
 CASES = (RESNET50, VIT_B, MANY)

@@ -10,7 +10,8 @@ import torch
 
 from ..cases import Case
 from ..equality import check_equal_results
-from ..peers import Problem, make_peers
+from ..peers import make_peers
+from ..problem import Problem
 
 # Around the chunks of either backend, and tensors whose ends are not aligned.
 BORDERS = Case("borders", tuple((n,) for n in (1, 3, 7, 4095, 4097, 8191, 8192, 8193, 3 * 8192 + 7)))

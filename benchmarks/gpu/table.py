@@ -20,7 +20,8 @@ import torch
 
 from ..cases import Case, Race
 from ..equality import check_equal_results
-from ..peers import Problem, make_peers, ours
+from ..peers import make_peers, ours
+from ..problem import Problem
 from ..report.results import Result, evaluate
 from ..timing import Bandwidth, InterleavedTimer, bandwidth
 from .races import GPU_RACES, NATIVE_OVER_TRITON
