@@ -36,7 +36,7 @@ class TableBucket:
     Args:
         members: The parameters.
         device: Where they are.
-        formats: How the parameters, their gradients and moments are kept.
+        formats: How kernels see the parameters, their gradients and moments.
         n_hypers: The number of groups.
         backend: The kernels.
         addresses: Where the tensors of the plan's snapshot are.
@@ -55,7 +55,7 @@ class TableBucket:
         self.slots = [member.slot for member in members]
         self.formats = formats
         self._backend = backend
-        numels = [member.numel for member in members]
+        numels = [member.kind.numel for member in members]
         chunk_size = backend.chunk_size(device, sum(numels))
         self._hypers_on_host = n_hypers <= backend.max_host_hypers(device)
         self._rows_table, self._hypers_table = DeviceTable(device), DeviceTable(device)

@@ -40,7 +40,6 @@ class Member:
     group: int
     index: int  # position in the group
     id: int
-    numel: int
     sum_group: int  # gradients of one sum group are summed together
     kind: Kind
     # Where a snapshot has the parameter, and its state: a position to add to that of each key.
@@ -84,15 +83,17 @@ class Kind(NamedTuple):
     Attributes:
         keys: Under which its state has each field.
         formats: How it is kept.
+        in_rows: The same as kernels see it, to whom complex numbers are pairs; None: they cannot step it.
+        numel: The number of values that kernels see.
         window: Where its elements lie in the whole parameter.
-        has_kernel: Whether kernels can step it.
-        fallback: Why kernels that serve its device cannot.
+        fallback: Why kernels that serve its device cannot step it.
     """
 
     keys: Mapping[str, Keys]
     formats: Formats
+    in_rows: Formats | None
+    numel: int
     window: Window
-    has_kernel: bool
     fallback: str | None
 
     @classmethod
@@ -107,14 +108,18 @@ class Kind(NamedTuple):
         Returns:
             None if its elements are too irregular a part of the whole to be numbered, and have to be.
         """
-        formats = formats_of({name: form.dtype for name, form in forms.items()}, rounding)
-        window = window_in_whole(forms["parameter"], formats)
-        reason = None if backend is None else fallback_reason(forms, formats, backend)
+        dtypes, p = {name: form.dtype for name, form in forms.items()}, forms["parameter"]
+        formats = formats_of(dtypes, rounding)
+        in_rows = formats_of({name: dtype.to_real() for name, dtype in dtypes.items()}, rounding)
+        window = window_in_whole(p, formats)
+        reason = None if backend is None else fallback_reason(forms, in_rows, backend)
         if window is None:
             return None
         if backend is not None and window.whole_columns >= 2**32:  # a row of the table has 32 bits for it
             reason = f"its rows have {window.whole_columns:,} values"
-        return cls(keys_of(forms), formats, window, backend is not None and reason is None, reason)
+        has_kernel = backend is not None and reason is None
+        numel = p.numel * (2 if p.dtype.is_complex else 1)
+        return cls(keys_of(forms), formats, in_rows if has_kernel else None, numel, window, reason)
 
 
 def window_in_whole(p: Form, formats: Formats) -> Window | None:
@@ -143,7 +148,7 @@ def fallback_reason(forms: Mapping[str, Form], formats: Formats, backend: Kernel
 
     Args:
         forms: Of the parameter, its gradient, and what a step reads of its state, each under its name.
-        formats: How they are kept.
+        formats: How kernels see them.
         backend: The kernels.
     """
     for name, form in forms.items():
@@ -168,7 +173,7 @@ def fallback_reason(forms: Mapping[str, Form], formats: Formats, backend: Kernel
             return f"{name} has strides {form.stride}, the parameter {p.stride}"
     is_known = all(format.name in FORMAT_CODE for format in formats.present.values())
     maximum = forms.get(MAXIMUM)
-    if maximum is not None and plain_format(maximum.dtype) != formats.exp_avg:
+    if maximum is not None and plain_format(maximum.dtype.to_real()) != formats.exp_avg:
         is_known = False
     if not is_known or not backend.supports(p.device, formats):
         return "no kernel for " + ", ".join(

@@ -228,7 +228,6 @@ class Plan:
                         group,
                         index,
                         snapshot.ids[slot],
-                        p.numel,
                         self._reduction.sum_group_of[slot],
                         kinds[key],
                         n_state + slot,
@@ -245,12 +244,12 @@ class Plan:
         part_of: dict[tuple[int, bool], list[Member]] = {}
         for member in members:
             kind, reason = member.kind, member.kind.fallback
-            if kind.has_kernel and self._shared:
+            if kind.in_rows is not None and self._shared:
                 reason = self._shared_reason(member)
-            key = (id(kind), kind.has_kernel and reason is None)
+            formats = kind.in_rows if reason is None else None
+            key = (id(kind), formats is not None)
             if key not in part_of:
                 device = snapshot.forms[member.place].device
-                formats = kind.formats if key[1] else None
                 part_of[key] = parts.setdefault(device, {}).setdefault(formats, [])
             part_of[key].append(member)
             if reason is not None:
