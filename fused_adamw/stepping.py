@@ -200,9 +200,11 @@ class Stepping(EagerHooks, Observed):
             self._status,
             self._plan,
         )
-        names = self._names() if plan.fallbacks else []
+        names = self._names() if plan.fallbacks or plan.copies.layouts else []
         for slot, reason in plan.fallbacks.items():
             logger.debug("parameter %s is stepped by the reference: %s", names[slot], reason)
+        for slot in plan.copies.layouts:
+            logger.debug("the gradient of parameter %s is copied: it is laid out otherwise", names[slot])
         return plan, local, state
 
     def _adopt(self, plan: Plan, state: Mapping[Any, Any]) -> Callable[[], None]:

@@ -55,11 +55,12 @@ ALLOWED_WITHIN = {
         "norm": set(),
         "snapshot": set(),
         "guard": {"snapshot"},
+        "copies": {"guard", "members"},
         "protocols": set(),
         "members": {"protocols", "snapshot"},
         "launch": {"members", "protocols"},
         "statistics": {"launch", "norm"},
-        "plan": {"guard", "launch", "members", "norm", "protocols", "snapshot", "statistics"},
+        "plan": {"copies", "guard", "launch", "members", "norm", "protocols", "snapshot", "statistics"},
     },
     "state": {
         "__init__": set(),

@@ -4,12 +4,18 @@ torch's own fused CPU kernel computes wrong values, outside of views too, unless
 """
 
 import itertools
+import math
+import weakref
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from common import array, randn
+from common import array, assert_same_path, parameters, randn, twins
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 SHAPE = (4, 3, 2, 6)
 GUARD = 777.0
@@ -127,6 +133,137 @@ def test_expanded_gradient(target):
             optimizer.step()
             other.step()
         torch.testing.assert_close(p, copy, rtol=0, atol=2 * 2 * 2**-23 * 4)
+
+
+@st.composite
+def layouts_of(draw, shape):
+    """A function that gives values another layout: dimensions in another order, with gaps, or of stride 0."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.sampled_from([1, 1, 2])) for _ in shape]
+    expanded = [draw(st.sampled_from([False, False, True])) for _ in shape]
+
+    def lay(x):
+        wide = [1 if shape[d] and expanded[d] else shape[d] * steps[d] for d in order]
+        memory = torch.full(wide, GUARD, dtype=x.dtype, device=x.device)
+        t = memory.permute([order.index(d) for d in range(len(shape))])
+        for d, step in enumerate(steps):
+            if not expanded[d]:
+                t = t[(slice(None),) * d + (slice(None, None, step),)]
+        t.copy_(x[tuple(slice(t.shape[d]) for d in range(len(shape)))])
+        return t.expand(shape)
+
+    return lay
+
+
+@st.composite
+def steps_of_layouts(draw):
+    """A shape, the order of a parameter's dimensions, and the layout of its gradient in three steps."""
+    shape = draw(st.lists(st.integers(0, 4), max_size=4).map(tuple))
+    order = draw(st.permutations(range(len(shape))))
+    return shape, order, [draw(layouts_of(shape)) for _ in range(3)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=steps_of_layouts(),
+    dtypes=st.sampled_from([(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float64,) * 2])
+    | st.just((torch.bfloat16, torch.float32)),
+    options=st.fixed_dictionaries(
+        {"max_grad_norm": st.sampled_from([None, 0.5]), "amsgrad": st.booleans(), "stats": st.booleans()}
+    ),
+)
+def test_any_layout_of_the_gradient(target, steps, dtypes, options):
+    """Bit for bit as with one that is laid out as the parameter, which is left as it was."""
+    if target.slow and not options["max_grad_norm"]:
+        return
+    shape, order, lays = steps
+    start = randn(*(shape[d] for d in order), dtype=dtypes[0], device=target.device)
+    params = [start.permute([order.index(d) for d in range(len(shape))])]
+    params = [nn.Parameter(params[0].clone(memory_format=torch.preserve_format)) for _ in range(2)]
+    options = {"lr": 0.1, "stochastic_rounding": False, **options}
+    ours, plain = (target.adamw([("x", p)], **options) for p in params)
+    for step, lay in enumerate(lays):
+        grad = lay(randn(*shape, seed=step + 1, dtype=dtypes[1], device=target.device))
+        memory = whole_buffer(grad).clone()
+        dense = torch.empty_like(params[0], dtype=dtypes[1]).copy_(grad)
+        for p, g in zip(params, (grad, dense), strict=True):
+            p.grad_dtype = dtypes[1]
+            p.grad = g
+        ours.step()
+        plain.step()
+        assert params[0].grad is grad
+        assert torch.equal(whole_buffer(grad), memory)
+        if target.backend != "reference":  # whose sums depend on the order in memory
+            for optimizer in (ours, plain):
+                assert not optimizer._plan.fallbacks
+            if options["max_grad_norm"] is not None or options["stats"]:
+                assert ours.param_stats() == plain.param_stats()
+    tolerance = {"rtol": 0, "atol": 0} if target.backend != "reference" else {"rtol": 1e-2, "atol": 1e-5}
+    for a, b in zip(
+        [params[0], *ours.state[params[0]].values()],
+        [params[1], *plain.state[params[1]].values()],
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, check_stride=True, **tolerance)
+
+
+@pytest.mark.parametrize("lay", [transposed, channels_last, sliced, rows_of_wider], ids=lambda f: f.__name__)
+def test_other_gradient_layouts_against_torch(target, lay):
+    """Which is right where its gradients are laid out as its parameters; ours beside one that is."""
+    params = parameters([SHAPE, SHAPE, (5,)], device=target.device)
+    params[1] = torch.nn.Parameter(channels_last(params[1].detach()))
+    peers = twins(params)
+    ours = target.adamw(params, lr=1e-2, max_grad_norm=0.5)
+    theirs = torch.optim.AdamW(peers, lr=1e-2, foreach=False)
+    for step in range(3):
+        for i, (p, peer) in enumerate(zip(params, peers, strict=True)):
+            grad = randn(*p.shape, seed=10 * step + i, device=target.device)
+            peer.grad = torch.empty_like(peer).copy_(grad)
+            p.grad = lay(grad) if p.dim() == 4 and (step, i) != (1, 0) else grad
+        if step == 1:
+            params[1].grad = peers[1].grad = None
+        torch.nn.utils.clip_grad_norm_(peers, 0.5)
+        ours.step()
+        theirs.step()
+    assert not ours._plan.fallbacks
+    assert_same_path(params, peers, 3, grad_error=1e-6)
+
+
+def test_a_gradient_of_another_layout_that_is_refilled(target):
+    """It stays where it is, the memory of its last copy is given to others."""
+    p = torch.nn.Parameter(randn(64, 32, device=target.device))
+    q = torch.nn.Parameter(p.detach().clone())
+    ours, plain = target.adamw([p], max_grad_norm=1.0), target.adamw([q], max_grad_norm=1.0)
+    p.grad, q.grad = transposed(torch.zeros_like(p)), torch.zeros_like(q)
+    others = []
+    for step in range(4):
+        for grad in (p.grad, q.grad):
+            grad.copy_(randn(64, 32, seed=step, device=target.device))
+        ours.step()
+        others += [torch.full_like(q, math.nan) for _ in range(4)]
+        plain.step()
+    torch.testing.assert_close(p, q, rtol=0, atol=0 if target.backend != "reference" else 1e-6)
+
+
+def test_copies_of_gradients_are_let_go(target):
+    """They take memory for as long as a step takes."""
+    p = torch.nn.Parameter(randn(64, 32, device=target.device))
+    optimizer = target.adamw([p], max_grad_norm=1.0)
+    p.grad = transposed(randn(64, 32, device=target.device))
+    made = []
+
+    class Made(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is torch.empty_strided:
+                made.append(weakref.ref(result))
+            return result
+
+    optimizer.step()
+    with Made():
+        optimizer.step()
+    assert len(made) == (target.backend != "reference")
+    assert not any(ref() is not None for ref in made)
 
 
 def test_strides_of_single_element_dimensions(target):

@@ -257,7 +257,7 @@ def test_rows_too_long_for_a_table_are_left_to_the_reference():
             tensors[name.replace("code", "scale")] = scales
         kind = Kind.of({name: Forms()(t) for name, t in tensors.items()}, Rounding(), backend)
         assert kind.window == (0, columns, columns)
-        assert (kind.fallback, kind.has_kernel) == (expected, expected is None)
+        assert (kind.fallback, kind.in_rows is not None) == (expected, expected is None)
 
 
 # ---- NaN, infinity, loss scales

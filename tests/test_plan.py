@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from common import NATIVE, assert_same_path, give_grads, parameters, twins
+from common import NATIVE, assert_same_path, give_grads, parameters, twins, with_gaps
 from torch.optim.lr_scheduler import LambdaLR
 
 from fused_adamw import stepping, tables
@@ -198,16 +198,28 @@ def test_one_bucket_for_all_groups(built):
 
 def test_fallbacks_are_logged_once_with_their_reason(caplog):
     params = parameters([(3, 4), (3, 4), (5,)])
+    params[1].data = with_gaps(params[1])
+    optimizer = NATIVE.adamw(list(zip("abc", params, strict=True)))
+    for step in range(3):
+        give_grads(params, step)
+        with caplog.at_level(logging.DEBUG, "fused_adamw"):
+            optimizer.step()
+    lines = [r.getMessage() for r in caplog.records if "reference" in r.getMessage()]
+    assert lines == [
+        "parameter 'b' is stepped by the reference: parameter is not dense: strides (8, 2) for shape (3, 4)"
+    ]
+
+
+def test_copies_of_gradients_are_logged_once(caplog):
+    params = parameters([(3, 4), (3, 4), (5,)])
     optimizer = NATIVE.adamw(list(zip("abc", params, strict=True)))
     for step in range(3):
         give_grads(params, step)
         params[1].grad = torch.ones(4, 3).t()
         with caplog.at_level(logging.DEBUG, "fused_adamw"):
             optimizer.step()
-    lines = [r.getMessage() for r in caplog.records if "reference" in r.getMessage()]
-    assert lines == [
-        "parameter 'b' is stepped by the reference: gradient has strides (1, 3), the parameter (4, 1)"
-    ]
+    lines = [r.getMessage() for r in caplog.records if "copied" in r.getMessage()]
+    assert lines == ["the gradient of parameter 'b' is copied: it is laid out otherwise"]
 
 
 # Staleness
@@ -236,13 +248,16 @@ def test_one_plan_while_gradients_come_and_go(target, built):
     assert len(built) == 1
 
 
-def test_a_steady_step_is_checked_by_one_call(target, monkeypatch):
-    """Also where some parameters are stepped as tensors."""
+@pytest.mark.parametrize("other", ["stepped as a tensor", "complex", "with another gradient layout"])
+def test_a_steady_step_is_checked_by_one_call(target, monkeypatch, other):
     if isinstance(load_extension(), str):
         pytest.skip("the extension is not built")
     params = [*parameters([(3, 4), (5,), ()], device=target.device)]
-    params += parameters([(4,)], device=target.device, dtype=torch.complex64)
+    dtype = torch.complex64 if other == "complex" else torch.float32
+    params += parameters([(4, 4)], device=target.device, dtype=dtype)
     copies = twins(params)
+    if other == "stepped as a tensor":
+        params[3].data = with_gaps(params[3])
     ours = target.adamw(params, lr=1e-2, max_grad_norm=1e9)
     theirs = torch.optim.AdamW(copies, lr=1e-2, foreach=False)
     for step in range(5):
@@ -252,6 +267,8 @@ def test_a_steady_step_is_checked_by_one_call(target, monkeypatch):
         give_grads(copies, step)
         for each in (params, copies):
             each[step % 4].grad = None if step else each[0].grad
+        if other == "with another gradient layout" and step != 3:
+            params[3].grad = params[3].grad.t().contiguous().t()
         ours.step()
         theirs.step()
     assert_same_path(params, copies, 5, grad_error=1e-6)

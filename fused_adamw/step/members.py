@@ -86,6 +86,7 @@ class Kind(NamedTuple):
         in_rows: The same as kernels see it, to whom complex numbers are pairs; None: they cannot step it.
         numel: The number of values that kernels see.
         window: Where its elements lie in the whole parameter.
+        grad_copy: What a copy of its gradient looks like that kernels can read; None: they read the gradient.
         fallback: Why kernels that serve its device cannot step it.
     """
 
@@ -94,6 +95,7 @@ class Kind(NamedTuple):
     in_rows: Formats | None
     numel: int
     window: Window
+    grad_copy: Form | None
     fallback: str | None
 
     @classmethod
@@ -112,6 +114,9 @@ class Kind(NamedTuple):
         formats = formats_of(dtypes, rounding)
         in_rows = formats_of({name: dtype.to_real() for name, dtype in dtypes.items()}, rounding)
         window = window_in_whole(p, formats)
+        grad_copy = None if backend is None else copy_of(forms["gradient"], p)
+        if grad_copy is not None:
+            forms = {**forms, "gradient": grad_copy}
         reason = None if backend is None else fallback_reason(forms, in_rows, backend)
         if window is None:
             return None
@@ -119,7 +124,9 @@ class Kind(NamedTuple):
             reason = f"its rows have {window.whole_columns:,} values"
         has_kernel = backend is not None and reason is None
         numel = p.numel * (2 if p.dtype.is_complex else 1)
-        return cls(keys_of(forms), formats, in_rows if has_kernel else None, numel, window, reason)
+        if not has_kernel:
+            return cls(keys_of(forms), formats, None, numel, window, None, reason)
+        return cls(keys_of(forms), formats, in_rows, numel, window, grad_copy, None)
 
 
 def window_in_whole(p: Form, formats: Formats) -> Window | None:
@@ -141,6 +148,17 @@ def window_in_whole(p: Form, formats: Formats) -> Window | None:
 
 def _like(shape: Sequence[int], stride: Sequence[int]) -> Tensor:
     return torch.empty_strided(tuple(shape), tuple(stride), device="meta")
+
+
+def copy_of(grad: Form, p: Form) -> Form | None:
+    """What a copy of a gradient looks like that is laid out as its parameter is.
+
+    None if there is no need for one, or if it is no copy that kernels could read.
+    """
+    is_readable = grad.is_dense and same_layout(p.shape, grad.stride, p.stride)
+    if is_readable or not grad.is_copyable or not p.is_dense or grad.shape != p.shape:
+        return None
+    return p.of_grad(grad.dtype)
 
 
 def fallback_reason(forms: Mapping[str, Form], formats: Formats, backend: KernelBackend) -> str | None:

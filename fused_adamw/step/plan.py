@@ -27,6 +27,7 @@ from ..formats import Formats
 from ..interrupts import InterruptsHeld
 from ..layout import Spans
 from ..tables import Averaging, Hyper, SpikeOptions, StepInputs, status_words
+from .copies import GradCopies
 from .guard import Found, Guard
 from .launch import Bucket, TableBucket, TensorBucket
 from .members import Kind, Member, Tensors
@@ -113,6 +114,7 @@ class Plan:
         launches: What to run, at least one: the reference, which may raise, before kernels.
         flattened: Slots of parameters that FSDP1 flattened.
         fallbacks: Slot to the reason why kernels that serve its device do not step it.
+        copies: Of gradients that kernels cannot read where they are.
         was_captured: Whether a graph holds a step of this plan, and reads its tables at each replay.
     """
 
@@ -167,13 +169,14 @@ class Plan:
             if status is None:
                 status = torch.zeros(status_words(window), dtype=scalar_dtype(device), device=device)
             self._add_launches(device, buckets, status)
+        self.copies = GradCopies(member for member in members if member.slot not in self.fallbacks)
         self._guard = self._new_guard(params)
         snapshot.forget()
 
     def _new_guard(self, params: Sequence[Tensor]) -> Guard | None:
         """The check in C++, where there is one for these tensors."""
         try:
-            by_objects = any(
+            by_objects = bool(self.copies.layouts) or any(
                 isinstance(bucket, TensorBucket) and bucket.slots for bucket, _, _ in self.launches
             )
             return Guard(params, self._expected, self._snapshot, by_objects=by_objects)
@@ -352,6 +355,7 @@ class Plan:
             before_updates: Called with the first launch's inputs when the norm is known and nothing has
                 changed yet; may raise. What it returns undoes what it has done.
         """
+        found = self.copies.within(found)
         self.prepare(hypers, found)
         if request.needs_norm:
             self.sum_of_squares(found.grads or ())

@@ -30,7 +30,8 @@ class Form:
         shape: Its shape.
         stride: Its strides.
         numel: Its number of elements.
-        is_plain: Whether its memory may be read directly: not of a subclass, conjugate, sparse or the like.
+        is_copyable: Whether its values may be copied to plain memory: not of a subclass, sparse or the like.
+        is_plain: Whether its memory may be read directly: not conjugate or the like either.
         is_dense: Whether its elements fill their memory without holes or overlap.
         is_inference: Whether it was made in inference mode.
         needs_memory: Whether it has elements, which must be somewhere.
@@ -39,6 +40,7 @@ class Form:
     __slots__ = (
         "device",
         "dtype",
+        "is_copyable",
         "is_dense",
         "is_inference",
         "is_plain",
@@ -54,11 +56,8 @@ class Form:
         self.key = key
         self.type, self.dtype, self.device, layout, self.shape, self.stride, _, _ = key
         self.numel = t.numel()
-        self.is_plain = (
-            is_plain(self.type)
-            and layout is torch.strided
-            and not (t.is_nested or t.is_neg() or t.is_conj() or t._is_zerotensor())
-        )
+        self.is_copyable = is_plain(self.type) and layout is torch.strided and not t.is_nested
+        self.is_plain = self.is_copyable and not (t.is_neg() or t.is_conj() or t._is_zerotensor())
         self.is_dense = self.is_plain and is_dense(self.shape, self.stride)
         self.is_inference = t.is_inference()
         self.needs_memory = self.is_plain and self.numel > 0 and self.device.type != "meta"
@@ -68,9 +67,10 @@ class Form:
         """The bytes from its address on that it fills; 0 if it is not plain and dense."""
         return self.numel * self.dtype.itemsize if self.is_dense else 0
 
-    def of_grad(self) -> Form:
-        """The form of a gradient that is laid out as this parameter, where none has been seen."""
-        _, dtype, device, layout, shape, stride, _, spec = self.key
+    def of_grad(self, dtype: torch.dtype | None = None) -> Form:
+        """The form of a new gradient that is laid out as this parameter, of its dtype or of another one."""
+        _, own_dtype, device, layout, shape, stride, _, spec = self.key
+        dtype = dtype or own_dtype
         with torch.inference_mode(False):
             keys = dispatch_keys(torch.empty(0, dtype=dtype, device=device))
             like = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
