@@ -1,6 +1,6 @@
 """Write the generated tables into the pages that show them, or print those of some sessions.
 
-python -m benchmarks.report                      # README.md, docs/performance.md, docs/scaling.md
+python -m benchmarks.report                      # README.md and pages of docs/
 python -m benchmarks.report --pictures           # and draw their pictures
 python -m benchmarks.report A.csv B.csv ...      # ratios side by side
 """
@@ -21,7 +21,7 @@ from .pictures import plot_ratios, plot_roofline
 from .sessions import describe, read
 from .tables import RESULTS, TABLES, ratios
 
-PAGES = ("README.md", "docs/performance.md", "docs/scaling.md")
+PAGES = ("README.md", "docs/offload.md", "docs/performance.md", "docs/scaling.md")
 PICTURED = RESULTS / "cpu-2026-11-22-run4.csv"
 
 

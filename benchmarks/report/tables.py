@@ -175,6 +175,39 @@ def host_parts() -> str:
     return f"{table(['500 tensors, one thread, µs', *columns], rows)}\n\n{lines_below}"
 
 
+OFFLOAD_ROWS = (
+    ("100M float32 values", "100m-fp32"),
+    ("50M float32 values, bfloat16 gradients", "50m-fp32-bf16-grads"),
+)
+
+
+def offload() -> str:
+    """Steps without a clip of optimizers that live on the CPU: for docs/offload.md."""
+    found = [(path, read(path)) for path in sorted(RESULTS.glob("offload-cpu-*.csv"))]
+    rows = []
+    for label, case in OFFLOAD_ROWS:
+        for threads in (1, 2):
+            mine, theirs = (
+                _results(found, f"{case}/step/{threads}t", peer) for peer in ("fused", "deepspeed")
+            )
+            stream = [100 * r.stream_fraction for r in mine if r.stream_fraction is not None]
+            target = f"≥ {theirs[-1].target_ratio:g}×"
+            rows.append(
+                [
+                    label,
+                    str(threads),
+                    f"{min(r.ours_ms for r in mine):.1f}",
+                    f"{min(stream):.0f} to {max(stream):.0f} %",
+                    _span([r.ratio for r in mine]),
+                    _span([r.ratio for r in theirs]),
+                    target,
+                ]
+            )
+    head = ["step without a clip", "threads", "ms, best run", "of stream"]
+    head += ["over torch's fused", "over DeepSpeed's CPUAdam", "target"]
+    return f"{table(head, rows)}\n\n{source(found)}"
+
+
 def _cell(results: list[Result]) -> str:
     if not results:
         return ""
@@ -264,5 +297,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-training": cpu_training,
     "cpu-runs": cpu_runs,
     "host-parts": host_parts,
+    "offload": offload,
     "gpu-targets": gpu_targets,
 }
