@@ -12,7 +12,7 @@ from fused_adamw import EMA, FusedHygieneAdamW
 
 from .cases import Precision
 from .peers import Peer, float32_and_copy
-from .problem import Problem
+from .problem import Problem, as_real
 
 # Gradients of each step, in units of those that the clip halves: clipped, not clipped, clipped hard.
 GRADIENT_SCALES = (1.0, 0.25, 4.0)
@@ -65,18 +65,20 @@ def _run(problem: Problem, peer: Peer, ema: EMA | None = None) -> list[Tensor]:
 
 def _largest_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, int]:
     """The largest difference, relative as said above; and the tensor it is in."""
-    squares = sum(torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in expected)
+    squares = sum(torch.linalg.vector_norm(as_real(t), dtype=torch.float64).square() for t in expected)
     rms = (squares / sum(t.numel() for t in expected)) ** 0.5
     largest = []
     for a, b in zip(actual, expected, strict=True):
-        a, b = a.float(), b.float()
+        a, b = as_real(a).float(), as_real(b).float()
         largest.append(((a - b).abs_() / (b.abs() + rms)).max())
     worst, index = torch.stack(largest).max(0)  # NaN is the largest
     return float(worst), int(index)
 
 
-def check_equal_results(problem: Problem, peers: Sequence[Peer], reference: str = "fused") -> None:
+def check_equal_results(problem: Problem, peers: Sequence[Peer], reference: str = "") -> None:
     """Step every peer from the same start and compare with `reference`, which is one of them.
+
+    It is torch's fused step, or foreach for complex parameters, if none is given.
 
     Raises:
         AssertionError: A peer computes something else; names the quantity and the tensor.
@@ -86,6 +88,7 @@ def check_equal_results(problem: Problem, peers: Sequence[Peer], reference: str 
     if problem.case.precision is not None:
         _check_close_to_float32(problem, peers, problem.case.precision)
         return
+    reference = reference or ("foreach" if problem.case.dtype.is_complex else "fused")
     problem.set_gradients(1.0)
     # What torch's norm is off by, its peers' gradients are off by; exp_avg_sq is quadratic in them.
     error = norm_error(problem) if peers[0].clip else 0.0
@@ -95,7 +98,7 @@ def check_equal_results(problem: Problem, peers: Sequence[Peer], reference: str 
     averages = _run(problem, first, problem.case.besides and problem.case.besides.ema)
     expected = {key: [t.clone() for t in tensors] for key, tensors in _results(problem).items()}
     for peer in peers:
-        if peer is first:
+        if peer is first or peer.is_wrong:
             continue
         _run(problem, peer)
         results = _results(problem)
@@ -103,7 +106,7 @@ def check_equal_results(problem: Problem, peers: Sequence[Peer], reference: str 
             results["average"], expected["average"] = peer.averages(), averages
         for key, tensors in results.items():
             kind = "param" if key == "average" else key
-            allowed = TOLERANCE[problem.case.dtype][kind] + slack[kind]
+            allowed = TOLERANCE[problem.case.dtype.to_real()][kind] + slack[kind]
             difference, index = _largest_difference(tensors, expected[key])
             if not difference <= allowed:  # not `>`: false for NaN
                 raise AssertionError(

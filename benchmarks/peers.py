@@ -27,6 +27,7 @@ PASSES = {
     "ours": (8, 7),
     "one-thread": (8, 7),
     "fused": (10, 7),
+    "fused-wrong": (10, 7),
     "deepspeed": (10, 7),
     "fused+grad_scale": (9, 7),
     "foreach": (23, 20),
@@ -50,6 +51,9 @@ def bytes_moved(case: Case, name: str, clip: bool) -> int | None:
     """Bytes that a step of a peer moves; None where nobody counted."""
     if case.grad_dtype is not None:
         return OFFLOADED_BYTES[name][not clip] * case.numel if name in OFFLOADED_BYTES else None
+    if case.has_other_grads:
+        copied = case.bytes_copied if name != "fused-wrong" else 0
+        return None if name not in PASSES else case.bytes_moved(PASSES[name][not clip]) + copied
     if case.precision is None:
         passes = PASSES.get(name)
         is_ours = case.besides is not None and name in ("ours", "one-thread")
@@ -70,6 +74,7 @@ class Peer:
         optimizer: Whose state it mutates.
         clip: Whether it clips.
         threads: CPU threads that it uses; None: those of the race.
+        is_wrong: Whether its results are known to be wrong: its time is compared, and nothing else.
         has_own_state: Whether its state is not the problem's.
         weights: What it has made of the parameters, in float32; None: what the parameters are.
         averages: The averages of the parameters that it keeps; None: it keeps none.
@@ -81,6 +86,7 @@ class Peer:
     optimizer: torch.optim.Optimizer
     clip: bool
     threads: int | None = None
+    is_wrong: bool = False
     has_own_state: bool = False
     weights: Callable[[], list[Tensor]] | None = None
     averages: Callable[[], list[Tensor]] | None = None
@@ -144,8 +150,8 @@ def _torch_adamw(problem: Problem, **kind: bool) -> torch.optim.AdamW:
 
 
 def _converted(problem: Problem, step: Callable[[], object]) -> Callable[[], object]:
-    """A step after what makes gradients of the parameters' dtype, where they have another."""
-    if problem.case.grad_dtype is None:
+    """A step after what makes gradients of the parameters' dtype and layout, where they have others."""
+    if not problem.case.has_other_grads:
         return step
 
     def convert_and_step() -> None:
@@ -169,6 +175,19 @@ def fused(problem: Problem, *, clip: bool) -> Peer:
     """torch.optim.AdamW(fused=True)."""
     optimizer = _torch_adamw(problem, fused=True)
     return Peer("fused", _preceded_by_clip(problem, optimizer.step, clip), optimizer, clip)
+
+
+def fused_wrong(problem: Problem, *, clip: bool) -> Peer:
+    """The same with gradients of another layout than parameters as they are, which it mistakes for theirs."""
+    optimizer = torch.optim.AdamW(problem.param_groups(), betas=BETAS, fused=True)
+    problem.share_state(optimizer, problem.new_step)
+
+    def step() -> None:
+        if clip:
+            clip_grad_norm_(problem.params, problem.max_norm, foreach=True)
+        optimizer.step()
+
+    return Peer("fused-wrong", step, optimizer, clip, is_wrong=True)
 
 
 def deepspeed(problem: Problem, *, clip: bool) -> Peer:
@@ -327,6 +346,8 @@ PEERS = {
     "compiled": compiled,
 }
 
+_ALL_PEERS = PEERS | LOW_PRECISION_PEERS | BESIDES_PEERS | {"fused-wrong": fused_wrong}
+
 
 def make_peers(
     problem: Problem, names: tuple[str, ...], *, clip: bool, backends: tuple[str, ...] = ("auto",)
@@ -347,7 +368,7 @@ def make_peers(
         yield ours(problem, clip=clip, backend=backend, name="ours" if len(backends) == 1 else backend)
     for name in filter(_is_installed, names):
         if clip or name != "fused+grad_scale":
-            yield (PEERS | LOW_PRECISION_PEERS | BESIDES_PEERS)[name](problem, clip=clip)
+            yield _ALL_PEERS[name](problem, clip=clip)
 
 
 _NEEDED = {

@@ -12,10 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cases import Case, Gradients
+from .cases import LAYOUTS, Case, Gradients, Layout
 from .training import Training
 
 LR, WEIGHT_DECAY = 1e-3, 0.1
+
+
+def as_real(t: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals; others as they are."""
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def _memory(t: Tensor) -> Tensor:
+    """The part of an expanded tensor that is in memory: all others are in it as a whole."""
+    return t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
 
 
 class Problem:
@@ -27,15 +37,13 @@ class Problem:
         generator = torch.Generator(device).manual_seed(0)
         grad_dtype = case.grad_dtype or case.dtype
 
-        def normal(scale: float, dtype: torch.dtype) -> list[Tensor]:
-            return [
-                torch.empty(shape, dtype=dtype, device=device).normal_(0.0, scale, generator=generator)
-                for shape in case.shapes
-            ]
+        def normal(scale: float, dtype: torch.dtype, layout: Layout) -> list[Tensor]:
+            empty = (torch.empty(shape, dtype=dtype, device=device) for shape in case.shapes)
+            return [LAYOUTS[layout](t.normal_(0.0, scale, generator=generator)) for t in empty]
 
         self._training: Training | None = None
         if case.training is None:
-            self.params: list[Tensor] = [nn.Parameter(p) for p in normal(0.02, case.dtype)]
+            self.params: list[Tensor] = [nn.Parameter(p) for p in normal(0.02, case.dtype, case.layout)]
         else:
             with torch.device(device):
                 self._training = case.training(*case.size)
@@ -44,15 +52,16 @@ class Problem:
             for p in self.params:
                 p.grad_dtype = grad_dtype
         self.start = [p.detach().clone() for p in self.params]
-        self.gradients = normal(0.01, grad_dtype)
+        self.gradients = normal(0.01, grad_dtype, case.grad_layout)
         self.exp_avgs = [torch.zeros_like(p) for p in self.start]
         self.exp_avg_sqs = [torch.zeros_like(p) for p in self.start]
-        self._grads = [torch.empty_like(p, dtype=grad_dtype) for p in self.start]
+        self._grads = normal(0.01, grad_dtype, case.grad_layout)
         self._spare: list[Tensor] = []
         self._masters: list[Tensor] = []
         self._alike: list[Tensor] = []
         self.set_gradients(1.0)
-        squares = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in self.gradients)
+        reals = map(as_real, self.gradients)
+        squares = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in reals)
         self.norm = float(squares) ** 0.5
         self.max_norm = 0.5 * self.norm
 
@@ -69,7 +78,7 @@ class Problem:
     def set_gradients(self, scale: float) -> None:
         """Fill the gradients anew; torch's clip has changed them."""
         for p, grad, source in zip(self.params, self._grads, self.gradients, strict=True):
-            torch.mul(source, scale, out=grad)
+            torch.mul(_memory(source), scale, out=_memory(grad))
             p.grad = grad
         for master, grad in zip(self._masters, self._grads, strict=False):
             master.grad = grad.float()
@@ -83,11 +92,11 @@ class Problem:
         return self._masters
 
     def params_alike(self) -> list[Tensor]:
-        """The parameters, for peers that take no other dtype of gradients: in the same memory.
+        """The parameters, for peers that take no other dtype or layout of gradients: in the same memory.
 
         Where the case has another, these have gradients of their own, which `convert_gradients` fills.
         """
-        if self.case.grad_dtype is None:
+        if not self.case.has_other_grads:
             return self.params
         if not self._alike:
             self._alike = [nn.Parameter(p.detach()) for p in self.params]

@@ -26,7 +26,10 @@ from benchmarks.cases import (
     GPT2_XL_BF16,
     LOW_PRECISION,
     OFFLOADED,
+    OTHER_GRADS,
     RESNET50,
+    RESNET50_CHANNELS_LAST,
+    SMALL_COMPLEX,
     SMALL_IN_GROUPS,
     TRAIN_GPT,
     TRAIN_MANY,
@@ -45,6 +48,7 @@ from benchmarks.peers import (
     bytes_moved,
     float32_and_copy,
     fused,
+    fused_wrong,
     make_peers,
     ours,
 )
@@ -124,6 +128,45 @@ def test_all_peers_take_gradients_of_another_dtype(clip: bool) -> None:
     for grad in problem.gradients:
         grad.neg_()  # a peer that does not copy them anew steps the old ones
     check_equal_results(problem, all_peers)
+
+
+@pytest.mark.parametrize("case", OTHER_GRADS, ids=lambda case: case.name)
+def test_gradients_of_another_layout(case: Case) -> None:
+    problem = Problem(case.tiny(), CPU)
+    check_equal_results(problem, list(make_peers(problem, ("fused", "one-thread"), clip=True)))
+    assert any(p.grad is not None and p.grad.stride() != p.stride() for p in problem.params)
+
+
+def test_only_what_misreads_gradients_is_not_compared() -> None:
+    problem = Problem(RESNET50_CHANNELS_LAST.tiny(), CPU)
+    right, wrong = fused(problem, clip=True), fused_wrong(problem, clip=True)
+    check_equal_results(problem, [right, wrong])
+    with pytest.raises(AssertionError, match="fused-wrong and fused differ"):
+        check_equal_results(problem, [right, replace(wrong, is_wrong=False)])
+
+
+def test_imaginary_parts_are_compared() -> None:
+    problem = Problem(SMALL_COMPLEX.tiny(), CPU)
+    ours, *others = make_peers(problem, ("foreach", "for-loop"), clip=True)
+    check_equal_results(problem, [ours, *others])
+
+    def spoil() -> None:
+        ours.step()
+        problem.params[3].detach().imag.view(-1)[5] += 1e-3
+
+    with pytest.raises(AssertionError, match="param of tensor 3"):
+        check_equal_results(problem, [replace(ours, step=spoil), *others])
+
+
+def test_bytes_of_complex_numbers_and_of_copies_into_another_layout() -> None:
+    shapes = ((8, 4, 3, 3), (16, 4, 1, 1), (5,))
+    case = Case("mixed", shapes, layout="channels-last")  # which is no other layout for a 1 x 1 kernel
+    assert bytes_moved(case, "ours", clip=True) == 32 * case.numel + 8 * 288
+    assert bytes_moved(case, "fused", clip=False) == 28 * case.numel + 8 * 288
+    assert bytes_moved(case, "fused-wrong", clip=True) == 40 * case.numel
+    (expanded,) = (case for case in OTHER_GRADS if case.grad_layout == "expanded")
+    assert bytes_moved(expanded, "ours", clip=True) == 36 * expanded.numel
+    assert bytes_moved(SMALL_COMPLEX, "ours", clip=True) == 64 * SMALL_COMPLEX.numel
 
 
 def test_bytes_of_gradients_of_another_dtype() -> None:
