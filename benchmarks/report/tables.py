@@ -208,6 +208,47 @@ def offload() -> str:
     return f"{table(head, rows)}\n\n{source(found)}"
 
 
+# Of each case the peer that computes the same: the fused step after a copy, or foreach.
+LAYOUT_ROWS = (
+    ("ResNet-50 in channels-last, contiguous gradients", "resnet50-channels-last", "fused"),
+    ("contiguous ResNet-50, gradients in channels-last", "resnet50-channels-last-grads", "fused"),
+    ("500 tensors of 1,000 values, expanded gradients", "500x1k-expanded-grads", "fused"),
+    ("500 tensors of 1,000 complex values", "500x1k-complex", "foreach"),
+    ("10M complex values in one tensor", "10m-complex", "foreach"),
+)
+
+
+def layouts() -> str:
+    """Gradients of another layout than parameters, and complex numbers: for docs/performance.md."""
+    found = [(path, read(path)) for path in sorted(RESULTS.glob("layouts-cpu-*.csv"))]
+    rows = []
+    for label, case, peer in LAYOUT_ROWS:
+        for threads in (1, 2):
+            race = f"{case}/clip+step/{threads}t"
+            right, wrong = (_results(found, race, name) for name in (peer, "fused-wrong"))
+            rows.append(
+                [
+                    label,
+                    str(threads),
+                    f"{min(r.ours_ms for r in right):.2f}",
+                    _span([r.ratio for r in right]),
+                    f"≥ {right[-1].target_ratio:g}×",
+                    _span([r.ratio for r in wrong]),
+                    f"≥ {wrong[-1].target_ratio:g}×" if wrong else "",
+                ]
+            )
+    head = [
+        "clip + step",
+        "threads",
+        "ms, best run",
+        "over torch",
+        "target",
+        "over torch, misreading",
+        "target",
+    ]
+    return f"{table(head, rows)}\n\n{source(found)}"
+
+
 def _cell(results: list[Result]) -> str:
     if not results:
         return ""
@@ -298,5 +339,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-runs": cpu_runs,
     "host-parts": host_parts,
     "offload": offload,
+    "layouts": layouts,
     "gpu-targets": gpu_targets,
 }
