@@ -99,7 +99,7 @@ def give_grads(params, step, dtype=None, scale=1.0):
 def array(t):
     """A tensor's values in numpy; bfloat16 and float16 as float32."""
     t = t.detach().cpu()
-    return (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t).numpy()
+    return (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t).resolve_neg().numpy()
 
 
 def snapshot(optimizer):
