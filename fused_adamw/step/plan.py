@@ -368,18 +368,19 @@ class Plan:
             for bucket, inputs in runs:
                 bucket.rehearse(tensors, inputs)
         # One launch of kernels that is all there is to do needs no protection: it has run, or it has not.
-        is_whole = self._has_run and len(runs) == 1 and isinstance(runs[0][0], TableBucket)
+        (first, first_inputs), *others = runs
+        is_whole = self._has_run and not others and isinstance(first, TableBucket)
         with nullcontext() if is_whole else InterruptsHeld():
-            undo = before_updates(runs[0][1])
+            undo = before_updates(first_inputs)
             try:
                 found.count_changes()
                 self._has_run = True
-                runs[0][0].update(tensors, runs[0][1])
+                first.update(tensors, first_inputs)
             except Exception:
-                if isinstance(runs[0][0], TableBucket):
+                if isinstance(first, TableBucket):
                     undo()
                 raise
-            for bucket, inputs in runs[1:]:
+            for bucket, inputs in others:
                 bucket.finish(tensors, inputs)
 
     def observe(self) -> dict[int, ParamStats] | None:
