@@ -54,8 +54,6 @@ def main() -> None:
         build_wheel(DIST)
         return
     os.environ.setdefault("FUSED_ADAMW_CUDA", "1")
-    # As every driver of CUDA 12 can read it; --compress-mode=size is smaller, for drivers of 12.4 and newer.
-    os.environ.setdefault("FUSED_ADAMW_NVCC_FLAGS", "-Xfatbin -compress-all")
     os.environ["LDFLAGS"] = (
         f"{os.environ.get('LDFLAGS', '')} {run('wheels/old_glibc.py', 'build/old_glibc').strip()}"
     )
