@@ -36,8 +36,8 @@ class Stepping(EagerHooks, Observed):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient: mutates them, their moments and step counts.
 
-        Gradients are not changed. Nothing is changed if an error is raised, except where memory runs out while
-        the reference steps one parameter after the other: those before are stepped.
+        Gradients are not changed. Nothing is changed if an error is raised, unless memory runs out while the
+        reference steps one parameter after the other: those before are stepped.
 
         Args:
             closure: Reevaluates the model and returns the loss; run first, with gradients enabled.
