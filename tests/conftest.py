@@ -54,7 +54,7 @@ def small_chunks(monkeypatch):
 
 
 # The files about what kernels compute. The others test what is above the kernels.
-KERNEL_FILES = {"test_oracle", "test_clip", "test_layouts", "test_amp"}
+KERNEL_FILES = {"test_oracle", "test_clip", "test_layouts", "test_amp", "test_step_counts"}
 
 
 @pytest.hookimpl(tryfirst=True)

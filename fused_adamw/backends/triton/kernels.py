@@ -401,7 +401,8 @@ def update_kernel(
     while chunk < n_chunks:
         span = span_of(table, chunk)
         if tl.load(span.grad) != 0:
-            step = tl.load(tl.load(span.row + _STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
+            count = tl.load(tl.load(span.row + _STEP).to(tl.pointer_type(tl.float32)))
+            step = (count + 1.0).to(tl.float64)  # as it will be kept: in float32 it stands still at 2^24
             c = coefficients(hyper_of(span.row, hypers), step, scalars.grad_scale, T)
             noise = noise_of_row(span.row, seed, step) if any_noise(F) else None
             average = (
