@@ -37,11 +37,13 @@ class GradCopies:
         present = [slot for slot in self.layouts if grads[slot] is not None]
         if not present:
             return found
-        addresses = found.addresses.clone()  # the next check writes only what has changed
+        copies = []
         for slot in present:
             form, grad = self.layouts[slot], grads[slot]
             assert grad is not None
             copy = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=form.device)
-            grads[slot] = copy.copy_(grad)
-            addresses[slot] = copy.data_ptr() or 1
+            copies.append(copy.copy_(grad).data_ptr() or 1)
+            grads[slot] = copy
+        places, table = (torch.tensor(n, dtype=torch.int64, device="cpu") for n in (present, copies))
+        addresses = found.addresses.index_copy(0, places, table)  # the next check writes to that of `found`
         return found._replace(addresses=addresses, version=None, grads=grads)

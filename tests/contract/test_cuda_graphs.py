@@ -5,7 +5,17 @@ import types
 
 import pytest
 import torch
-from common import NATIVE, TARGETS, Target, give_grads, parameters, snapshot, twins, unchanged_since
+from common import (
+    NATIVE,
+    TARGETS,
+    Target,
+    give_grads,
+    parameters,
+    randn,
+    snapshot,
+    twins,
+    unchanged_since,
+)
 
 from fused_adamw import EMA, FusedHygieneAdamW, SpikeGuard, stepping
 from fused_adamw.step import launch, plan
@@ -115,6 +125,42 @@ def test_replays_are_steps(target, options, tensor_lr):
     if options:
         assert torch.equal(optimizer.grad_norm, plain.grad_norm)
         assert optimizer.param_stats() == plain.param_stats()
+
+
+@on_gpu
+@pytest.mark.parametrize("order", ["captured", "with steps between replays", "captured twice"])
+def test_replays_copy_gradients_of_another_layout_anew(target, order):
+    """Beside complex parameters; the copies of a capture are in the memory of its graph."""
+
+    def transposed(grad):
+        return grad.t().contiguous().t()
+
+    results = []
+    for captured in (True, False):
+        params = parameters([(6, 5), (40, 30), (9,)], device=target.device)
+        params += parameters([(7, 3)], device=target.device, dtype=torch.complex64)
+        optimizer = target.adamw(params, lr=1e-2, max_grad_norm=0.5, capturable=True)
+        for i, p in enumerate(params):
+            p.grad = transposed(torch.zeros_like(p)) if i % 2 else torch.zeros_like(p)
+        graphs, held = [torch.cuda.CUDAGraph() for _ in range(2)], []
+        for step in range(8):
+            for i, p in enumerate(params):
+                unit = 1 - 2j if p.is_complex() else 1
+                p.grad.copy_(unit * randn(*p.shape, seed=10 * step + i))
+            held.append(torch.full((40, 30), torch.nan, device=target.device))  # where a copy may have been
+            if captured and step in ((1, 4) if order == "captured twice" else (1,)):
+                graph = graphs[step == 4]
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+            is_replay = captured and step and not (order == "with steps between replays" and step % 3 == 0)
+            if is_replay:
+                graph.replay()
+            else:
+                optimizer.step()
+        assert len(optimizer._plan.copies.layouts) == (0 if target.backend == "reference" else 2)
+        results.append([*params, *(t for p in params for t in optimizer.state[p].values())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 class Twins:
