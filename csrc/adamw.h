@@ -35,7 +35,7 @@ ADAMW_FN Coefficients<T> coefficients(const Hyper& hyper, double step, double gr
   const double bias_correction2 = 1.0 - pow(hyper.beta2, step);
   const double weight = 1.0 - hyper.beta1;
   const bool from_g = weight >= 0.5, nesterov = hyper.nesterov;
-  const double power = hyper.decay_power == 1 ? lr : hyper.decay_power == 0 ? 1.0 : lr * lr;
+  const double power = hyper.decay_power == 1 ? lr : hyper.decay_power == 0 ? lr != 0.0 : lr * lr;
   const double decay = 1.0 - power * hyper.weight_decay;
   // NAdam (Dozat, 2016) with a constant momentum: m counts as beta1 times the next step's average will.
   const double step_size = lr / bias_correction1;

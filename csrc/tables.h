@@ -49,7 +49,7 @@ struct Hyper {
   double beta1;
   double beta2;
   double eps;
-  double weight_decay;  // parameters shrink by weight_decay * lr^decay_power
+  double weight_decay;  // parameters shrink by weight_decay * lr^decay_power, with 0^0 = 0
   int32_t decay_power;  // 0, 1 or 2
   int32_t cautious;     // not 0: they do so only where the update shrinks them too
   int32_t nesterov;     // not 0: the momentum looks one step ahead, as NAdam's does

@@ -110,9 +110,9 @@ class FusedHygieneAdamW(Stepping):
         ema: Keep averages of the weights: `EMA(decay=0.9999)`, with which `swap_ema` evaluates.
         weight_decay_mode: What parameters lose of themselves in a step: "lr", as torch, lr * weight_decay;
             "schedule", weight_decay * lr / lr_ref; "corrected", weight_decay * lr^2 / lr_ref
-            (AdamC, https://arxiv.org/abs/2506.02285); "constant", weight_decay. This and the next three may
-            differ by group: they are options of groups that are passed in, and of `overrides`, but never show
-            in `param_groups`, and no checkpoint has them.
+            (AdamC, https://arxiv.org/abs/2506.02285); "constant", weight_decay where lr is not 0. This and
+            the next three may differ by group: they are options of groups that are passed in, and of
+            `overrides`, but never show in `param_groups`, and no checkpoint has them.
         cautious_weight_decay: Decay only where the update shrinks a parameter too
             (https://arxiv.org/abs/2510.12402).
         nesterov: Let the momentum look one step ahead, as `torch.optim.NAdam(decoupled_weight_decay=True)`

@@ -21,7 +21,7 @@ class Variant(NamedTuple):
     Attributes:
         weight_decay_mode: What parameters lose of themselves in a step, with lr_ref for the peak of lr: "lr"
             lr * weight_decay; "schedule" weight_decay * lr / lr_ref; "corrected" weight_decay * lr^2 / lr_ref
-            (https://arxiv.org/abs/2506.02285); "constant" weight_decay.
+            (https://arxiv.org/abs/2506.02285); "constant" weight_decay where lr is not 0.
         cautious_weight_decay: Decay only where the update shrinks the parameter too
             (https://arxiv.org/abs/2510.12402).
         nesterov: Step by the momentum that the next step will find, as `torch.optim.NAdam` with a momentum

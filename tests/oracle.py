@@ -50,7 +50,7 @@ class Hypers:
             "lr": self.lr * self.weight_decay,
             "schedule": self.weight_decay * self.lr / self.lr_ref,
             "corrected": self.weight_decay * self.lr**2 / self.lr_ref,
-            "constant": self.weight_decay,
+            "constant": self.weight_decay * (self.lr != 0),
         }[self.weight_decay_mode]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from common import NATIVE, give_grads, parameters, twins
 from torch import nn
+from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from fused_adamw import FusedHygieneAdamW, build_param_groups
@@ -43,6 +44,18 @@ def test_decay_follows_a_schedule(mode, is_tensor, target):
     for factor in (1.0, 0.5):
         assert shrinkage(optimizer, p) == pytest.approx(expected(mode, 0.1 * factor, 0.2, 0.1), abs=2e-6)
         scheduler.step()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("is_tensor", [False, True])
+def test_a_loader_of_checkpoints_decays_nothing(mode, is_tensor, target):
+    """It creates the state by a step with a learning rate of 0."""
+    p = nn.Parameter(one().to(target.device))
+    lr = torch.tensor(0.1, device=target.device) if is_tensor else 0.1
+    optimizer = target.adamw([p], lr=lr, weight_decay=0.2, weight_decay_mode=mode, capturable=is_tensor)
+    _init_optim_state(optimizer)
+    assert optimizer.state[p]["step"] == 1
+    assert torch.equal(p, one().to(target.device))
 
 
 @pytest.mark.parametrize("mode", ["schedule", "corrected"])

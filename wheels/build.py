@@ -25,15 +25,10 @@ def run(*command: str | Path) -> str:
 
 def build_wheel(folder: Path) -> Path:
     """Build from the sources of this tree alone; what is compiled already is kept."""
-    for left in (
-        *ROOT.glob("build/lib*"),
-        *ROOT.glob("build/bdist*"),
-        *ROOT.glob("build/wheel"),
-        *DIST.glob("*.whl"),
-    ):
-        shutil.rmtree(
-            left
-        ) if left.is_dir() else left.unlink()  # setuptools would pack what the tree has no more
+    for pattern in ("build/lib*", "build/bdist*", "build/wheel", "dist/*.whl"):
+        for left in ROOT.glob(pattern):
+            # setuptools would pack what the tree has no more.
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     pip = [
         "-m",
         "pip",

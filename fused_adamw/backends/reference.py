@@ -69,7 +69,8 @@ def adamw_update(
         numerator = scalar(next_step_size) * m + scalar(step_size * weight) * g
     else:
         numerator = scalar(step_size) * m
-    decay = scalar(1 - lr**hyper.decay_power * hyper.weight_decay)
+    lr_power = lr**hyper.decay_power if hyper.decay_power else lr != 0
+    decay = scalar(1 - lr_power * hyper.weight_decay)
     decayed = p * decay
     p = torch.where(numerator * p < 0, p, decayed) if hyper.cautious else decayed
     p = p - numerator / denom

@@ -49,9 +49,9 @@ def coefficients(hyper, step, grad_scale, T: tl.constexpr):
     """Worked out in float64 as Python does, then rounded to T. `step` counts this update: 1 for the first."""
     weight = 1.0 - hyper.beta1
     from_g = weight >= 0.5
-    lr_power = tl.where(
-        hyper.decay_power == 1, hyper.lr, tl.where(hyper.decay_power == 0, 1.0, hyper.lr * hyper.lr)
-    )
+    is_on = (hyper.lr != 0).to(tl.float64)
+    lr_power = tl.where(hyper.decay_power == 0, is_on, hyper.lr)
+    lr_power = tl.where(hyper.decay_power == 2, hyper.lr * hyper.lr, lr_power)
     decay = 1.0 - lr_power * hyper.weight_decay
     step_size = hyper.lr / (1.0 - power(hyper.beta1, step))
     next_step_size = hyper.lr * hyper.beta1 / (1.0 - power(hyper.beta1, step + 1.0))
