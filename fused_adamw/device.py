@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +22,12 @@ def is_gpu(device: torch.device) -> bool:
 def has_gpu() -> bool:
     """Whether torch sees such a device."""
     return torch.cuda.is_available()
+
+
+@functools.cache
+def has_graphs() -> bool:
+    """Whether this torch is built for devices whose work can be captured in graphs."""
+    return torch.accelerator.current_accelerator() is not None
 
 
 def gpu_names() -> list[str]:

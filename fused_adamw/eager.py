@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._C import _set_grad_enabled
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 from torch.autograd import profiler
@@ -27,8 +28,13 @@ def eager(step: _Step) -> _Step:
         # The wrapper takes longer than some steps: it is left out where this thread compiles nothing.
         if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
             return outside(*args, **kwargs)
-        with torch.no_grad():
+        # As torch.no_grad, whose ten calls in Python take longer than some steps, too.
+        was_enabled = torch.is_grad_enabled()
+        _set_grad_enabled(False)
+        try:
             return step(*args, **kwargs)
+        finally:
+            _set_grad_enabled(was_enabled)
 
     return run  # type: ignore[return-value]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .announce import logger
 from .backends import kernels_for, reference
-from .device import is_capturing
+from .device import has_graphs, is_capturing
 from .dtensors import has_peers, is_flattened, local_grads
 from .eager import EagerHooks, eager
 from .fields import Rounding, State
@@ -90,6 +90,8 @@ class Stepping(EagerHooks, Observed):
 
     def _check_graph_capture(self) -> None:
         # torch's own check, which it has renamed: raises if a capture runs without capturable=True.
+        if not has_graphs():
+            return
         current, before = "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"
         getattr(self, current if hasattr(self, current) else before)()
 

@@ -22,11 +22,12 @@ _CODES = {CODED[name]: format for name, format in CODES.items()}
 
 def check_not_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:
     """Refuse `differentiable` groups rather than ignore what they ask for."""
-    if any(group["differentiable"] for group in groups):
-        raise RuntimeError(
-            "`fused` does not support `differentiable`: the step of FusedHygieneAdamW has no derivative. "
-            "Use torch.optim.AdamW to differentiate through the optimizer."
-        )
+    for group in groups:
+        if group["differentiable"]:
+            raise RuntimeError(
+                "`fused` does not support `differentiable`: the step of FusedHygieneAdamW has no derivative. "
+                "Use torch.optim.AdamW to differentiate through the optimizer."
+            )
 
 
 def check_hypers(group: dict[str, Any], index: int) -> None:

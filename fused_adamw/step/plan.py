@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..device import DeviceTable, is_capturing, scalar_dtype, scalar_on
+from ..device import DeviceTable, is_capturing, is_gpu, scalar_dtype, scalar_on
 from ..dtensors import is_flattened
 from ..fields import AVERAGE, MAXIMUM, Rounding, State
 from ..formats import Formats
@@ -138,6 +138,7 @@ class Plan:
         self._structure = self._structure_of(groups)
         self._grads_version: int | None = None  # of the table that the launches have
         self._grad_addresses: Tensor | None = None  # in it, where it is a copy
+        self._grads_in_place: Tensor | None = None  # the table itself, where all launches read it on the host
         self._hyper_keys: list[tuple[object, ...]] | None = None
         self._hypers: list[Hyper] = []
         self._tables_are_of_graph = False
@@ -170,6 +171,7 @@ class Plan:
                 status = torch.zeros(status_words(window), dtype=scalar_dtype(device), device=device)
             self._add_launches(device, buckets, status)
         self.copies = GradCopies(member for member in members if member.slot not in self.fallbacks)
+        self._gpus = list(filter(is_gpu, self._sums.by_device))
         self._guard = self._new_guard(params)
         snapshot.forget()
 
@@ -424,7 +426,8 @@ class Plan:
         """
         if self._tables_are_of_graph:
             self._grads_version = self._grad_addresses = self._hyper_keys = None
-        if found.version is None or found.version != self._grads_version:
+        is_current = found.version is not None and found.version == self._grads_version
+        if not is_current and found.addresses is not self._grads_in_place:
             self._grads_version = None  # until all buckets have them
             self._set_grads(found.addresses)
             self._grads_version = found.version
@@ -435,7 +438,7 @@ class Plan:
                 bucket.set_hypers(hypers)
             self._hyper_keys = keys
         self._hypers = hypers  # keeps the tensors that tables point to
-        self._tables_are_of_graph = any(map(is_capturing, self._sums.by_device))
+        self._tables_are_of_graph = any(map(is_capturing, self._gpus))
         if self._tables_are_of_graph:
             self.was_captured = True
             for bucket, _, _ in self.launches:
@@ -443,7 +446,7 @@ class Plan:
 
     def _set_grads(self, addresses: Tensor) -> None:
         """Give the buckets the addresses of gradients. A device that has the same ones keeps its table."""
-        before, self._grad_addresses = self._grad_addresses, None
+        before, self._grad_addresses, self._grads_in_place = self._grad_addresses, None, None
         is_same = before is not None and torch.equal(before, addresses[: len(before)])
         for device, table in self._grad_tables.items():
             if is_same and device.type != "cpu":
@@ -452,7 +455,9 @@ class Plan:
             for bucket, _, _ in self.launches:
                 if isinstance(bucket, TableBucket) and bucket.device == device:
                     bucket.set_grads(on_device)
-        if any(device.type != "cpu" for device in self._grad_tables):  # there it is written in place
+        if all(device.type == "cpu" for device in self._grad_tables):  # the guard writes it
+            self._grads_in_place = addresses
+        else:
             self._grad_addresses = addresses.clone()
 
     def sum_of_squares(self, grads: Sequence[Tensor | None]) -> None:

@@ -463,3 +463,17 @@ def test_differentiable_is_refused_wherever_it_is_said():
     with refused:
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_a_step_gives_back_the_grad_mode(target, is_enabled):
+    params = parameters([(3,)], device=target.device)
+    optimizer = target.adamw(params)
+    give_grads(params, 0)
+    with torch.set_grad_enabled(is_enabled):
+        optimizer.step()
+        assert torch.is_grad_enabled() is is_enabled
+        optimizer.param_groups[0]["lr"] = "high"
+        with pytest.raises(TypeError):
+            optimizer.step()
+        assert torch.is_grad_enabled() is is_enabled
