@@ -32,8 +32,8 @@ PARTS: dict[str, tuple[Any, str]] = {
     "check state, parameters, gradients": (Plan, "check"),
     "gradient addresses, hyper-parameters": (Plan, "prepare"),
     "norm": (Plan, "sum_of_squares"),
-    "update": (TableBucket, "update"),
     "version counters": (Found, "count_changes"),
+    "update": (TableBucket, "update"),
 }
 WHOLE, PEER = "the whole step, with torch's hooks around it", "torch: `clip_grad_norm_` + fused AdamW"
 COLUMNS: dict[str, tuple[Case, Gradients]] = {

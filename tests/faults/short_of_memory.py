@@ -37,6 +37,13 @@ def two_launches():
     return [*parameters(SHAPES[:2]), *parameters(SHAPES[1:], dtype=torch.float64)]
 
 
+def copied_grads():
+    """Gradients are contiguous, the first parameter is not; beside complex ones."""
+    params = [*parameters(SHAPES), *parameters(SHAPES[1:], dtype=torch.complex64)]
+    params[0].data = params[0].data.t().contiguous().t()
+    return params
+
+
 @dataclass(frozen=True)
 class Problem:
     """What is stepped.
@@ -57,6 +64,7 @@ PROBLEMS = {
     "low_precision": Problem(low_precision, options={"state_dtype": torch.bfloat16}),
     "besides": Problem(plain, options={"stats": True, "ema": EMA(0.9), "guard": SpikeGuard()}),
     "two_launches": Problem(two_launches),
+    "copied_grads": Problem(copied_grads),
     "reference": Problem(plain, backend="reference"),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-PROBLEMS = ["plain", "low_precision", "besides", "two_launches", "reference"]
+PROBLEMS = ["plain", "low_precision", "besides", "two_launches", "copied_grads", "reference"]
 MOMENTS = ["first", "later", "replanned", "moved"]
 MANY = {"first", "replanned"}  # a plan is built: hundreds of allocations, of the interpreter thousands
 
@@ -53,6 +53,7 @@ def thorough(*values):
         ("plain", "first", 17),
         ("two_launches", "later", 3),
         ("besides", "moved", 5),
+        ("copied_grads", "later", 3),
         *(thorough(problem, moment, 1) for problem in PROBLEMS[:-1] for moment in MOMENTS),
     ],
 )
