@@ -15,14 +15,24 @@ class CheckpointError(Exception):
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write `state` so that `path` always holds a whole checkpoint: the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `state` so that `path` always holds a whole checkpoint: the old one or the new one.
+
+    Raises:
+        CheckpointError: It cannot be written, as on a full disk. The old one is as it was, and nothing of the
+            new one is left.
+    """
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer has an error of its own
+        partial.unlink(missing_ok=True)
+        before = "the one before it is whole" if path.exists() else "there is none before it"
+        raise CheckpointError(f"{path} cannot be written, {before}: {error}") from error
 
 
 def load(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -277,18 +277,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     with joined(options.ranks, options.settings.device):
-        return compare_runs(options)
+        try:
+            return compare_runs(options)
+        except (RefusedError, checkpoints.CheckpointError) as error:
+            print(f"train.py: error: {error}", file=sys.stderr)
+            return 2
 
 
 def compare_runs(options: Options) -> int:
-    """Make all runs and report on them; return the exit status."""
+    """Make all runs and report on them; return the exit status.
+
+    Raises:
+        RefusedError: What was asked for cannot be done.
+        CheckpointError: A checkpoint cannot be written.
+    """
     console = Console(highlight=False)
-    try:
-        task = load_task(options)
-        resumed = find_checkpoints(options, task)
-    except RefusedError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+    task = load_task(options)
+    resumed = find_checkpoints(options, task)
 
     settings = options.settings
     console.print(
