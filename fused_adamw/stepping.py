@@ -21,7 +21,8 @@ from .state.contents import is_counted, missing_state
 from .step.double_clip import DoubleClipDetector
 from .step.guard import Found
 from .step.members import Tensors
-from .step.plan import Plan, Request
+from .step.plan import Plan
+from .step.request import Request
 from .step.snapshot import Snapshot
 from .tables import NO_AVERAGING, Hyper, StepInputs
 

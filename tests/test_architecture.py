@@ -57,10 +57,12 @@ ALLOWED_WITHIN = {
         "guard": {"snapshot"},
         "copies": {"guard", "members"},
         "protocols": set(),
+        "request": {"norm"},
         "members": {"protocols", "snapshot"},
         "launch": {"members", "protocols"},
         "statistics": {"launch", "norm"},
-        "plan": {"copies", "guard", "launch", "members", "norm", "protocols", "snapshot", "statistics"},
+        "plan": {"copies", "guard", "launch", "members", "norm", "protocols", "request", "snapshot"}
+        | {"statistics"},
     },
     "state": {
         "__init__": set(),

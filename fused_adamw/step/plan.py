@@ -11,7 +11,6 @@ anew; any other change makes the plan stale, and the optimizer builds another.
 from __future__ import annotations
 
 import functools
-import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,19 +19,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..device import DeviceTable, is_capturing, is_gpu, scalar_dtype, scalar_on
+from ..device import DeviceTable, is_capturing, is_gpu, scalar_dtype
 from ..dtensors import is_flattened
 from ..fields import AVERAGE, MAXIMUM, Rounding, State
 from ..formats import Formats
 from ..interrupts import InterruptsHeld
 from ..layout import Spans
-from ..tables import Averaging, Hyper, SpikeOptions, StepInputs, status_words
+from ..tables import Hyper, StepInputs, status_words
 from .copies import GradCopies
 from .guard import Found, Guard
 from .launch import Bucket, TableBucket, TensorBucket
 from .members import Kind, Member, Tensors
-from .norm import NormGroup, Reduction, Sums
+from .norm import Reduction, Sums
 from .protocols import KernelBackend, ReferenceBackend
+from .request import Request
 from .snapshot import Form, Snapshot
 from .statistics import LastStep, ParamStats, param_stats
 
@@ -43,54 +43,6 @@ class Launch(NamedTuple):
     bucket: Bucket
     sums: list[Tensor]  # one element for each of the bucket's sum groups: its sum of squares
     status: Tensor  # float64: struct Status, and the history of spikes. All launches report the same
-
-
-class Request(NamedTuple):
-    """What a step is asked for, beside the hyper-parameters of groups.
-
-    Attributes:
-        max_grad_norm: Clip to this global norm; None: no clipping.
-        skip_nonfinite: Skip the step where the norm is not finite.
-        grad_scale: The loss scale that the gradients still carry: a number, or one element on any device.
-        found_inf: Not 0: skip the step. One element on any device: what a GradScaler found in this process.
-        norm_group: Sums over the processes that hold the other parameters.
-        seed: Of the noise of stochastic rounding.
-        loss: A number, or one element on any device: tested as the norm is, where spikes are looked for.
-        spikes: What a spike is.
-        averaging: How averages follow their parameters.
-        stats: Whether to find out what `stats` returns.
-    """
-
-    max_grad_norm: float | None
-    skip_nonfinite: bool
-    grad_scale: Any
-    found_inf: Any
-    norm_group: NormGroup | None
-    seed: int
-    loss: Tensor | float | None
-    spikes: SpikeOptions
-    averaging: Averaging
-    stats: bool
-
-    @property
-    def needs_norm(self) -> bool:
-        """Whether the norm of the gradients has to be known."""
-        return self.max_grad_norm is not None or self.skip_nonfinite or self.spikes.window > 0
-
-    def inputs(self, status: Tensor, sums: Tensor | None, found_inf: Any) -> StepInputs:
-        """What kernels need to know, on the device of `status`."""
-        return StepInputs(
-            status,
-            sums,
-            math.inf if self.max_grad_norm is None else self.max_grad_norm,
-            scalar_on(status.device, self.grad_scale),
-            scalar_on(status.device, found_inf),
-            self.skip_nonfinite,
-            self.seed,
-            scalar_on(status.device, self.loss, status.dtype),
-            self.spikes,
-            self.averaging,
-        )
 
 
 class Plan:
