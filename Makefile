@@ -9,7 +9,7 @@ DOCS_VENV := .venv-docs
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all sanitize sdist wheel test-wheel hub test-pretend-gpu dry-run-acceptance bench docs lint format clean
+.PHONY: help train test test-all sanitize fuzz sdist wheel test-wheel hub test-pretend-gpu dry-run-acceptance bench docs lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,12 @@ test-all: $(BUILT) ## all tests, with those of real models from other libraries
 sanitize: $(BUILT) ## tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	$(BIN)/python tests/sanitizers/run.py address
 	$(BIN)/python tests/sanitizers/run.py thread
+
+fuzz: $(BUILT) ## kernels, operators and loading under a coverage-guided fuzzer, for 10 minutes (needs clang)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-fuzz.txt
+	$(BIN)/python tests/fuzz/run.py walk -max_total_time=400 $(ARGS)
+	$(BIN)/python tests/fuzz/run.py operators -max_total_time=100 $(ARGS)
+	$(BIN)/python tests/fuzz/run.py loading -max_total_time=100 $(ARGS)
 
 sdist: $(READY) ## the source distribution that is released, in dist/
 	rm -f dist/*.tar.gz

@@ -201,17 +201,27 @@ class Cuda(Kernels):
             raise RuntimeError(error.decode())
 
 
+def build_instruction_set(folder: Path, name: str, *flags: str) -> Path:
+    """Compile the CPU kernels for one of `ISAS` into a library."""
+    usual = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=off", "-Wall")
+    library = folder / f"{name}.so"
+    source = Path(__file__).with_name("instruction_set.cpp")
+    subprocess.run([CXX, *usual, *MORE_FLAGS, *flags, *ISAS[name][0], "-o", library, source], check=True)
+    return library
+
+
 class InstructionSet(Native):
-    """The C++ kernels for one instruction set, on one thread."""
+    """The C++ kernels for one instruction set, as `build_instruction_set` made them, on one thread."""
 
     grids = (1, 1)
 
-    def __init__(self, folder: Path, name: str) -> None:
-        flags = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=off", "-Wall")
-        library = folder / f"{name}.so"
-        source = Path(__file__).with_name("instruction_set.cpp")
-        subprocess.run([CXX, *flags, *MORE_FLAGS, *ISAS[name][0], "-o", library, source], check=True)
+    def __init__(self, library: Path | str) -> None:
         self.library = ctypes.CDLL(str(library))
+
+    def sum_of_squares(self, t: Tables, out: torch.Tensor, threads: int) -> None:
+        ticket = t.workspace.data_ptr()
+        args = NormArgs(table_of(t), t.formats[1], ticket + 8, out.data_ptr(), ticket)
+        self.library.norm(ctypes.byref(args))
 
     def update(self, t: Tables, inputs: StepInputs, threads: int) -> None:
         self.library.update(ctypes.byref(update_args(t, inputs)))

@@ -5,7 +5,7 @@ from compiler import CXX
 from format_codes import BF16, F16, F32, F64, LOW_PRECISION
 from instruction_sets import ISAS, has_isa
 
-from .backends import InstructionSet
+from .backends import InstructionSet, build_instruction_set
 from .model import GROUPS, Model, Param
 from .test_formats import set_bits
 from .test_kernels import ids, sizes
@@ -20,7 +20,7 @@ def isa(request, tmp_path_factory):
     """The kernels of each."""
     if CXX is None or not has_isa(request.param):
         pytest.skip(f"needs g++, and a processor with {request.param}")
-    return InstructionSet(tmp_path_factory.mktemp("isa"), request.param)
+    return InstructionSet(build_instruction_set(tmp_path_factory.mktemp("isa"), request.param))
 
 
 @layouts

@@ -1,0 +1,60 @@
+"""Builds the CPU kernels for the fuzzer and runs it: `python tests/fuzz/run.py walk -max_total_time=600`.
+
+The first argument is a target of fuzz.py, further ones are libFuzzer's. What it has found worth keeping is in
+build/fuzz/corpus, inputs that crash are in build/fuzz. Needs clang++ and atheris.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "fuzz"
+# atheris brings a sanitizer that does not know clang's checks of types of functions.
+FLAGS = (
+    "-O1 -g -fsanitize=address,undefined,fuzzer-no-link -fno-sanitize=function,vptr -fno-sanitize-recover=all"
+)
+SOURCES = [HERE.parent / "kernels" / "instruction_set.cpp", *sorted((ROOT / "csrc").rglob("*.h"))]
+SOURCES.append(ROOT / "csrc" / "cpu" / "kernels.cpp")
+
+
+def kernels(name: str = "baseline") -> Path:
+    """Compile them, if they are not there: with what tells libFuzzer which lines were run."""
+    library = BUILD / f"{name}.so"
+    if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in SOURCES):
+        sys.path[:0] = [str(ROOT / "tests")]
+        os.environ |= {"CXX": "clang++", "FUSED_ADAMW_CXX_FLAGS": f"{FLAGS} -Wno-unknown-pragmas"}
+        from kernels.backends import build_instruction_set
+
+        build_instruction_set(BUILD, name)
+    return library
+
+
+def environment(library: Path) -> dict[str, str]:
+    """The variables under which fuzz.py runs."""
+    import atheris
+
+    return {
+        **os.environ,
+        "LD_PRELOAD": str(Path(atheris.path()) / "asan_with_fuzzer.so"),
+        "PYTHONMALLOC": "malloc",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "FUSED_ADAMW_FUZZ_LIBRARIES": str(library),
+        # What torch and Python keep until the end is no leak of ours; a tensor may be too large to be made.
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+    }
+
+
+def fuzz(target: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a target; the process, with what it has said."""
+    corpus = BUILD / "corpus" / target
+    corpus.mkdir(parents=True, exist_ok=True)
+    usual = ["-len_control=0", "-max_len=400", f"-artifact_prefix={BUILD}/{target}-", *arguments, str(corpus)]
+    command = [sys.executable, str(HERE / "fuzz.py"), target, *usual]
+    return subprocess.run(command, env=environment(kernels()), cwd=ROOT, stdout=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(fuzz(*sys.argv[1:]).returncode)
