@@ -323,8 +323,22 @@ class LifeOfAnOptimizer(RuleBasedStateMachine):
         saved, life = self.fitting(i), self.life
         life.optimizer.load_state_dict(saved.state_dict)
         if life.spikes and saved.spikes:
-            life.spikes, life.counts = Spikes(life.options["guard"], saved.spikes), Counter(saved.counts)
+            self.follow_the_guard(saved)
         self.compare_with(saved)
+
+    @precondition(lambda self: self.life.spikes and any(saved.spikes for saved in self.saved))
+    @action(i=number)
+    def load_the_guard(self, i):
+        """Its history alone, as beside torch.distributed.checkpoint."""
+        guarded = [saved for saved in self.saved if saved.spikes]
+        saved = guarded[i % len(guarded)]
+        self.life.optimizer.load_guard_state_dict(saved.state_dict["guard"])
+        self.follow_the_guard(saved)
+
+    def follow_the_guard(self, saved):
+        """Go on by hand with what the guard knew at a checkpoint."""
+        life = self.life
+        life.spikes, life.counts = Spikes(life.options["guard"], saved.spikes), Counter(saved.counts)
 
     @precondition(lambda self: any(saved.fits(self.life) for saved in self.saved))
     @action(i=number, ema=st.sampled_from(EMAS), guard=st.sampled_from(GUARDS), switch=st.booleans())
