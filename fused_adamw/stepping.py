@@ -218,9 +218,10 @@ class Stepping(EagerHooks, Observed):
             What undoes it. If an error is raised, that has been done.
         """
         old, old_status, n_captured = self._plan, self._status, len(self._captured_plans)
-        pairs = [(self.state.get(p), of_p) for p, of_p in state.items()]
-        new_params = [p for p in state if p not in self.state]
-        new_names = [(mine, [n for n in of_p if n not in mine]) for mine, of_p in pairs if mine is not None]
+        made = {p: of_p for p, of_p in state.items() if of_p is not self.state.get(p)}
+        new_params = [p for p in made if p not in self.state]
+        pairs = [(self.state[p], of_p) for p, of_p in made.items() if p in self.state]
+        new_names = [(mine, [n for n in of_p if n not in mine]) for mine, of_p in pairs]
 
         def undo() -> None:
             self._plan, self._status = old, old_status
@@ -233,10 +234,9 @@ class Stepping(EagerHooks, Observed):
 
         try:
             for p in new_params:
-                self.state[p] = state[p]
+                self.state[p] = made[p]
             for mine, of_p in pairs:
-                if mine is not None:
-                    mine.update(of_p)
+                mine.update(of_p)
             if old is not None and old.was_captured:
                 self._captured_plans.append(old)
             self._plan, self._status = plan, plan.status

@@ -16,6 +16,14 @@ REFERENCE = Target("reference", "cpu")
 
 
 @pytest.fixture(autouse=True)
+def ctrl_c():
+    """Interrupts, also where tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def grad_mode():
     """torch.no_grad() that is interrupted on its way out leaves gradients off, in any program."""
     yield

@@ -377,7 +377,7 @@ class Plan:
         uploads its own.
         """
         if self._tables_are_of_graph:
-            self._grads_version = self._grad_addresses = self._hyper_keys = None
+            self._grads_version = self._grad_addresses = self._grads_in_place = self._hyper_keys = None
         is_current = found.version is not None and found.version == self._grads_version
         if not is_current and found.addresses is not self._grads_in_place:
             self._grads_version = None  # until all buckets have them

@@ -36,6 +36,7 @@ def capturing(monkeypatch):
     for asked in (torch.backends.cuda, "is_built"), (torch.cuda, "is_available"):  # torch 2.10, 2.11
         monkeypatch.setattr(*asked, lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(stepping, "has_graphs", lambda: True)  # known already where others have stepped
 
 
 def test_capture_is_refused_without_capturable(capturing):
@@ -310,6 +311,7 @@ def test_a_plan_that_is_replaced_after_its_capture(target):
 
 def test_a_captured_step_leaves_its_tables_to_the_graph(monkeypatch):
     """The next step writes its own, captured or not, though nothing has moved."""
+    monkeypatch.setattr(plan, "is_gpu", lambda device: True)
     params = parameters(SHAPES)
     optimizer = NATIVE.adamw(params, capturable=True)
     give_grads(params, 0)
