@@ -11,6 +11,7 @@ _SPARSE = "sparse tensors: torch's kernels for them have no dense memory that th
 _DYNAMO = "torch.compile: dynamo does not trace what runs under a dispatch mode"
 _NCCL = "collectives on the GPU: NCCL's kernels do not run here"
 _OWN_PROGRAM = "programs that nvcc builds: they bring the real runtime"
+_LAZY_CLONE = "memory that is shared until it is written to: the pretend GPU's is not of torch's making"
 _LEFT_OUT = {
     "test_one_process_on_a_gpu": _NCCL,
     "test_fsdp2_on_a_gpu": _NCCL,
@@ -18,6 +19,7 @@ _LEFT_OUT = {
     "test_sparse_gradient_after_an_expanded_one": _SPARSE,
     "test_parameters_without_names_are_numbered": _SPARSE,
     "test_sparse_parameter": _SPARSE,
+    "test_copies_that_are_made_when_something_is_written": _LAZY_CLONE,
     "test_roundings_on_this_gpu": _OWN_PROGRAM,
     "test_no_recompilation_as_lr_changes": _DYNAMO,
 }
