@@ -13,6 +13,7 @@ from .provenance import provenance
 from .report.pictures import plot_ratios, plot_roofline
 from .report.results import Result, print_table
 from .report.sessions import Session, write
+from .report.tables import pictured
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,8 +37,9 @@ def results(pytestconfig: pytest.Config) -> Iterator[list[Result]]:
     out = pytestconfig.getoption("--out")
     session = Session({**whence, "quick": quick}, collected)
     write(out / f"{stem}.csv", session)
-    plot_ratios(session, out / f"{stem}-ratios.png")
-    plot_roofline(session, out / f"{stem}-roofline.png")
+    shown, labels = pictured(session)
+    plot_ratios(shown, out / f"{stem}-ratios.png", labels)
+    plot_roofline(shown, out / f"{stem}-roofline.png")
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print()
         print_table(collected, f"Clip + step on {whence['device']}, torch {whence['torch']}")

@@ -24,7 +24,7 @@ BANDWIDTH = 4.8e12  # bytes per second: HBM3e of an H200
 MEMORY = 141e9  # bytes of an H200
 FLOPS = 400e12  # per second and GPU in training, of 989e12: Llama 3 405B on 16,384 H100
 HOST_RACE = "500x1/clip+step/2t"  # 500 tensors of one value: the host's work and nothing else
-HOST_SESSION = ROOT / "benchmarks" / "results" / "cpu-2026-11-22-run5.csv"
+HOST_SESSION = ROOT / "benchmarks" / "results" / "cpu-2026-11-26-run1.csv"
 
 
 @dataclass(frozen=True)

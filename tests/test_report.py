@@ -107,6 +107,14 @@ def test_pictures_are_drawn_with_and_without_first_steps(session: Session, tmp_p
             (tmp_path / "picture.png").unlink()
 
 
+def test_pictures_show_the_rows_of_the_tables_or_all_races(session: Session) -> None:
+    (one, two) = session.results
+    training = replace(one, race="train-gpt-like/clip+step/2t")
+    shown, labels = tables.pictured(replace(session, results=[training, two]))
+    assert [labels[r.race] for r in shown.results] == ["training: GPT-like, 2 threads"]
+    assert tables.pictured(session) == (session, {})
+
+
 def test_the_command_prints_sessions_side_by_side(
     session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

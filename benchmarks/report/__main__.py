@@ -19,10 +19,10 @@ from ..provenance import ROOT
 from .marked import fill
 from .pictures import plot_ratios, plot_roofline
 from .sessions import describe, read
-from .tables import RESULTS, TABLES, ratios
+from .tables import RESULTS, TABLES, pictured, ratios
 
-PAGES = ("README.md", "docs/offload.md", "docs/performance.md", "docs/scaling.md")
-PICTURED = RESULTS / "cpu-2026-11-22-run4.csv"
+PAGES = ("README.md", "docs/offload.md", "docs/performance.md", "docs/precision.md", "docs/scaling.md")
+PICTURED = RESULTS / "cpu-2026-11-26-run2.csv"
 
 
 @functools.cache
@@ -55,9 +55,9 @@ def write_pages() -> list[str]:
 
 def draw() -> None:
     """Draw the pictures of the pages."""
-    session = read(PICTURED)
-    plot_ratios(session, PICTURED.with_name(f"{PICTURED.stem}-ratios.png"))
-    plot_roofline(session, PICTURED.with_name(f"{PICTURED.stem}-roofline.png"))
+    session, labels = pictured(read(PICTURED))
+    plot_ratios(session, PICTURED.with_name(f"{PICTURED.stem}-ratios.png"), labels)
+    plot_roofline(session, ROOT / "docs" / "roofline.png")
     scaling().draw(ROOT / "docs" / "scaling.png")
 
 

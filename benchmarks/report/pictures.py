@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -38,16 +38,26 @@ def _plain_axes(axes: Axes) -> None:
 
 
 def _titles(figure: Figure, title: str, subtitle: str) -> None:
-    figure.text(0.012, 0.985, title, fontsize=14, fontweight="bold", va="top")
-    figure.text(0.012, 0.985 - 0.30 / figure.get_figheight(), subtitle, fontsize=9, va="top", color="#616e7c")
+    inch = 1 / figure.get_figheight()
+    figure.text(0.012, 1 - 0.10 * inch, title, fontsize=14, fontweight="bold", va="top")
+    figure.text(0.012, 1 - 0.40 * inch, subtitle, fontsize=9, va="top", color="#616e7c")
 
 
-def plot_ratios(session: Session, path: Path) -> None:
-    """How many times longer each of torch's takes; one row per race, on a logarithmic scale from 1."""
+def plot_ratios(session: Session, path: Path, labels: Mapping[str, str] | None = None) -> None:
+    """How many times longer each peer takes; one row per race, on a logarithmic scale from 1.
+
+    Args:
+        session: What was measured.
+        path: The PNG file.
+        labels: What to call the races, by their names, in place of these.
+    """
     results = [result for result in session.results if result.peer != "one-thread"]
     races = {entry: list(by_peer.values()) for entry, by_peer in by_entry(results).items()}
+    names = [(labels or {}).get(members[0].race, entry) for entry, members in races.items()]
+    others = dict.fromkeys(result.peer for result in results if result.peer not in PEER_COLORS)
+    colors = PEER_COLORS | dict(zip(others, matplotlib.colormaps["Dark2"].colors * len(others), strict=False))
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(9.5, 1.5 + 0.46 * len(races)))
+        figure, axes = plt.subplots(figsize=(9.5, 1.7 + 0.46 * len(races)))
         _plain_axes(axes)
         top = max([result.ratio for result in results] + [result.target_ratio or 1 for result in results])
         firsts = [first for result in results if (first := result.first_ratio) is not None]
@@ -56,7 +66,7 @@ def plot_ratios(session: Session, path: Path) -> None:
             axes.plot([bottom, top * 1.5], [row, row], color=GRID, linewidth=0.7, zorder=0)
             for result in members:
                 peer = result.peer
-                color = PEER_COLORS.get(peer, INK)
+                color = colors[peer]
                 runs = result.ratios
                 if peer == "fused":
                     axes.plot([1, result.ratio], [row, row], color=color, linewidth=7, alpha=0.25)
@@ -85,21 +95,21 @@ def plot_ratios(session: Session, path: Path) -> None:
         ticks = [t for t in (0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if bottom <= t <= top * 1.5]
         axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
         axes.minorticks_off()
-        axes.set_yticks(range(len(races)), races)
+        axes.set_yticks(range(len(races)), names)
         axes.set_ylim(len(races) - 0.4, -0.6)
         axes.set_xlabel("time of torch / time of FusedHygieneAdamW")
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         unique["target"] = Line2D([], [], marker="|", ls="", ms=12, mew=2.2, color=TARGET)
-        figure.subplots_adjust(
-            left=0.27, right=0.98, top=1 - 1.0 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
-        )
+        inch = 1 / figure.get_figheight()
+        left = (0.3 + 0.075 * max(map(len, names))) / figure.get_figwidth()
+        figure.subplots_adjust(left=left, right=0.98, top=1 - 1.2 * inch, bottom=0.55 * inch)
         figure.legend(
             unique.values(),
             unique,
             loc="upper right",
-            bbox_to_anchor=(0.985, 1 - 0.5 / figure.get_figheight()),
-            ncols=len(unique),
+            bbox_to_anchor=(0.985, 1 - 0.6 * inch),
+            ncols=min(len(unique), 6),
             frameon=False,
             fontsize=9,
             handletextpad=0.2,

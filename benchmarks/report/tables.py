@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,12 @@ ROWS = (
         {1: "prefetching, fewer passes", 2: "threads share the work across tensors, not within each"},
     ),
     Row("500 tensors of 1,000 values", "500x1k", {1: "host work per tensor", 2: "the same"}),
-    Row("the same, gradients moved", "500x1k", {2: "new addresses at every step"}, moved=True),
+    Row(
+        "the same, gradients moved",
+        "500x1k",
+        {1: "new addresses at every step", 2: "the same"},
+        moved=True,
+    ),
     Row("the same in 64 groups", "500x1k-64-groups", {2: "host work per group: none"}),
     Row("500 tensors of one value", "500x1", {2: "host work alone"}),
     Row(
@@ -56,13 +62,29 @@ ROWS = (
         "100m-fp32",
         {1: "1.25 is bytes, the rest prefetching", 2: "and a norm that uses all threads"},
     ),
-    Row("50M bfloat16 values", "50m-bf16", {2: "16-byte loads for bf16 too"}),
+    Row("50M bfloat16 values", "50m-bf16", {1: "conversions", 2: "the same"}),
 )
 TRAINING_ROWS = (
     ("500 small tensors, in 250 linear layers", "train-500-small"),
     ("ResNet-like, 161 tensors", "train-resnet-like"),
     ("GPT-like, 75 tensors", "train-gpt-like"),
 )
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' * (number > 1)}"
+
+
+def pictured(session: Session) -> tuple[Session, dict[str, str]]:
+    """What pictures show of a session, and what they call its races: those of the rows, or all."""
+    labels = {
+        f"{case}/clip+step/{n}t": f"training: {label.partition(',')[0]}, {_threads(n)}"
+        for label, case in TRAINING_ROWS
+        for n in (1, 2)
+    }
+    labels |= {row.race(n): f"{row.label}, {_threads(n)}" for row in ROWS for n in row.why}
+    chosen = [r for r in session.results if r.race in labels]
+    return (replace(session, results=chosen), labels) if chosen else (session, {})
 
 
 @cache
@@ -145,8 +167,8 @@ def cpu_training() -> str:
         ]
         for label, case in TRAINING_ROWS
     ]
-    threads = [f"{n} thread{'s' * (n > 1)}" for n in counts]
-    return f"{table(['new gradients at every step', *threads], rows)}\n\n{source(found)}"
+    head = ["new gradients at every step", *map(_threads, counts)]
+    return f"{table(head, rows)}\n\n{source(found)}"
 
 
 def cpu_headline() -> str:
@@ -220,7 +242,8 @@ LAYOUT_ROWS = (
 
 def layouts() -> str:
     """Gradients of another layout than parameters, and complex numbers: for docs/performance.md."""
-    found = [(path, read(path)) for path in sorted(RESULTS.glob("layouts-cpu-*.csv"))]
+    cases = {case for _, case, _ in LAYOUT_ROWS}
+    found = latest(lambda result: result.case in cases)
     rows = []
     for label, case, peer in LAYOUT_ROWS:
         for threads in (1, 2):
@@ -246,6 +269,29 @@ def layouts() -> str:
         "over torch, misreading",
         "target",
     ]
+    return f"{table(head, rows)}\n\n{source(found)}"
+
+
+LOW_PRECISION_ROWS = (
+    ("split, float32 moments", "50m-split-fp32"),
+    ("split, bfloat16 moments", "50m-split-bf16"),
+    ("split, 8-bit moments", "50m-split-8bit"),
+    ("stochastic, bfloat16 moments", "50m-stochastic-bf16"),
+    ("stochastic, 8-bit moments", "50m-stochastic-8bit"),
+)
+
+
+def low_precision() -> str:
+    """Steps in formats that torch does not have: for docs/precision.md."""
+    cases = {case for _, case in LOW_PRECISION_ROWS}
+    found = latest(lambda result: result.case in cases)
+    rows = []
+    for label, case in LOW_PRECISION_ROWS:
+        over = [_results(found, f"{case}/clip+step/2t", peer) for peer in ("fused", "float32+copy")]
+        times = [r.ours_ms for r in over[0]]
+        rows.append([label, f"{min(times):.1f}", *(_span([r.ratio for r in results]) for results in over)])
+    head = ["50M values, two threads", "ms, best run"]
+    head += ["over fused AdamW on bfloat16", "over fused AdamW in float32 and a copy"]
     return f"{table(head, rows)}\n\n{source(found)}"
 
 
@@ -340,5 +386,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "host-parts": host_parts,
     "offload": offload,
     "layouts": layouts,
+    "low-precision": low_precision,
     "gpu-targets": gpu_targets,
 }
