@@ -1,12 +1,11 @@
 """What stores and loads under test, all with the functions of `oracle`: numpy in, numpy out."""
 
 import ctypes
-import subprocess
 from pathlib import Path
 
+import compiler
 import numpy as np
 import torch
-from compiler import MORE_FLAGS
 
 from fused_adamw.formats import BLOCK, FORMATS, noise_hash, noise_word
 
@@ -61,21 +60,9 @@ class Cpp:
         block: Elements that the walk on the CPU loads and stores at once.
     """
 
-    def __init__(self, compiler, folder, isa=()):
-        library = folder / "formats.so"
-        flags = [
-            "-std=c++17",
-            "-O3",
-            "-fPIC",
-            "-shared",
-            "-fno-math-errno",
-            "-ffp-contract=off",
-            "-Wall",
-            "-Werror",
-            *isa,
-        ]
+    def __init__(self, isa=()):
         source = Path(__file__).with_name("library.cpp")
-        subprocess.run([compiler, *flags, *MORE_FLAGS, "-o", library, source], check=True)
+        library = compiler.library(source, "-O3", "-fno-math-errno", "-Werror", *isa)
         self.library = ctypes.CDLL(str(library))
         self.library.block.restype = ctypes.c_int64
         self.block = self.library.block()

@@ -19,27 +19,27 @@ def one_thread(threads):
     threads(1)
 
 
-def compiled(kind, tmp_path_factory, isa=()):
+def compiled(kind, isa=()):
     if CXX is None:
         pytest.skip("needs g++")
-    return kind(CXX, tmp_path_factory.mktemp("formats"), isa)
+    return kind(isa)
 
 
 @pytest.fixture(scope="session")
-def cpp(tmp_path_factory):
+def cpp():
     """The formats in C++."""
-    return compiled(Cpp, tmp_path_factory)
+    return compiled(Cpp)
 
 
 @pytest.fixture(scope="session")
-def blocks(tmp_path_factory):
+def blocks():
     """Makes the blocks of the walk on the CPU for an instruction set."""
 
     @functools.cache
     def make(isa):
         if not has_isa(isa):
             pytest.skip(f"this processor has no {isa}")
-        return compiled(Blocks, tmp_path_factory, ISAS[isa][0])
+        return compiled(Blocks, ISAS[isa][0])
 
     return make
 

@@ -16,20 +16,15 @@ BUILD = ROOT / "build" / "fuzz"
 FLAGS = (
     "-O1 -g -fsanitize=address,undefined,fuzzer-no-link -fno-sanitize=function,vptr -fno-sanitize-recover=all"
 )
-SOURCES = [HERE.parent / "kernels" / "instruction_set.cpp", *sorted((ROOT / "csrc").rglob("*.h"))]
-SOURCES.append(ROOT / "csrc" / "cpu" / "kernels.cpp")
 
 
 def kernels(name: str = "baseline") -> Path:
-    """Compile them, if they are not there: with what tells libFuzzer which lines were run."""
-    library = BUILD / f"{name}.so"
-    if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in SOURCES):
-        sys.path[:0] = [str(ROOT / "tests")]
-        os.environ |= {"CXX": "clang++", "FUSED_ADAMW_CXX_FLAGS": f"{FLAGS} -Wno-unknown-pragmas"}
-        from kernels.backends import build_instruction_set
+    """Compile them, with what tells libFuzzer which lines were run."""
+    sys.path[:0] = [str(ROOT / "tests")]
+    os.environ |= {"CXX": "clang++", "FUSED_ADAMW_CXX_FLAGS": f"{FLAGS} -Wno-unknown-pragmas"}
+    from kernels.backends import build_instruction_set
 
-        build_instruction_set(BUILD, name)
-    return library
+    return build_instruction_set(name)
 
 
 def environment(library: Path) -> dict[str, str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from pathlib import Path
 
+import compiler
 import numpy as np
 import torch
-from compiler import CXX, MORE_FLAGS
 from format_codes import BF16, CPU_LAYOUTS, CUDA_LAYOUTS, F64
 from instruction_sets import ISAS
 
@@ -148,23 +147,15 @@ def update_args(t: Tables, inputs: StepInputs) -> ctypes.Structure:
     return UpdateArgs(table_of(t), *hypers, (I64 * 5)(*t.formats), record, stats, t.workspace.data_ptr())
 
 
-def build_cuda(folder: Path, *flags: str) -> ctypes.CDLL:
+def build_cuda(*flags: str) -> ctypes.CDLL:
     """Compile the kernels into a library: an object for each parameter format, as setup.py does."""
-    source = ROOT / "tests" / "cuda_emulation"
-    flags = ("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", *flags)
-    command = [CXX, *flags, *MORE_FLAGS, "-pthread", f"-I{source}", f"-I{ROOT / 'csrc'}"]
-    parts = {"library": [source / "library.cpp"]}
-    for param in ("Float32", "BFloat16", "Float16", "Float64", "StochasticBFloat16", "SplitBFloat16"):
-        define = f"-DFUSED_ADAMW_PARAM={param}"
-        parts[param] = [define, "-x", "c++", ROOT / "csrc" / "cuda" / "update.cu"]
-    objects = [folder / f"{name}.o" for name in parts]
-    jobs = [
-        subprocess.Popen([*command, "-c", "-o", made, *what])
-        for made, what in zip(objects, parts.values(), strict=True)
-    ]
-    assert [job.wait() for job in jobs] == [0] * len(jobs)
-    subprocess.run([*command, "-shared", "-o", folder / "library.so", *objects], check=True)
-    library = ctypes.CDLL(str(folder / "library.so"))
+    source = ROOT / "tests" / "cuda_emulation" / "library.cpp"
+    usual = ("-O2", "-Wno-unknown-pragmas", "-pthread", f"-I{source.parent}", f"-I{ROOT / 'csrc'}")
+    parts = tuple(
+        (f"-DFUSED_ADAMW_PARAM={param}", "-x", "c++", ROOT / "csrc" / "cuda" / "update.cu")
+        for param in ("Float32", "BFloat16", "Float16", "Float64", "StochasticBFloat16", "SplitBFloat16")
+    )
+    library = ctypes.CDLL(str(compiler.library(source, *usual, *flags, parts=parts)))
     library.norm.restype = library.update.restype = ctypes.c_char_p
     library.emulated_device.restype = ctypes.POINTER(Device)
     return library
@@ -201,13 +192,10 @@ class Cuda(Kernels):
             raise RuntimeError(error.decode())
 
 
-def build_instruction_set(folder: Path, name: str, *flags: str) -> Path:
+def build_instruction_set(name: str, *flags: str) -> Path:
     """Compile the CPU kernels for one of `ISAS` into a library."""
-    usual = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=off", "-Wall")
-    library = folder / f"{name}.so"
     source = Path(__file__).with_name("instruction_set.cpp")
-    subprocess.run([CXX, *usual, *MORE_FLAGS, *flags, *ISAS[name][0], "-o", library, source], check=True)
-    return library
+    return compiler.library(source, "-O3", "-fno-math-errno", *flags, *ISAS[name][0])
 
 
 class InstructionSet(Native):

@@ -9,23 +9,22 @@ from fused_adamw.backends import native
 from .backends import Cuda, Native, Triton, build_cuda
 
 
-def build(tmp_path_factory, name, *flags):
+def build(*flags):
     if CXX is None:
         pytest.skip("needs g++")
-    return build_cuda(tmp_path_factory.mktemp(name), *flags)
+    return build_cuda(*flags)
 
 
 @pytest.fixture(scope="session")
-def cuda_library(tmp_path_factory):
+def cuda_library():
     """The CUDA kernels as they are."""
-    return build(tmp_path_factory, "cuda_emulation")
+    return build()
 
 
 @pytest.fixture(scope="session")
-def switched_library(tmp_path_factory):
+def switched_library():
     """With every switch of csrc/cuda/switches.h that changes how results are computed."""
-    flags = ("-DFUSED_ADAMW_FAST_MATH=1", "-DFUSED_ADAMW_REVERSE_UPDATE=1")
-    return build(tmp_path_factory, "cuda_emulation_switched", *flags)
+    return build("-DFUSED_ADAMW_FAST_MATH=1", "-DFUSED_ADAMW_REVERSE_UPDATE=1")
 
 
 @pytest.fixture

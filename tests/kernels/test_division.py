@@ -2,14 +2,12 @@
 
 import ctypes
 import math
-import subprocess
 from pathlib import Path
 
+import compiler
 import numpy as np
 import pytest
 from instruction_sets import ISAS, has_isa
-
-from .backends import CXX
 
 # What is divided: roots of float32 numbers, from those of the least one and of the largest.
 LEAST, LARGEST = (int(np.float32(math.sqrt(x)).view(np.uint32)) for x in (2.0**-149, 2.0**128 - 2.0**104))
@@ -17,13 +15,11 @@ ONE, TWO = (int(np.float32(x).view(np.uint32)) for x in (1.0, 2.0))
 
 
 @pytest.fixture(scope="module", params=ISAS)
-def library(request, tmp_path_factory):
-    if CXX is None or not has_isa(request.param):
+def library(request):
+    if compiler.CXX is None or not has_isa(request.param):
         pytest.skip(f"needs g++, and a processor with {request.param}")
-    made = tmp_path_factory.mktemp("division") / "division.so"
-    flags = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", *ISAS[request.param][0])
-    subprocess.run([CXX, *flags, "-o", made, Path(__file__).with_name("division.cpp")], check=True)
-    library = ctypes.CDLL(str(made))
+    source = Path(__file__).with_name("division.cpp")
+    library = ctypes.CDLL(str(compiler.library(source, "-O3", *ISAS[request.param][0])))
     library.differ_from_division.argtypes = [ctypes.c_float, ctypes.c_uint32, ctypes.c_uint32]
     library.differ_from_division.restype = library.pairs_differ.restype = ctypes.c_int64
     return library

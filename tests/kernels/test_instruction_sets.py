@@ -16,11 +16,11 @@ layouts = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module", params=ISAS)
-def isa(request, tmp_path_factory):
+def isa(request):
     """The kernels of each."""
     if CXX is None or not has_isa(request.param):
         pytest.skip(f"needs g++, and a processor with {request.param}")
-    return InstructionSet(build_instruction_set(tmp_path_factory.mktemp("isa"), request.param))
+    return InstructionSet(build_instruction_set(request.param))
 
 
 @layouts
