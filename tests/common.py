@@ -139,3 +139,28 @@ def assert_same_path(params, peers, steps, grad_error=0.0):
         biggest = max(1.0, float(q.detach().abs().max())) if q.numel() else 1.0
         atol = steps * (2 * eps * biggest + 1e-1 * grad_error)
         torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=atol, equal_nan=True)
+
+
+class Pair:
+    """Our optimizer beside torch's, to see that a step after a change is right."""
+
+    def __init__(self, target, shapes=((5, 5), (70,), (5, 5)), **options):
+        self.params = parameters(shapes, device=target.device)
+        self.copies = twins(self.params)
+        self.ours = target.adamw(self.params, lr=1e-2, max_grad_norm=1e9, **options)
+        self.theirs = torch.optim.AdamW(self.copies, lr=1e-2, foreach=False, **options)
+        self.steps = 0
+
+    def both(self):
+        """Each optimizer with its parameters: changes are made to both."""
+        return (self.ours, self.params), (self.theirs, self.copies)
+
+    def step(self, steps=1, without=()):
+        for _ in range(steps):
+            for optimizer, params in self.both():
+                give_grads(params, self.steps)
+                for i in without:
+                    params[i].grad = None
+                optimizer.step()
+            self.steps += 1
+        assert_same_path(self.params, self.copies, self.steps, grad_error=1e-6)

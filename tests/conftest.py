@@ -11,6 +11,9 @@ import pytest
 import torch
 from common import TARGETS, Target
 
+from fused_adamw import stepping
+from fused_adamw.step import plan
+
 
 @pytest.fixture(params=TARGETS)
 def target(request):
@@ -51,6 +54,20 @@ def small_chunks(monkeypatch):
         except ImportError:
             continue
         monkeypatch.setattr(module, "chunk_size", lambda device, numel: 64)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """A list that grows by one with every plan that is built."""
+    plans = []
+
+    class Counted(plan.Plan):
+        def __init__(self, *args, **kwargs):
+            plans.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(stepping, "Plan", Counted)
+    return plans
 
 
 # The files about what kernels compute. The others test what is above the kernels.

@@ -55,7 +55,7 @@ COVERED = {
     "143828: empty groups in DCP": (
         "contract/test_distributed_checkpoint::test_an_empty_group_keeps_its_options"
     ),
-    "tensors replaced in groups": "test_plan::test_parameter_replaced_in_the_group",
+    "tensors replaced in groups": "test_stale_plans::test_parameter_replaced_in_the_group",
     "the same, edited by hand": "contract/test_hostile_use::test_a_parameter_listed_twice",
     "torch-xpu-ops 3413: half a step before an error": "test_errors::test_sparse_gradient",
     "ShardedGradScaler and fused: an overflow in one process": (

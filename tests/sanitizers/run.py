@@ -25,7 +25,7 @@ OURS = re.compile(r"_C\.abi3\.so|/tmp/[^ ]*\.so|/csrc/")
 # Torch's header forgets the copy of a string that it is handed with an operator's arguments.
 THEIRS = re.compile(r"#1 .* torch::stable::detail::unbox")
 PLANTED = "tests/sanitizers/test_planted.py"
-CORE = "oracle layouts plan clip state threads letting_go low_precision_steps"
+CORE = "oracle layouts tables plan stale_plans clip state threads letting_go low_precision_steps"
 
 
 def files(names: str) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ SANITIZERS = {
     "thread": Sanitizer(
         "-fsanitize=thread",
         ("libtsan.so", "libstdc++.so.6"),
-        files("threads plan"),
+        files("threads tables plan stale_plans"),
     ),
 }
 
