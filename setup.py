@@ -4,6 +4,7 @@ Environment:
     CUDA_HOME              where to look for nvcc; otherwise the one on PATH or in /usr/local/cuda is taken
     FUSED_ADAMW_CUDA       0: leave the CUDA part out even if there is an nvcc; 1: fail if there is none
     TORCH_CUDA_ARCH_LIST   architectures as torch spells them, such as "8.0;9.0+PTX"
+    FUSED_ADAMW_SIMD       0: leave out the CPU kernels for AVX2 and AVX-512, which some compilers do not know
     FUSED_ADAMW_NVCC_FLAGS more flags for nvcc, such as the -D switches of csrc/cuda/switches.h
     CXX, LDFLAGS           the C++ compiler, and more for the linker
     FUSED_ADAMW_CXX_FLAGS  more for the C++ compiler, such as -fsanitize=address
@@ -132,7 +133,7 @@ def ninja_file(output: Path, build: Path) -> str:
         [cxx, "-dumpversion"], check=True, capture_output=True, text=True
     ).stdout.strip()
     nvcc = find_nvcc()
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86 = platform.machine().lower() in ("x86_64", "amd64") and os.environ.get("FUSED_ADAMW_SIMD") != "0"
     python_flags = (
         f"-DPy_LIMITED_API={PY_LIMITED_API} -isystem {torch_dir}/include"
         f" -isystem {sysconfig.get_paths()['include']}"

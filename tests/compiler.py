@@ -1,9 +1,11 @@
-"""The C++ compiler of the tests' own libraries: each is compiled once, for all processes that run tests."""
+"""The C++ compiler: of the tests' own libraries, once for all processes, and of the package in other ways."""
 
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock  # torch needs it, too
@@ -39,8 +41,8 @@ def library(source: Path, *flags: str | Path, parts: tuple[tuple[str | Path, ...
     """
     command = [CXX, *USUAL, *flags, *MORE_FLAGS]
     sources = [source, *(Path(part[-1]) for part in parts)]
-    folder = BUILD / f"{source.stem}-{_digest([*command, *parts], sources)}"
-    made = folder / f"{source.stem}.so"
+    folder = BUILD / f"{source.parent.name}-{source.stem}-{_digest([*command, *parts], sources)}"
+    made = folder / "library.so"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not made.exists():
@@ -54,3 +56,12 @@ def library(source: Path, *flags: str | Path, parts: tuple[tuple[str | Path, ...
             subprocess.run([*command, "-shared", "-o", linked, *objects], check=True, env=ENVIRONMENT)
             linked.rename(made)  # whole, or not there
     return made
+
+
+def package(folder: Path, environment: Mapping[str, str]) -> None:
+    """Build the package, without CUDA, into folder/lib."""
+    shutil.rmtree(folder / "lib" / "fused_adamw" / "__pycache__", ignore_errors=True)
+    command = [sys.executable, "setup.py", "--quiet", "build"]
+    command += ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "objects")]
+    variables = {**environment, "LD_PRELOAD": "", "FUSED_ADAMW_CUDA": "0"}
+    subprocess.run(command, check=True, cwd=ROOT, env=variables)

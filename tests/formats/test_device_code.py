@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from compiler import ENVIRONMENT
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -35,7 +36,7 @@ def test_operations_on_a_gpu_are_rounded_once(tmp_path):
     source, out = tmp_path / "formats.cu", tmp_path / "formats.ptx"
     source.write_text(SOURCE)
     flags = ["-std=c++17", "-O3", "--fmad=false", "-arch=sm_80", "-ptx", f"-I{CSRC}"]
-    subprocess.run([NVCC, *flags, "-o", out, source], check=True)
+    subprocess.run([NVCC, *flags, "-o", out, source], check=True, env=ENVIRONMENT)
     ptx = out.read_text()
     operations = set(re.findall(r"^\s*(?:@\S+\s+)?((?:sqrt|div|mul|add|rcp|fma|cvt)\S*f32\S*)", ptx, re.M))
     assert {"sqrt.rn.f32", "div.rn.f32"} <= operations

@@ -5,11 +5,11 @@
     operators  any arguments of the operators: refused or taken
     loading    any state_dict: refused or taken, and then stepped with
 
-Runs with atheris's AddressSanitizer preloaded, as run.py does it. FUSED_ADAMW_FUZZ_LIBRARIES has the kernels;
-further arguments are libFuzzer's.
+Runs with atheris's AddressSanitizer preloaded and the package built for it, as run.py does it. Further
+arguments are libFuzzer's.
 """
 
-import os
+import contextlib
 import sys
 import warnings
 
@@ -24,13 +24,12 @@ from format_codes import CPU_LAYOUTS, NONE, averages  # noqa: E402
 with atheris.instrument_imports(include=["fused_adamw"]):
     from fused_adamw import FusedHygieneAdamW
     from fused_adamw.extension import load_extension
-    from fused_adamw.tables import Averaging, SpikeOptions, set_column
+    from fused_adamw.tables import Averaging, SpikeOptions, StepInputs, set_column, status_words
 
-from kernels.backends import InstructionSet  # noqa: E402
+from kernels.backends import Native  # noqa: E402
 from kernels.model import GROUPS, Model, Param  # noqa: E402
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
-LIBRARIES = [InstructionSet(path) for path in os.environ.get("FUSED_ADAMW_FUZZ_LIBRARIES", "").split()]
 
 
 # ---- Tables
@@ -65,7 +64,7 @@ def model(data) -> Model:
     known = [NONE, *averages(formats)]
     spikes = SpikeOptions(3.0, data.ConsumeIntInRange(2, 5), 2, data.ConsumeBool())
     made = Model(
-        LIBRARIES[data.ConsumeIntInRange(0, len(LIBRARIES) - 1)],
+        Native(),
         [param(data) for _ in range(data.ConsumeIntInRange(1, 5))],
         formats,
         GROUPS,
@@ -120,30 +119,48 @@ def number(data) -> int:
     return data.ConsumeInt(8) if data.ConsumeBool() else data.ConsumeIntInRange(-3, 9)
 
 
-def operators(raw: bytes) -> None:
-    """What is wrong in sizes, dtypes, devices or layouts has to be refused: of zeros, no table has a row."""
-    data = atheris.FuzzedDataProvider(raw)
-    good = {
-        "rows": torch.zeros(0, 20, dtype=torch.int64),
-        "grads": torch.zeros(1, dtype=torch.int64),
-        "chunks": torch.zeros(0, 2, dtype=torch.int32),
-    }
-    tables = [tensor(data) if data.ConsumeBool() else t for t in good.values()]
-    if tables[0].shape[:1] != (0,) and tables[2].shape[:1] != (0,):
-        tables[2] = good["chunks"]  # its addresses would be followed, as they have to be
-    if tables[0].dim() == 2 and len(tables[0]):
-        tables[0] = tables[0][:0]
+def walked(made: Model, data) -> None:
+    """Tables that are right, beside what need not be: where results are written, and the step's inputs."""
+    t, any_of = made.tables, lambda good: tensor(data) if data.ConsumeBool() else good
+    tables = (t.rows, t.grads, t.chunks, t.chunk_size)
+    workspace = any_of(t.workspace)
+    if data.ConsumeBool():
+        sum_ = any_of(torch.zeros(1, dtype=torch.float64))
+        torch.ops.fused_adamw.sum_of_squares(*tables, t.formats[1], workspace, sum_)
+    else:
+        inputs = StepInputs(torch.zeros(status_words(0), dtype=torch.float64))
+        outputs = (workspace, any_of(t.stats))
+        torch.ops.fused_adamw.update(*tables, t.hypers, t.formats, any_of(inputs.record), *outputs)
+
+
+def unwalked(data) -> None:
+    """Tables without a row or without a chunk, whose addresses nobody follows; they may be of anything."""
+    rows, grads, chunks = (tensor(data) if data.ConsumeBool() else empty for empty in EMPTY)
+    if rows.dim() == 2 and len(rows):
+        rows = rows[:0]
+    if chunks.dim() == 2 and len(chunks):
+        chunks = chunks[:0]
+    tables = (rows, grads, chunks, number(data))
     formats = [number(data) for _ in range(data.ConsumeIntInRange(0, 6))]
-    try:
-        if data.ConsumeBool():
-            arguments = (*tables, number(data), number(data), tensor(data), tensor(data))
-            torch.ops.fused_adamw.sum_of_squares(*arguments)
-        else:
-            inputs = torch.zeros(data.ConsumeIntInRange(0, 30), dtype=torch.int64)
-            arguments = (*tables, number(data), tensor(data), formats, inputs, tensor(data), tensor(data))
-            torch.ops.fused_adamw.update(*arguments)
-    except (RuntimeError, NotImplementedError):
-        pass
+    if data.ConsumeBool():
+        torch.ops.fused_adamw.sum_of_squares(*tables, number(data), tensor(data), tensor(data))
+    else:
+        inputs = torch.zeros(data.ConsumeIntInRange(0, 30), dtype=torch.int64)
+        torch.ops.fused_adamw.update(*tables, tensor(data), formats, inputs, tensor(data), tensor(data))
+
+
+EMPTY = (
+    torch.zeros(0, 20, dtype=torch.int64),
+    torch.zeros(1, dtype=torch.int64),
+    torch.zeros(0, 2, dtype=torch.int32),
+)
+
+
+def operators(raw: bytes) -> None:
+    """What is wrong in sizes, dtypes, devices or layouts has to be refused."""
+    data = atheris.FuzzedDataProvider(raw)
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        walked(model(data), data) if data.ConsumeBool() else unwalked(data)
 
 
 # ---- What is loaded
