@@ -152,11 +152,10 @@ class Series:
         """Go on from where another series is, whose window may be another: mutates the words, on the CPU."""
         accepted, window = int(other.accepted), len(other.values)
         n = min(accepted, window, len(self.values))
-        self.accepted.fill_(accepted - n)
+        is_longer = n < min(accepted, len(self.values))  # it is filled from its start
+        self.accepted.fill_(0 if is_longer else accepted - n)
         for i in range(accepted - n, accepted):
             self.accept(other.values[i % window], True, options)
-        if n < min(accepted, len(self.values)):  # a longer window, which is filled from its start
-            self.accepted.fill_(n)
 
 
 def history_of(status: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def update(old, g, hypers, step, scale):
     p, m, v, new_max = oracle.adamw(p, array(g).astype(p.dtype), m, v, v_max, hypers, step, scale)
     moments = {"exp_avg": m, "exp_avg_sq": v}
     if hypers.amsgrad or MAXIMUM in old.state:
-        moments[MAXIMUM] = new_max if hypers.amsgrad else v_max
+        moments[MAXIMUM] = new_max if hypers.amsgrad else array(old.state[MAXIMUM])
     return p, moments
 
 
