@@ -23,7 +23,7 @@ ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "sanitizers"
 FLAGS = "-fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1 -U_FORTIFY_SOURCE"
 # Libraries whose leaks count. What torch and CPython keep until the process ends is theirs.
-OURS = re.compile(r"_C\.abi3\.so|/tmp/[^ ]*\.so|/csrc/")
+OURS = re.compile(r"_C\.abi3\.so|/tmp/[^ ]*\.so|/build/tests/|/csrc/")
 # Torch's header forgets the copy of a string that it is handed with an operator's arguments.
 THEIRS = re.compile(r"#1 .* torch::stable::detail::unbox")
 PLANTED = "tests/sanitizers/test_planted.py"
@@ -54,12 +54,12 @@ SANITIZERS = {
     "address": Sanitizer(
         "-fsanitize=address,undefined",
         ("libasan.so", "libstdc++.so.6"),  # without the latter, exceptions of libraries loaded later abort
-        (*files(CORE), "tests/kernels", "tests/formats"),
+        (*files(CORE), "tests/guard", "tests/kernels", "tests/formats"),
     ),
     "thread": Sanitizer(
         "-fsanitize=thread",
         ("libtsan.so", "libstdc++.so.6"),
-        files("threads tables plan stale_plans"),
+        (*files("threads tables plan stale_plans"), "tests/guard"),
     ),
 }
 

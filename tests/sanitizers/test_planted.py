@@ -26,6 +26,7 @@ def test_a_planted_fault_is_found(fault, tmp_path):
     variables = run.environment(sanitizer)
     log = str(run.BUILD / sanitizer / "report")
     variables = {key: value.replace(log, str(tmp_path / "report")) for key, value in variables.items()}
+    variables["TSAN_OPTIONS"] += ":halt_on_error=1"  # one race is enough of thousands
     planted = str(Path(__file__).with_name("planted.py"))
     command = [sys.executable, planted, fault]
     done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
