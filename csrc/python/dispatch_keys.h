@@ -39,6 +39,12 @@ class Owned {
 
 inline PyObject* item(PyObject* tuple, Py_ssize_t i) { return checked(PyTuple_GetItem(tuple, i)); }
 
+inline Py_ssize_t size_of(PyObject* tuple) {
+  const Py_ssize_t size = PyTuple_Size(tuple);
+  if (size < 0) throw PythonError();
+  return size;
+}
+
 inline const char* cdata_of(PyObject* tensor) {
   static PyObject* const name = checked(PyUnicode_InternFromString("_cdata"));
   const Owned address(PyObject_GetAttr(tensor, name));
@@ -95,8 +101,9 @@ class KeyReader {
   // probes: tuple of (tensor, its keys), of which no two tensors have the same keys and sizes.
   void locate(const DLTensor& first, PyObject* probes) {
     sizes_ = reinterpret_cast<const char*>(first.shape) - cdata_of(item(item(probes, 0), 0));
-    keys_ = find(probes, [](PyObject* probe) { return as_keys(item(probe, 1)); });
-    if (keys_ == kSearched) {
+    const bool is_inline = sizes_ > 0 && sizes_ < kMostSizes;
+    keys_ = is_inline ? find(probes, [](PyObject* probe) { return as_keys(item(probe, 1)); }) : -1;
+    if (keys_ < 0) {
       PyErr_SetString(PyExc_NotImplementedError, "another layout of tensors");
       throw PythonError();
     }
@@ -115,8 +122,7 @@ class KeyReader {
 
   // Where its storage is; null if that is not known.
   const char* storage_of(PyObject* tensor, const DLTensor& t) const {
-    return storage_ == kSearched ? nullptr
-                                 : reinterpret_cast<const char*>(load(start_of(tensor, t) + storage_));
+    return storage_ < 0 ? nullptr : reinterpret_cast<const char*>(load(start_of(tensor, t) + storage_));
   }
 
   // Whether a tensor is where its sizes are expected.
@@ -135,23 +141,25 @@ class KeyReader {
   }
 
  private:
-  // Up to so many dimensions, torch keeps a tensor's sizes in the tensor itself.
+  // Up to so many dimensions, torch keeps a tensor's sizes and strides in the tensor itself.
   static constexpr int32_t kInlineDims = 5;
-  // Within how many bytes of a tensor its dispatch keys are looked for.
-  static constexpr int64_t kSearched = 256;
+  // Before which byte they begin.
+  static constexpr int64_t kMostSizes = 256;
 
-  // The offset at which all probes have what is expected of them; kSearched if there is none.
+  // The offset at which all probes have what is expected of them; -1 if there is none. A tensor ends with its
+  // offset, the number of its elements, its flags and its keys, which follow sizes and strides.
   template <typename F>
-  static int64_t find(PyObject* probes, const F& expected) {
-    for (int64_t offset = 0; offset < kSearched; offset += sizeof(int64_t)) {
+  int64_t find(PyObject* probes, const F& expected) const {
+    constexpr int64_t word = sizeof(int64_t);
+    for (int64_t offset = 0; offset < sizes_ + (2 * kInlineDims + 4) * word; offset += word) {
       bool found = true;
-      for (Py_ssize_t i = 0; found && i < PyTuple_Size(probes); ++i) {
+      for (Py_ssize_t i = 0; found && i < size_of(probes); ++i) {
         PyObject* const probe = item(probes, i);
         found = load(cdata_of(item(probe, 0)) + offset) == expected(probe);
       }
       if (found) return offset;
     }
-    return kSearched;
+    return -1;
   }
 
   static int64_t load(const char* from) {
@@ -160,7 +168,7 @@ class KeyReader {
     return keys;
   }
 
-  int64_t sizes_ = 0, keys_ = 0, storage_ = kSearched;  // offsets
+  int64_t sizes_ = 0, keys_ = 0, storage_ = -1;  // offsets
 };
 
 }  // namespace fused_adamw

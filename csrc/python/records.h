@@ -28,7 +28,7 @@ inline const Names& names() {
 
 inline std::vector<int64_t> integers(PyObject* tuple) {
   std::vector<int64_t> found;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i) found.push_back(PyLong_AsLongLong(item(tuple, i)));
+  for (Py_ssize_t i = 0; i < size_of(tuple); ++i) found.push_back(PyLong_AsLongLong(item(tuple, i)));
   if (PyErr_Occurred()) throw PythonError();
   return found;
 }
@@ -109,16 +109,15 @@ class Guard {
     if (PyErr_Occurred()) throw PythonError();
     keys.locate(to_dlpack(item(item(probes, 0), 0)), probes);
     memory.locate(keys, probes);
-    const Py_ssize_t n_state = PyTuple_Size(state), n_params = PyTuple_Size(params);
-    if (n_state < 0 || n_params < 0) throw PythonError();
-    for (Py_ssize_t i = 0; i < PyTuple_Size(read); ++i) read_.push_back(keep(item(read, i)));
+    const Py_ssize_t n_state = size_of(state), n_params = size_of(params);
+    for (Py_ssize_t i = 0; i < size_of(read); ++i) read_.push_back(keep(item(read, i)));
     this->state.reserve(4 * static_cast<size_t>(n_state));
     this->params.reserve(static_cast<size_t>(n_params));
     for (Py_ssize_t i = 0; i < n_state; ++i) {
       PyObject* const of_param = item(state, i);
       this->state.emplace_back();
       this->state.back().object = item(of_param, 0);
-      for (Py_ssize_t j = 1; j + 1 < PyTuple_Size(of_param); j += 2) {
+      for (Py_ssize_t j = 1; j + 1 < size_of(of_param); j += 2) {
         this->state.push_back(record(item(of_param, j + 1)));
         this->state.back().name = keep(item(of_param, j));
       }

@@ -73,10 +73,10 @@ class TensorMemory {
     sizes_ = keys.sizes();
     keys_ = keys.keys();
     object_ = find(probes, self, in_tensor, kObjectBytes);
-    python_ = find(probes, in_tensor, self, kTensorBytes);
-    storage_ = find(probes, in_tensor, storage, kTensorBytes);
-    dims_ = find(probes, in_tensor, number_of("dim"), kTensorBytes);
-    offset_ = find(probes, in_tensor, number_of("storage_offset"), kTensorBytes);
+    python_ = find(probes, in_tensor, self, keys_);
+    storage_ = find(probes, in_tensor, storage, keys_);
+    dims_ = find(probes, in_tensor, number_of("dim"), keys_);
+    offset_ = find(probes, in_tensor, number_of("storage_offset"), keys_);
     data_ = find(
         probes, storage,
         [&](PyObject* tensor) {
@@ -155,8 +155,8 @@ class TensorMemory {
   static constexpr int64_t word = sizeof(int64_t);
   // Up to so many dimensions, torch keeps sizes and then strides in the tensor itself.
   static constexpr int32_t kInlineDims = 5;
-  // Within how many bytes things are looked for.
-  static constexpr int64_t kObjectBytes = 40, kTensorBytes = 192, kStorageBytes = 48;
+  // Within how many bytes things are looked for: in a tensor, before its keys.
+  static constexpr int64_t kObjectBytes = 40, kStorageBytes = 48;
 
   static int64_t load(const char* from) {
     int64_t value;
@@ -176,7 +176,7 @@ class TensorMemory {
   static int64_t find(PyObject* probes, const Start& start, const Expected& expected, int64_t bytes) {
     for (int64_t offset = 0; offset < bytes; offset += word) {
       bool found = true;
-      for (Py_ssize_t i = 0; found && i < PyTuple_Size(probes); ++i) {
+      for (Py_ssize_t i = 0; found && i < size_of(probes); ++i) {
         PyObject* const tensor = item(item(probes, i), 0);
         found = load(start(tensor) + offset) == as_number(expected(tensor));
       }
@@ -188,7 +188,7 @@ class TensorMemory {
   // Whether the word before the keys differs wherever dtype or device do, in bits that are the same wherever
   // these are.
   bool tells_kinds_apart(PyObject* probes) const {
-    const Py_ssize_t n = PyTuple_Size(probes);
+    const Py_ssize_t n = size_of(probes);
     const auto kind = [&](Py_ssize_t i) {
       return static_cast<uint64_t>(load(cdata_of(item(item(probes, i), 0)) + keys_ - word));
     };
