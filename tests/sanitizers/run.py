@@ -90,7 +90,7 @@ def environment(name: str) -> dict[str, str]:
         "ASAN_OPTIONS": f"detect_leaks=1:{log}",
         "LSAN_OPTIONS": "exitcode=0",
         "UBSAN_OPTIONS": f"print_stacktrace=1:{log}",
-        "TSAN_OPTIONS": f"exitcode=66:{log}",
+        "TSAN_OPTIONS": f"exitcode=66:suppressions={HERE / 'thread.supp'}:{log}",
     }
 
 
