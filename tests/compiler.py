@@ -24,7 +24,8 @@ def _digest(command: list, sources: list[Path]) -> str:
     """Changes with the compiler, its arguments, or anything that the sources may include."""
     version = subprocess.run([CXX, "--version"], check=True, capture_output=True, env=ENVIRONMENT).stdout
     digest = hashlib.sha256(version + repr(list(map(str, command))).encode())
-    folders = {ROOT / "csrc", *(source.parent for source in sources)}
+    included = (Path(str(flag)[2:]) for flag in command if str(flag).startswith("-I"))
+    folders = {ROOT / "csrc", *included, *(source.parent for source in sources)}
     for path in sorted({path for folder in folders for path in folder.rglob("*") if path.is_file()}):
         if path.suffix in {".h", ".cpp", ".cu", ".cuh"}:
             digest.update(str(path).encode() + path.read_bytes())

@@ -8,9 +8,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import compiler
 import pytest
 import torch
-from compiler import CXX, MORE_FLAGS
 
 ROOT = Path(__file__).parent
 NVCC = shutil.which("nvcc")
@@ -28,13 +28,11 @@ class Counts(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    if CXX is None:
+def emulated():
+    if compiler.CXX is None:
         pytest.skip("needs g++")
-    made = tmp_path_factory.mktemp("rounding") / "rounding.so"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-pthread", *MORE_FLAGS]
     source = ROOT / "cuda_rounding" / "emulated.cpp"
-    subprocess.run([CXX, *flags, f"-I{ROOT / 'cuda_emulation'}", "-o", made, source], check=True)
+    made = compiler.library(source, "-O2", "-pthread", f"-I{ROOT / 'cuda_emulation'}")
     library = ctypes.CDLL(str(made))
     library.quotient.argtypes = [ctypes.c_int, ctypes.c_float, ctypes.c_float]
     library.root.argtypes = [ctypes.c_int, ctypes.c_float]

@@ -1,11 +1,11 @@
 """The tables: their columns and rows, and that C++ reads the same layouts."""
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 
 import torch
+from compiler import CXX, ENVIRONMENT
 
 from fused_adamw import tables
 from fused_adamw.formats import FORMATS
@@ -64,8 +64,7 @@ CODES = {
 
 def test_layouts_are_those_of_the_c_structs(tmp_path):
     """Compiles tables.h and asks it where every field is, and which type it has."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    assert compiler, "the tests need the C++ compiler that the extension was built with"
+    assert CXX, "the tests need the C++ compiler that the extension was built with"
     c_types = {
         ctypes.c_uint64: "uint64_t",
         ctypes.c_int64: "int64_t",
@@ -97,7 +96,8 @@ def test_layouts_are_those_of_the_c_structs(tmp_path):
         '#include <cstddef>\n#include <cstdio>\n#include <type_traits>\n#include "tables.h"\n'
         "using namespace fused_adamw;\nint main() {\n" + "\n".join(lines) + "\n}\n"
     )
-    subprocess.run([compiler, "-std=c++17", f"-I{CSRC}", source, "-o", tmp_path / "layout"], check=True)
+    command = [CXX, "-std=c++17", f"-I{CSRC}", source, "-o", tmp_path / "layout"]
+    subprocess.run(command, check=True, env=ENVIRONMENT)
     output = subprocess.run([tmp_path / "layout"], check=True, capture_output=True, text=True).stdout
     found = {key: int(value) for key, value in (line.split() for line in output.splitlines())}
     expected = {name: ctypes.sizeof(struct) for name, struct in STRUCTS.items()}

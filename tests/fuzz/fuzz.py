@@ -24,7 +24,16 @@ from format_codes import CPU_LAYOUTS, NONE, averages  # noqa: E402
 with atheris.instrument_imports(include=["fused_adamw"]):
     from fused_adamw import FusedHygieneAdamW
     from fused_adamw.extension import load_extension
-    from fused_adamw.tables import Averaging, SpikeOptions, StepInputs, set_column, status_words
+    from fused_adamw.tables import (
+        Averaging,
+        ChunkStruct,
+        RowStruct,
+        SpikeOptions,
+        StepInputs,
+        set_column,
+        status_words,
+        words,
+    )
 
 from kernels.backends import Native  # noqa: E402
 from kernels.model import GROUPS, Model, Param  # noqa: E402
@@ -121,7 +130,11 @@ def number(data) -> int:
 
 def walked(made: Model, data) -> None:
     """Tables that are right, beside what need not be: where results are written, and the step's inputs."""
-    t, any_of = made.tables, lambda good: tensor(data) if data.ConsumeBool() else good
+    t = made.tables
+
+    def any_of(good):
+        return tensor(data) if data.ConsumeBool() else good
+
     tables = (t.rows, t.grads, t.chunks, t.chunk_size)
     workspace = any_of(t.workspace)
     if data.ConsumeBool():
@@ -149,10 +162,11 @@ def unwalked(data) -> None:
         torch.ops.fused_adamw.update(*tables, tensor(data), formats, inputs, tensor(data), tensor(data))
 
 
+# Of rows, gradients and chunks.
 EMPTY = (
-    torch.zeros(0, 20, dtype=torch.int64),
+    torch.zeros(0, words(RowStruct), dtype=torch.int64),
     torch.zeros(1, dtype=torch.int64),
-    torch.zeros(0, 2, dtype=torch.int32),
+    torch.zeros(0, len(ChunkStruct._fields_), dtype=torch.int32),
 )
 
 

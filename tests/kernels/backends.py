@@ -192,10 +192,10 @@ class Cuda(Kernels):
             raise RuntimeError(error.decode())
 
 
-def build_instruction_set(name: str, *flags: str) -> Path:
+def build_instruction_set(name: str) -> Path:
     """Compile the CPU kernels for one of `ISAS` into a library."""
     source = Path(__file__).with_name("instruction_set.cpp")
-    return compiler.library(source, "-O3", "-fno-math-errno", *flags, *ISAS[name][0])
+    return compiler.library(source, "-O3", "-fno-math-errno", *ISAS[name][0])
 
 
 class InstructionSet(Native):
